@@ -1,0 +1,1 @@
+"""The torch-free runtime: open a bundle, embed, rerank, measure."""

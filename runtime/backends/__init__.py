@@ -1,0 +1,1 @@
+"""Where batches are run, one file an engine."""

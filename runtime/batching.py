@@ -1,0 +1,42 @@
+"""Which items run together: lengths in, index lists out. Pure functions, so that no model is needed to test them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def plan_batches(lengths: Sequence[int], *, max_batch_tokens: int, max_batch_items: int) -> list[list[int]]:
+    """Cut items into batches of similar length whose padded size stays within a token budget.
+
+    Longest first, so that the first batch shows the peak memory. An item longer than the budget runs alone.
+
+    Args:
+        lengths: tokens of each item.
+        max_batch_tokens: limit on `rows * longest row` of a batch, padding included.
+        max_batch_items: limit on the rows of a batch.
+
+    Returns:
+        Lists of positions in `lengths`; together they hold each position exactly once.
+    """
+    # A stable sort: equal lengths keep the order of the call, which makes a plan reproducible.
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for index in order:
+        longest = lengths[current[0]] if current else lengths[index]
+        if current and (len(current) >= max_batch_items or (len(current) + 1) * longest > max_batch_tokens):
+            batches.append(current)
+            current = []
+        current.append(index)
+    if current:
+        batches.append(current)
+    return batches
+
+
+def padding_ratio(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Padded over real tokens of a plan: 1.0 is no padding at all, and so is an empty plan."""
+    real = sum(lengths)
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    return padded / real if real else 1.0

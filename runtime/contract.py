@@ -1,0 +1,96 @@
+"""The contract: the input side of a model frozen as data, and what its output means.
+
+Trainer, export gate and server read the same contract and preprocess with the same code (`rtx.runtime.text`), so that a
+template, a truncation or a prompt cannot differ between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rtx.runtime.errors import BundleError, RtxError, UsageError, nearest
+from rtx.runtime.schema import parse
+
+Task = Literal["embed", "rerank"]
+Side = Literal["left", "right"]
+Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+Activation = Literal["identity", "sigmoid", "softmax"]
+GraphInput = Literal["input_ids", "attention_mask", "token_type_ids", "pooling_mask"]
+
+OUTPUT_OF_TASK: dict[Task, str] = {"embed": "sentence_embedding", "rerank": "scores"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a caller has to put into the graph and what comes out.
+
+    Attributes:
+        task: "embed" (one vector an item) or "rerank" (one score a query–document pair).
+        inputs: names of the graph's inputs, each [batch, tokens] int64. `pooling_mask` is there only where pooling
+            leaves out the prompt.
+        max_tokens: longest row, special tokens included. Truncation cuts content, never special tokens, so that the
+            pooled token stays.
+        padding_side, pad_token_id, pad_token_type_id: how shorter rows of a batch are filled.
+        pooling: modes, concatenated in this order; empty for a reranker.
+        dimension: width of the output vector, after the Matryoshka cut; 1 for a reranker.
+        normalize: whether the graph's vectors have L2 norm 1.
+        similarity: how two vectors are compared.
+        prompts: text put before an item, by name. "query" and "document" always resolve, to "" if they are not here.
+        default_prompt: name of the prompt used where the caller names none; None for no prompt.
+        include_prompt: False if pooling leaves out the prompt's tokens.
+        activation: what the graph already applied to the reranker's logit.
+    """
+
+    task: Task
+    inputs: tuple[GraphInput, ...]
+    max_tokens: int
+    pad_token_id: int
+    pad_token_type_id: int = 0
+    padding_side: Side = "right"
+    pooling: tuple[Pooling, ...] = ()
+    dimension: int = 1
+    normalize: bool = False
+    similarity: Similarity = "cosine"
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    include_prompt: bool = True
+    activation: Activation = "identity"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
+        if self.dimension < 1:
+            raise ValueError(f"dimension: expected at least 1, got {self.dimension}")
+        if self.default_prompt is not None and self.default_prompt not in self.prompts:
+            raise ValueError(f"default_prompt: '{self.default_prompt}' is not in prompts ({', '.join(self.prompts)})")
+        if ("pooling_mask" in self.inputs) == self.include_prompt:
+            raise ValueError("inputs: pooling_mask has to be there if and only if include_prompt is false")
+
+    @property
+    def output(self) -> str:
+        """Name of the graph's output: `sentence_embedding` [batch, dimension] or `scores` [batch], float32."""
+        return OUTPUT_OF_TASK[self.task]
+
+    def prompt_text(self, name: str | None) -> str:
+        """The text of a named prompt, "" for none.
+
+        Raises:
+            UsageError: no prompt has that name.
+        """
+        if name is None:
+            return self.prompts[self.default_prompt] if self.default_prompt is not None else ""
+        if name in self.prompts:
+            return self.prompts[name]
+        if name in ("query", "document"):
+            return ""
+        raise UsageError(f"prompt '{name}' does not exist ({nearest(name, {*self.prompts, 'query', 'document'})})")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object, *, source: str = "contract", error: type[RtxError] = BundleError) -> Contract:
+        return parse(cls, data, source=source, error=error)
