@@ -40,3 +40,28 @@ def padding_ratio(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     real = sum(lengths)
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return padded / real if real else 1.0
+
+
+def next_batch(lengths: Sequence[int], *, max_batch_tokens: int, max_batch_items: int) -> list[int]:
+    """The batch to run now out of a queue: the item that has waited longest, and those whose length is nearest to it.
+
+    Args:
+        lengths: tokens of each waiting item, oldest first; not empty.
+        max_batch_tokens: limit on `rows * longest row`, padding included; the oldest item runs even if it is longer.
+        max_batch_items: limit on the rows of the batch.
+
+    Returns:
+        Positions in `lengths`, the oldest item's (0) first.
+    """
+    by_distance = np.argsort(np.abs(np.asarray(lengths, dtype=np.int64) - lengths[0]), kind="stable").tolist()
+    batch = [0]
+    longest = lengths[0]
+    for index in by_distance:
+        if index == 0:
+            continue
+        longest_with = max(longest, lengths[index])
+        if len(batch) >= max_batch_items or (len(batch) + 1) * longest_with > max_batch_tokens:
+            break
+        batch.append(index)
+        longest = longest_with
+    return batch

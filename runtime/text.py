@@ -83,7 +83,7 @@ class TextPreprocessor:
             for index, text in enumerate(checked)
         ]
 
-    def encode_pairs(self, pairs: Sequence[tuple[object, object]]) -> list[Encoded | ItemError]:
+    def encode_pairs(self, pairs: Sequence[object]) -> list[Encoded | ItemError]:
         """Tokenise (query, document) pairs; the longer of the two is truncated first.
 
         The contract's default prompt, if it has one, goes before the query.

@@ -1,0 +1,77 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.errors import EngineError, MissingExtraError
+from rtx.runtime.text import Batch
+
+
+class OnnxEngine:
+    """A graph in an ONNX Runtime session on the CPU.
+
+    Args:
+        graph: the serialised model, or the path of its file (needed where the weights lie beside it).
+        output: name of the output to fetch; others are never computed into a copy.
+        threads: threads of one run; None for the cores that this process may use.
+        name: what error messages call the graph.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: the graph cannot be loaded.
+    """
+
+    def __init__(self, graph: bytes | Path, *, output: str, threads: int | None = None, name: str = "onnx") -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as missing:
+            raise MissingExtraError("onnxruntime", "cpu", "running an ONNX graph") from missing
+        self.name = name
+        self._output = output
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.inter_op_num_threads = 1
+        # 3 = errors: warnings about graph optimisation mean nothing to who embeds texts.
+        options.log_severity_level = 3
+        # Grow by what is asked for, not to the next power of two, and give a run's surplus back: without both, one long
+        # batch fixes the memory of the process at its own peak.
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = 3
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        providers = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
+        try:
+            model = graph if isinstance(graph, bytes) else os.fspath(graph)
+            self._session: Any = ort.InferenceSession(model, options, providers=providers)
+        except Exception as broken:  # onnxruntime raises classes of its own that share no base but Exception
+            raise EngineError(f"{name}: ONNX Runtime {ort.__version__} cannot load the graph: {broken}") from broken
+        self.input_names = tuple(node.name for node in self._session.get_inputs())
+        outputs = [node.name for node in self._session.get_outputs()]
+        if output not in outputs:
+            raise EngineError(f"{name}: the graph has no output '{output}' (it has {', '.join(outputs)})")
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        session = self._session
+        if session is None:
+            raise EngineError(f"{self.name}: the engine is closed")
+        try:
+            result: NDArray[np.float32] = session.run([self._output], batch, self._run_options)[0]
+        except Exception as broken:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
+            raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken
+        return result
+
+    def close(self) -> None:
+        self._session = None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

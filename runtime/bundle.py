@@ -1,0 +1,144 @@
+"""A bundle on disk: opened read-only, every file that is read compared with its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.engine import Engine
+from rtx.runtime.errors import BundleError, UsageError, nearest
+from rtx.runtime.golden import Golden
+from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
+from rtx.runtime.text import TextPreprocessor
+
+
+class Bundle:
+    """What `rtx export` wrote: graphs, tokenizer, contract, golden vectors, report.
+
+    Args:
+        path: the folder.
+        manifest: its manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read a bundle's manifest; graphs are read when an engine is asked for.
+
+        Raises:
+            BundleError: the folder is no bundle, or its manifest is damaged or of another format version.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(
+                f"{folder}: {'is a file' if folder.exists() else 'does not exist'}; expected a bundle folder"
+            )
+        try:
+            content = (folder / MANIFEST_FILE).read_bytes()
+        except FileNotFoundError as missing:
+            hint = (
+                "it looks like a checkpoint; `rtx export` makes a bundle of it"
+                if _is_checkpoint(folder)
+                else ("expected a folder that `rtx export` wrote")
+            )
+            raise BundleError(f"{folder}: has no {MANIFEST_FILE}; {hint}") from missing
+        except OSError as broken:
+            raise BundleError(f"{folder / MANIFEST_FILE}: cannot be read: {broken.strerror}") from broken
+        return cls(folder, Manifest.from_bytes(content))
+
+    def variant(self, name: str | None = None) -> tuple[str, Variant]:
+        """A variant and its name; None for the default.
+
+        Raises:
+            UsageError: there is none of that name; says why, if it was exported and rejected.
+        """
+        name = name or self.manifest.default_variant
+        if name in self.manifest.variants:
+            return name, self.manifest.variants[name]
+        if name in self.manifest.rejected:
+            raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
+        raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
+
+    def preprocessor(self, *, verify: bool = True) -> TextPreprocessor:
+        """The tokenizer with the contract.
+
+        Raises:
+            BundleError: the tokenizer is missing or damaged.
+        """
+        return TextPreprocessor(self.manifest.contract, self.read(TOKENIZER_FILE, verify=verify).decode())
+
+    def golden(self, *, verify: bool = True) -> Golden:
+        """The golden set.
+
+        Raises:
+            BundleError: it is missing or damaged.
+        """
+        return Golden.from_bytes(self.read(GOLDEN_FILE, verify=verify))
+
+    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> Engine:
+        """Load a variant.
+
+        Raises:
+            UsageError: there is no such variant.
+            BundleError: its file is missing or damaged.
+            EngineError: it cannot be loaded.
+        """
+        name, chosen = self.variant(variant)
+        output = self.manifest.contract.output
+        label = f"{self.path.name}:{name}"
+        if chosen.external:
+            # Weights beside the graph are found by its path, so it cannot be handed over as bytes.
+            for file in (chosen.file, *chosen.external):
+                if verify and (problem := self.check(file)):
+                    raise BundleError(f"{self.path}: {problem}")
+            return OnnxEngine(self.path / chosen.file, output=output, threads=threads, name=label)
+        graph = self.read(chosen.file, verify=verify)
+        return OnnxEngine(graph, output=output, threads=threads, name=label)
+
+    def read(self, file: str, *, verify: bool = True) -> bytes:
+        """A file's content.
+
+        Raises:
+            BundleError: it is missing, or is not the one that was written.
+        """
+        entry = self.manifest.files[file]
+        try:
+            content = (self.path / file).read_bytes()
+        except OSError as broken:
+            raise BundleError(f"{self.path}: {file} cannot be read: {broken.strerror}") from broken
+        if verify and (len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256):
+            raise BundleError(f"{self.path}: {file} was changed after it was written (its hash does not fit)")
+        return content
+
+    def check(self, file: str) -> str | None:
+        """Compare a file with its hash without holding it in memory: None, or what is wrong with it."""
+        entry = self.manifest.files[file]
+        try:
+            if (size := (self.path / file).stat().st_size) != entry.bytes:
+                return f"{file} has {size} bytes instead of {entry.bytes}"
+            with (self.path / file).open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as broken:
+            return f"{file} cannot be read: {broken.strerror}"
+        return None if digest == entry.sha256 else f"{file} was changed after it was written (its hash does not fit)"
+
+    def damaged(self) -> Iterator[str]:
+        """What is wrong with each file that is missing or changed, and each file that does not belong."""
+        for file in sorted(self.manifest.files):
+            if problem := self.check(file):
+                yield problem
+        known = {*self.manifest.files, MANIFEST_FILE}
+        for path in sorted(self.path.rglob("*")):
+            file = path.relative_to(self.path).as_posix()
+            if path.is_file() and file not in known:
+                yield f"{file} is not listed in {MANIFEST_FILE}"
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "modules.json").exists() or (folder / "config.json").exists()

@@ -1,0 +1,175 @@
+"""Texts to vectors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.kernels.pool import l2_normalize
+from rtx.kernels.quantize import quantize_binary, quantize_int8
+from rtx.runtime.engine import Budget, Engine
+from rtx.runtime.errors import UsageError
+from rtx.runtime.session import OnInvalid, Session, items_of
+from rtx.runtime.text import TextPreprocessor, check_text
+
+Precision = Literal["float32", "int8", "binary"]
+
+
+class Embedder:
+    """Embeds texts; safe to call from several threads, and from any number of tasks by `aembed`.
+
+    Args:
+        preprocessor: tokenises by the model's contract.
+        engine: runs the model.
+        budget: how much goes through the engine at once.
+
+    Raises:
+        UsageError: the contract is a reranker's.
+    """
+
+    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
+        if preprocessor.contract.task != "embed":
+            raise UsageError("this model is a reranker: open it with Reranker, or use `rtx rerank`")
+        self._session = Session(preprocessor, engine, budget)
+        self.contract = preprocessor.contract
+        self.engine = engine
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        threads: int | None = None,
+        budget: Budget | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Open a bundle.
+
+        Args:
+            bundle: folder that `rtx export` wrote.
+            variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
+            threads: threads of one run; None for all cores that the process may use.
+            budget: how much goes through the engine at once.
+            verify: compare the files that are read with the hashes in the manifest.
+
+        Raises:
+            BundleError: the folder is no bundle, is damaged, or of a version that this rtx does not read.
+            UsageError: there is no such variant, or the bundle holds a reranker.
+            EngineError: the graph could not be loaded.
+        """
+        session = Session.open(bundle, variant=variant, threads=threads, budget=budget, verify=verify)
+        return cls(session.preprocessor, session.engine, budget=session.budget)
+
+    def embed(
+        self,
+        items: Sequence[object],
+        *,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+        normalize: bool | None = None,
+        on_invalid: OnInvalid = "raise",
+    ) -> NDArray[Any]:
+        """Embed texts.
+
+        Args:
+            items: texts.
+            prompt: name of a prompt of the contract ("query", "document", ...); None for its default.
+            dimensions: keep the first so many (Matryoshka), normalised again if the model normalises.
+            precision: "int8" is a vector of norm 1 times 127, rounded; "binary" the signs, 8 to a byte.
+            normalize: None leaves vectors as the model makes them; True scales each to norm 1.
+            on_invalid: what an item that is no valid text does: "raise" before anything is computed, or "nan" for a row
+                of NaN (float32 only) while all others are embedded.
+
+        Returns:
+            [len(items), dimensions] float32 or int8; for "binary" uint8 [len(items), dimensions / 8].
+
+        Raises:
+            InvalidItemsError: lists every item that cannot be embedded.
+            UsageError: an argument does not fit the model.
+            EngineError: the engine failed.
+        """
+        self._check(prompt, dimensions, precision, normalize, on_invalid)
+        vectors = self._session.run(
+            items_of(items, "texts"),
+            lambda some: self._session.preprocessor.encode(some, prompt=prompt),
+            check_text,
+            on_invalid,
+        )
+        return self._finish(vectors, dimensions, precision, normalize)
+
+    async def aembed(
+        self,
+        items: Sequence[object],
+        *,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        precision: Precision = "float32",
+        normalize: bool | None = None,
+        on_invalid: OnInvalid = "raise",
+    ) -> NDArray[Any]:
+        """As `embed`, in common batches with all other requests that wait at the time."""
+        self._check(prompt, dimensions, precision, normalize, on_invalid)
+        vectors = await self._session.arun(
+            items_of(items, "texts"),
+            lambda some: self._session.preprocessor.encode(some, prompt=prompt),
+            on_invalid,
+        )
+        return self._finish(vectors, dimensions, precision, normalize)
+
+    def close(self) -> None:
+        """Give back the engine; requests that wait are cancelled."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(
+        self,
+        prompt: str | None,
+        dimensions: int | None,
+        precision: Precision,
+        normalize: bool | None,
+        on_invalid: OnInvalid,
+    ) -> None:
+        """All that can be said about the arguments before the first text is looked at."""
+        self.contract.prompt_text(prompt)
+        if dimensions is not None and not 1 <= dimensions <= self.contract.dimension:
+            raise UsageError(f"dimensions: expected 1 to {self.contract.dimension}, got {dimensions}")
+        if precision not in ("float32", "int8", "binary"):
+            raise UsageError(f"precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
+        if on_invalid not in ("raise", "nan"):
+            raise UsageError(f"on_invalid: expected 'raise' or 'nan', got {on_invalid!r}")
+        if on_invalid == "nan" and precision != "float32":
+            raise UsageError(f"on_invalid='nan' needs precision='float32': {precision} has no NaN")
+        if normalize is False and self.contract.normalize:
+            raise UsageError("normalize=False: this model normalises inside the graph; its vectors always have norm 1")
+        if precision == "int8" and not (normalize or self.contract.normalize):
+            raise UsageError(
+                "precision='int8' needs vectors of norm 1, and this model does not normalise: normalize=True"
+            )
+
+    def _finish(
+        self, vectors: NDArray[np.float32], dimensions: int | None, precision: Precision, normalize: bool | None
+    ) -> NDArray[Any]:
+        cut = dimensions is not None and dimensions < self.contract.dimension
+        if cut:
+            vectors = np.ascontiguousarray(vectors[:, :dimensions])
+        if (normalize and not self.contract.normalize) or (cut and self.contract.normalize):
+            vectors = l2_normalize(vectors)
+        if precision == "int8":
+            return quantize_int8(vectors)
+        if precision == "binary":
+            return quantize_binary(vectors)
+        return vectors

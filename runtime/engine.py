@@ -1,0 +1,80 @@
+"""The contract of every engine, and the one loop that runs items through one.
+
+An engine turns a padded batch into vectors or scores. It knows nothing of texts, prompts or order; what calls it knows
+nothing of ONNX Runtime, TensorRT or PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.batching import plan_batches
+from rtx.runtime.errors import UsageError
+from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+
+
+class Engine(Protocol):
+    """Runs a model. Safe to call from several threads at once."""
+
+    name: str
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """One padded batch through the model.
+
+        Args:
+            batch: by input name of the contract, [rows, tokens] int64.
+
+        Returns:
+            [rows, dimension] float32 vectors, or [rows] float32 scores.
+
+        Raises:
+            EngineError: the batch could not be run.
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds. Calling it twice is allowed; running afterwards is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much goes through the engine at once.
+
+    Attributes:
+        max_batch_tokens: limit on rows * longest row, padding included. On a CPU small batches are the fast ones: they
+            stay in the cache (docs/benchmarks.md).
+        max_batch_items: limit on the rows.
+    """
+
+    max_batch_tokens: int = 1024
+    max_batch_items: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_tokens", "max_batch_items"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def run_items(
+    engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded], budget: Budget
+) -> NDArray[np.float32]:
+    """Items through the engine in batches of similar length, results in the order of `items`.
+
+    Returns:
+        [len(items), dimension] or [len(items)] float32; of length 0 along the first axis if there are no items.
+    """
+    contract = preprocessor.contract
+    shape = (len(items), contract.dimension) if contract.task == "embed" else (len(items),)
+    results = np.empty(shape, dtype=np.float32)
+    batches = plan_batches(
+        [len(item.ids) for item in items],
+        max_batch_tokens=budget.max_batch_tokens,
+        max_batch_items=budget.max_batch_items,
+    )
+    for rows in batches:
+        results[rows] = engine.run(preprocessor.collate([items[row] for row in rows]))
+    return results

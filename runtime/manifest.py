@@ -1,0 +1,132 @@
+"""manifest.json: what is in a bundle, as frozen dataclasses.
+
+The file holds the SHA-256 of its own other content and is written in one canonical form, so that a change of any byte of
+it is found, as it is for every file that it lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rtx.runtime.contract import Contract
+from rtx.runtime.errors import BundleError
+from rtx.runtime.schema import parse
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GOLDEN_FILE = "golden.npz"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """SHA-256 (hexadecimal) and size of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a variant may be from the golden outputs that PyTorch made.
+
+    Attributes:
+        min_cosine: least cosine similarity of a vector to its golden one; 1 - the largest relative error for scores.
+        max_abs: largest absolute difference of any output number.
+    """
+
+    min_cosine: float
+    max_abs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One graph of the bundle.
+
+    Attributes:
+        file: path of the graph in the bundle.
+        precision: of the linear layers' weights.
+        tolerance: what it was held to when it was written, and is held to by `rtx verify`.
+        external: further files that hold its weights.
+    """
+
+    file: str
+    precision: Literal["fp32", "fp16", "int8"]
+    tolerance: Tolerance
+    external: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a bundle comes from.
+
+    Attributes:
+        source: name of the checkpoint (the folder's name or hub name, not its path on somebody's machine).
+        source_sha256: hash over the checkpoint's files.
+        created: UTC time in ISO 8601.
+        command: what wrote it.
+        versions: of rtx, torch, transformers, onnx, onnxruntime, Python.
+    """
+
+    source: str
+    source_sha256: str
+    created: str
+    command: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that the runtime needs to know of a bundle before it opens a graph."""
+
+    format_version: int
+    name: str
+    contract: Contract
+    variants: dict[str, Variant]
+    default_variant: str
+    files: dict[str, FileEntry]
+    provenance: Provenance
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.default_variant not in self.variants:
+            raise ValueError(f"default_variant: '{self.default_variant}' is not one of {', '.join(self.variants)}")
+        listed = {file for v in self.variants.values() for file in (v.file, *v.external)}
+        if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed} - set(self.files)):
+            raise ValueError(f"files: {', '.join(absent)} missing")
+
+    def to_bytes(self) -> bytes:
+        """The canonical content of manifest.json."""
+        body = dataclasses.asdict(self)
+        return _canonical({**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            BundleError: it is no JSON, was changed after it was written, is of another format version, or lacks something.
+        """
+        try:
+            data: dict[str, Any] = json.loads(content)
+            digest = data.pop("sha256")
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as broken:
+            raise BundleError(f"{MANIFEST_FILE}: is no manifest of rtx ({type(broken).__name__}: {broken})") from broken
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_FILE}: has format version {version}; this rtx reads version {FORMAT_VERSION}. "
+                "Export the checkpoint again, or install the rtx that wrote it"
+            )
+        body = _canonical(data)
+        if hashlib.sha256(body).hexdigest() != digest or content != _canonical({**data, "sha256": digest}):
+            raise BundleError(f"{MANIFEST_FILE}: was changed after it was written (its own hash does not fit)")
+        return parse(cls, data, source=MANIFEST_FILE, error=BundleError)
+
+
+def _canonical(data: object) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
