@@ -157,7 +157,7 @@ class Embedder:
             raise UsageError("normalize=False: this model normalises inside the graph; its vectors always have norm 1")
         if precision == "int8" and not (normalize or self.contract.normalize):
             raise UsageError(
-                "precision='int8' needs vectors of norm 1, and this model does not normalise: normalize=True"
+                "precision='int8' needs vectors of norm 1: this model does not normalise, so pass normalize=True"
             )
 
     def _finish(

@@ -1,7 +1,7 @@
 """Golden vectors: inputs, their tokens, and what PyTorch in fp32 made of them.
 
-They travel in the bundle, so that wherever it is opened the tokenizer and the graph can be held against the model that was
-trained: by the export gate before anything is written, by `rtx verify`, and at the start of a server.
+They travel in the bundle, so that wherever it is opened the tokenizer and the graph can be held against the model that
+was trained: by the export gate before anything is written, by `rtx verify`, and at the start of a server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Deviation:
     """How far outputs are from the golden ones.
 
     Attributes:
-        mean_cosine, min_cosine: of vectors; for scores 1 - |difference|, relative to the golden scores' largest magnitude.
+        mean_cosine, min_cosine: of vectors; for scores 1 - |difference| / largest magnitude of the golden scores.
         max_abs: largest absolute difference of any output number.
         worst: the item that is furthest away.
     """
@@ -54,7 +54,8 @@ def deviation(outputs: NDArray[np.float32], golden: NDArray[np.float32]) -> Devi
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    unit: NDArray[np.float64] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    return unit
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """manifest.json: what is in a bundle, as frozen dataclasses.
 
-The file holds the SHA-256 of its own other content and is written in one canonical form, so that a change of any byte of
-it is found, as it is for every file that it lists.
+The file holds the SHA-256 of its own other content and is written in one canonical form, so that a change of any byte
+of it is found, as it is for every file that it lists.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Manifest:
         """Read manifest.json.
 
         Raises:
-            BundleError: it is no JSON, was changed after it was written, is of another format version, or lacks something.
+            BundleError: it is no JSON, was changed after it was written, has another format version or lacks keys.
         """
         try:
             data: dict[str, Any] = json.loads(content)

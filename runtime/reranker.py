@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from rtx.runtime.session import OnInvalid, Session, items_of
 from rtx.runtime.text import TextPreprocessor, check_pair
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ranked:
     """A document's place in the list that was given, and its score."""
 
     index: int

@@ -117,7 +117,7 @@ class Scheduler:
 
 
 def _settle(request: _Request, *, error: BaseException | None = None) -> None:
-    # False: the caller cancelled while the batch ran; True is also what keeps a later cancel from racing with the result.
+    # False: the caller cancelled while the batch ran. True keeps a later cancel from racing with the result.
     if request.future.done() or not request.future.set_running_or_notify_cancel():
         return
     if error is not None:

@@ -88,7 +88,8 @@ class Session:
         rows, valid = _split(encoded, 0, items, on_invalid)
         results = self._empty(len(items))
         if valid:
-            results[rows] = await asyncio.wrap_future(self._started().submit(valid))
+            computed: NDArray[np.float32] = await asyncio.wrap_future(self._started().submit(valid))
+            results[rows] = computed
         return results
 
     def close(self) -> None:

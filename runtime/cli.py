@@ -1,0 +1,112 @@
+"""The command `rtx`: a table of commands, each loaded only when it is called.
+
+This is the one place in the runtime that names the rooms `trainer` and `export`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from rtx.runtime.errors import CheckpointError, MissingExtraError, RtxError
+
+if TYPE_CHECKING:
+    from rtx.runtime.embedder import Embedder
+    from rtx.runtime.reranker import Reranker
+
+
+class _Command(NamedTuple):
+    target: str
+    help: str
+    extra: str = ""
+
+
+_COMMANDS = {
+    "finetune": _Command("rtx.trainer.command:finetune", "Finetune an embedder or a reranker.", "train"),
+    "export": _Command("rtx.export.command:export", "Turn a checkpoint into a bundle, through the gate.", "export"),
+    "verify": _Command("rtx.runtime.commands.verify:verify", "Check a bundle: hashes, contract, golden vectors."),
+    "info": _Command("rtx.runtime.commands.info:info", "Show what is in a bundle, or what this machine can run."),
+    "embed": _Command("rtx.runtime.commands.embed:embed", "Embed the texts of a file."),
+    "rerank": _Command("rtx.runtime.commands.rerank:rerank", "Score or order the documents of each query of a file."),
+    "eval": _Command("rtx.runtime.commands.eval:evaluate", "Measure ranking quality on an evaluation set."),
+    "bench": _Command("rtx.runtime.commands.bench:bench", "Measure latency, throughput and parity; write a report."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Shows help without importing a command, and turns RtxError into one line and its exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        target, _, extra = _COMMANDS[cmd_name]
+        module, attribute = target.split(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        except ModuleNotFoundError as missing:
+            if not extra or (missing.name or "").startswith("rtx"):
+                raise
+            raise MissingExtraError(missing.name or "?", extra, f"rtx {cmd_name}") from missing
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RtxError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # `rtx embed ... | head`: who reads has seen enough. Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rtx-retrieval", prog_name="rtx")
+def main() -> None:
+    """Retrieval models from finetuning to production without losing what they learned.
+
+    \b
+    rtx finetune → a checkpoint → rtx export → a bundle → rtx embed, rerank, bench
+    """
+
+
+def open_model(
+    path: str | os.PathLike[str], *, variant: str | None = None, threads: int | None = None
+) -> Embedder | Reranker:
+    """A bundle on its engine, or a checkpoint on PyTorch: what measures models takes both.
+
+    Raises:
+        BundleError, CheckpointError: the folder is neither, or is damaged.
+        MissingExtraError: it is a checkpoint and torch is not installed.
+    """
+    from rtx.runtime.bundle import Bundle
+    from rtx.runtime.embedder import Embedder
+    from rtx.runtime.manifest import MANIFEST_FILE
+    from rtx.runtime.reranker import Reranker
+
+    folder = Path(path)
+    if (folder / MANIFEST_FILE).exists():
+        task = Bundle.open(folder).manifest.contract.task
+        kind = Embedder if task == "embed" else Reranker
+        return kind.open(folder, variant=variant, threads=threads)
+    if variant is not None:
+        raise CheckpointError(f"{folder}: is a checkpoint; variants ('{variant}') exist in bundles only")
+    try:
+        from rtx.trainer.model import RetrievalModel
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(missing.name or "torch", "train", f"opening the checkpoint {folder}") from missing
+    model = RetrievalModel.load(path)
+    kind = Embedder if model.contract.task == "embed" else Reranker
+    return kind(model.preprocessor, model.engine())
