@@ -1,1 +1,29 @@
-"""placeholder"""
+"""The trainer: load, finetune and save retrieval models. Needs the extra `train`.
+
+Names are imported when they are asked for, so that `rtx.trainer.config` can be read without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rtx.trainer.model import RetrievalModel as RetrievalModel
+
+# Public name -> the module that defines it.
+_MODULES = {
+    "RetrievalModel": "rtx.trainer.model",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

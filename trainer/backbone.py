@@ -1,0 +1,272 @@
+"""The transformer and the tokenizer of a checkpoint, loaded through transformers and checked.
+
+transformers goes on with random weights where a checkpoint's are misspelt and with an empty vocabulary where the
+tokenizer's files are missing. Here each of these is an error that names what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from torch import nn
+
+from rtx.runtime.contract import GraphInput
+from rtx.runtime.errors import CheckpointError
+from rtx.trainer.checkpoint import Layout
+
+# What `from_pretrained` raises for a checkpoint that it cannot use.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+# Buffers that older versions of transformers saved and newer ones compute.
+_COMPUTED = (".position_ids", ".inv_freq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk or on the Hugging Face hub.
+
+    Attributes:
+        name: the folder, or the repository's name.
+        folder: where its JSON files lie on this machine.
+        revision: the repository's commit; None for a folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @classmethod
+    def open(cls, name: str, revision: str | None = None) -> Source:
+        """Find a checkpoint; the small files of one on the hub are fetched.
+
+        Raises:
+            CheckpointError: it is neither a folder nor a repository that can be fetched.
+        """
+        if Path(name).is_dir():
+            return cls(name, Path(name))
+        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise CheckpointError(f"{name}: no such folder")
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as broken:
+            reason = str(broken).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{name}: neither a folder nor a repository that can be fetched: {reason}"
+            ) from broken
+        return cls(name, folder, folder.name)
+
+    def find(self, file: str) -> Path | None:
+        """A file of the checkpoint; None if it does not have it."""
+        if self.revision is None:
+            path = self.folder / file
+            return path if path.is_file() else None
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.name, file, revision=self.revision))
+        except huggingface_hub.errors.EntryNotFoundError:
+            return None
+
+    def arguments(self, layout: Layout) -> dict[str, Any]:
+        """What tells `from_pretrained` where to look."""
+        return {"revision": self.revision, "subfolder": layout.backbone_folder}
+
+    def path_of(self, layout: Layout, file: str = "") -> str:
+        """For messages."""
+        return "/".join(part for part in (self.name.rstrip("/"), layout.backbone_folder, file) if part)
+
+
+def load_backbone(
+    source: Source,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Any:
+    """The transformer: without a head for an embedder, with one logit for a reranker. In evaluation mode.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or weights are missing, left over or of another shape.
+    """
+    location = {**source.arguments(layout), "trust_remote_code": trust_remote_code}
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(source.name, **{**layout.config_kwargs, **location})
+            _check_config(config, source, layout)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
+            if layout.new_classifier:
+                config.num_labels = 1
+            loader = (
+                transformers.AutoModel if layout.task == "embed" else transformers.AutoModelForSequenceClassification
+            )
+            options = {**layout.model_kwargs, **location, "config": config, "dtype": dtype}
+            if attn_implementation is not None:
+                options["attn_implementation"] = attn_implementation
+            backbone, info = loader.from_pretrained(source.name, **options, output_loading_info=True)
+    except _LOADING_ERRORS as broken:
+        raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {broken}") from broken
+    _check_weights(backbone, info, source, layout)
+    return backbone.eval()
+
+
+def _check_config(config: Any, source: Source, layout: Layout) -> None:
+    where = source.path_of(layout, "config.json")
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{where}: {config.model_type} is an encoder-decoder; expected an encoder or a decoder")
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise CheckpointError(f"{where}: {config.model_type} has no hidden_size; expected a text model")
+    if layout.task == "rerank" and not layout.new_classifier and config.num_labels != 1:
+        raise CheckpointError(f"{where}: expected a reranker with one label, got {config.num_labels} labels")
+
+
+def _check_weights(backbone: Any, info: Mapping[str, Any], source: Source, layout: Layout) -> None:
+    prefix = f"{backbone.base_model_prefix}."
+    inner = getattr(backbone, backbone.base_model_prefix, backbone)
+    inner_names = {name for name, _ in inner.named_children()} | {name for name, _ in inner.named_parameters()}
+
+    def inside(key: str) -> bool:
+        """Whether a weight belongs to the transformer itself, and not to a head of some task."""
+        return key.removeprefix(prefix).partition(".")[0] in inner_names and not key.endswith(_COMPUTED)
+
+    def needed(key: str) -> bool:
+        # The pooler is BERT's own pooling: an embedder never runs it, and a new classifier trains it.
+        return inside(key) and not key.removeprefix(prefix).startswith("pooler.")
+
+    missing = sorted(key for key in info["missing_keys"] if not (_starts_new(layout) and not needed(key)))
+    unexpected = sorted(key for key in info["unexpected_keys"] if inside(key))
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    found = [
+        f"{what}: {_shorten(keys)}"
+        for what, keys in (("missing", missing), ("not of this model", unexpected), ("of another shape", mismatched))
+        if keys
+    ]
+    if found:
+        raise CheckpointError(
+            f"{source.path_of(layout)}: the weights are not those of {type(backbone).__name__} as config.json describes"
+            f" it; {'; '.join(found)}"
+        )
+
+
+def _starts_new(layout: Layout) -> bool:
+    return layout.task == "embed" or layout.new_classifier
+
+
+def _shorten(keys: list[str], shown: int = 8) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
+
+
+def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer, with `do_lower_case` applied and a padding token.
+
+    Raises:
+        CheckpointError: it is missing, cannot be loaded, or has no fast form.
+    """
+    where = source.path_of(layout)
+    location = {**source.arguments(layout), "trust_remote_code": trust_remote_code}
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source.name, **{**layout.tokenizer_kwargs, **location}
+            )
+    except (*_LOADING_ERRORS, ImportError) as broken:
+        raise CheckpointError(f"{where}: no tokenizer that transformers can load: {broken}") from broken
+    files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if not any(source.find(str(Path(layout.backbone_folder) / name)) for name in files):
+        raise CheckpointError(f"{where}: the tokenizer is missing; expected one of {', '.join(files)}")
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{where}: {type(tokenizer).__name__} has no fast form; expected a tokenizer.json")
+    if layout.do_lower_case:
+        _lowercase_first(tokenizer.backend_tokenizer)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(f"{where}: the tokenizer has neither a padding token nor an end token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _lowercase_first(backend: Tokenizer) -> None:
+    normalizer: Any = backend.normalizer
+    steps = (
+        [] if normalizer is None else list(normalizer) if isinstance(normalizer, NormalizerSequence) else [normalizer]
+    )
+    if not any(isinstance(step, Lowercase) for step in steps):
+        backend.normalizer = NormalizerSequence([Lowercase(), *steps])
+
+
+def tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer as transformers runs it, as the content of a tokenizer.json without padding and truncation."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return str(backend.to_str())
+
+
+def graph_inputs(backbone: Any, tokenizer: Any) -> tuple[GraphInput, ...]:
+    """The inputs that the backbone reads and the tokenizer gives."""
+    names: list[GraphInput] = ["input_ids", "attention_mask"]
+    reads = inspect.signature(backbone.forward).parameters
+    # DeBERTa takes segment ids and ignores them unless it has embeddings for them.
+    segments = getattr(backbone.config, "type_vocab_size", None) != 0
+    if "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in reads and segments:
+        names.append("token_type_ids")
+    return tuple(names)
+
+
+def position_limit(backbone: Any) -> int | None:
+    """The number of positions that the backbone has embeddings for; None if it computes positions.
+
+    RoBERTa and its kin count positions from behind the padding index: of 514 embeddings 512 can be used.
+    """
+    limits = [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for module in backbone.modules()
+        if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding)
+    ]
+    return min(limits, default=None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report on weights, which is checked here instead."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def save_backbone(backbone: Any, tokenizer: Any, folder: Path) -> None:
+    """Write config.json, the weights and the tokenizer's files."""
+    with _quiet():
+        backbone.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def check_vocabulary(backbone: Any, tokenizer: Any, where: str) -> None:
+    """Raise CheckpointError if the tokenizer gives ids that the backbone has no embedding for."""
+    largest, rows = max(_ids(tokenizer), default=0), backbone.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise CheckpointError(f"{where}: the tokenizer gives ids up to {largest}, but the model has {rows} embeddings")
+
+
+def _ids(tokenizer: Any) -> Iterable[int]:
+    ids: Iterable[int] = tokenizer.get_vocab().values()
+    return ids

@@ -1,0 +1,77 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rtx.runtime.errors import UsageError
+
+
+@contextlib.contextmanager
+def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Path]:
+    """Fill a temporary folder beside `target`, and put it in its place when the block ends without an error.
+
+    Args:
+        target: what is to be there afterwards. A folder of the same kind is replaced.
+        marker: file that a folder of this kind has; a folder that is neither empty nor has it is left alone.
+
+    Raises:
+        UsageError: something else is in the way.
+    """
+    target = target.absolute()
+    if target.exists() and not _may_replace(target, marker):
+        raise UsageError(
+            f"{target}: is in the way: neither an empty folder nor one with a {marker}; nothing was written"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield written
+        # mkdtemp makes folders that only their owner can open.
+        written.chmod(0o777 & ~_umask())
+        _sync(written)
+        _swap(written, target)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _may_replace(target: Path, marker: str) -> bool:
+    return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+
+
+def _swap(written: Path, target: Path) -> None:
+    """A folder cannot be renamed onto one that has files: the old one moves out of the way first."""
+    if not target.exists():
+        written.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        written.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file and folder in it to the disk, so that a rename cannot outlive what it names."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    # There is no way of reading it but setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""The op `pool` (contract: `rtx.kernels.pool`) in PyTorch, and what follows it: Dense and L2 normalisation.
+
+All of it traces with `torch.export` at dynamic shapes: no branch on data, no boolean indexing, no `.item()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rtx.kernels.pool import NORM_EPSILON
+
+
+def pool(
+    hidden: Tensor,
+    attention_mask: Tensor,
+    modes: Sequence[str],
+    *,
+    pooling_mask: Tensor | None = None,
+) -> Tensor:
+    """One vector for each row of token vectors.
+
+    Args:
+        hidden: [rows, tokens, dim], any floating type.
+        attention_mask: [rows, tokens], 1 for a token and 0 for padding.
+        modes: from `rtx.kernels.pool.MODES`, concatenated in this order.
+        pooling_mask: [rows, tokens], 1 for a token that is pooled; None for all that are attended.
+
+    Returns:
+        [rows, dim * len(modes)] float32; zeros for a row in which nothing is pooled.
+    """
+    mask = attention_mask if pooling_mask is None else pooling_mask
+    return torch.cat([_pool_one(hidden, mask, attention_mask, mode) for mode in modes], dim=-1)
+
+
+def _pool_one(hidden: Tensor, mask: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
+    pooled = (mask != 0).unsqueeze(-1)
+    if mode in ("cls", "lasttoken"):
+        # Counted from the far end, so that a column that is not pooled (0) never is the largest.
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=torch.int64)
+        distance = columns if mode == "lasttoken" else columns.flip(0)
+        found, index = (distance * pooled.squeeze(-1)).max(dim=1, keepdim=True)
+        token = torch.take_along_dim(hidden, index.unsqueeze(-1), dim=1).squeeze(1).float()
+        return torch.where(found > 0, token, 0.0)
+    if mode == "max":
+        largest = torch.where(pooled, hidden.float(), -torch.inf).amax(dim=1)
+        return torch.where(pooled.any(dim=1), largest, 0.0)
+    # A choice, not a product: what an attention leaves at padding may be NaN, and NaN times zero is NaN.
+    tokens = torch.where(pooled, hidden.float(), 0.0)
+    weights = pooled.float()
+    if mode == "weightedmean":
+        weights = weights * (attention_mask != 0).long().cumsum(dim=1).unsqueeze(-1).float()
+        tokens = tokens * weights
+    elif mode not in ("mean", "mean_sqrt_len_tokens"):
+        raise ValueError(f"pooling mode '{mode}' does not exist")
+    divisor = weights.sum(dim=1)
+    if mode == "mean_sqrt_len_tokens":
+        divisor = divisor.sqrt()
+    return tokens.sum(dim=1) / divisor.clamp(min=1.0)
+
+
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """Vectors [..., dim] divided by their L2 norm, in float32; a zero vector stays zero."""
+    return nn.functional.normalize(vectors.float(), p=2.0, dim=-1, eps=NORM_EPSILON)
+
+
+class Normalize(nn.Module):
+    """`l2_normalize` as a link of the chain that follows pooling."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return l2_normalize(vectors)
+
+
+class Dense(nn.Module):
+    """A linear layer with an activation, and the residual that Sentence Transformers has since 5.7.
+
+    activation(linear(x)), and if `use_residual` plus x, or plus residual(x) where the widths differ. The parameters are
+    named as in a Sentence Transformers checkpoint.
+
+    Args:
+        in_features, out_features: widths.
+        bias: whether the linear layer has one; the residual never has.
+        activation: applied to the linear layer's result.
+        use_residual: add the input to the result.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, activation: nn.Module, use_residual: bool
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = activation
+        self.use_residual = use_residual
+        self.residual = (
+            nn.Linear(in_features, out_features, bias=False) if use_residual and in_features != out_features else None
+        )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """[rows, in_features] float32 to [rows, out_features] float32."""
+        vectors = vectors.to(self.linear.weight.dtype)
+        result: Tensor = self.activation(self.linear(vectors))
+        if self.use_residual:
+            result = result + (vectors if self.residual is None else self.residual(vectors))
+        return result.float()
