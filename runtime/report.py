@@ -174,7 +174,7 @@ def _heading(column: Column) -> str:
     if column.color is not None:
         shown = Html(f'<span class="subject"><span class="dot b{column.color % COLORS}"></span>{shown}</span>')
     note = f"<small>{text(column.note)}</small>" if column.note else ""
-    return f'<th{_class("left" if column.left else "")} scope="col">{dot}{text(column.heading)}{note}</th>'
+    return f'<th{_class("left" if column.left else "")} scope="col">{shown}{note}</th>'
 
 
 def _cell(cell: str | Cell, column: Column, *, first: bool) -> str:
