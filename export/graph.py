@@ -1,0 +1,175 @@
+"""PyTorch to one plain ONNX graph: dynamic batch and length, with pooling, head, norm and Matryoshka cut inside."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from rtx.runtime.errors import RtxError
+from rtx.trainer.model import RetrievalModel
+
+# Opset 23 has an Attention operator that TensorRT-RTX and ONNX Runtime do not take in every form.
+OPSET = 20
+CONTRACT_KEY = "rtx.contract"
+BACKBONE = "model.backbone"
+# Where the transformer ends and the score begins in the classification models of transformers.
+_SCORING = tuple(f"{BACKBONE}.{name}" for name in ("classifier", "score", "pooler", "head"))
+# What the exporter notes at each node: where it comes from. Read while variants are derived, not written to disk, since
+# it holds paths of this machine.
+_NOTES = "pkg.torch.onnx."
+
+
+class ExportError(RtxError):
+    """The graph could not be made; exit code of the tree's root."""
+
+
+class _Exported(nn.Module):
+    """The model as its graph: named inputs, float32 outputs."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "pooling_mask": pooling_mask,
+        }
+        batch = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if self.model.task == "rerank":
+            return (self.model.activate(self.model(batch)),)
+        hidden = self.model.encode_tokens(batch)
+        return self.model.finish(self.model.pool(hidden, batch)), hidden.float()
+
+
+def export_graph(model: RetrievalModel) -> ir.Model:
+    """Export a model in float32.
+
+    Inputs are those of the contract, [batch, tokens] int64. Outputs are `sentence_embedding` [batch, dimension] and
+    `token_embeddings` [batch, tokens, hidden] (for loaders that pool by themselves), or `scores` [batch]; all float32.
+
+    Args:
+        model: on the CPU, in float32.
+
+    Raises:
+        ExportError: torch.onnx cannot export this architecture.
+    """
+    contract = model.contract
+    # At least two rows and columns: torch.export takes a size of one for a constant.
+    tokens = min(8, contract.max_tokens)
+    example = torch.ones((2, tokens), dtype=torch.int64)
+    masked = example.clone()
+    masked[1, tokens // 2 :] = 0
+    inputs = {name: masked if name.endswith("mask") else example * 0 for name in contract.inputs}
+    inputs["input_ids"] = torch.randint(
+        0, model.backbone.config.vocab_size, example.shape, generator=torch.Generator().manual_seed(0)
+    )
+    batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
+    token_axis = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
+    outputs = [contract.output, *(["token_embeddings"] if contract.task == "embed" else [])]
+    with _exporting(model):
+        try:
+            program = torch.onnx.export(
+                _Exported(model).eval(),
+                (),
+                kwargs=inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes={name: {0: batch_axis, 1: token_axis} for name in inputs},
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as broken:
+            kind = type(model.backbone).__name__
+            raise ExportError(f"torch.onnx cannot export {kind}: {str(broken).strip().splitlines()[0]}") from broken
+    assert program is not None
+    graph = cast(ir.Model, program.model)
+    graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
+    graph.producer_name = "rtx"
+    return graph
+
+
+def strip_notes(model: ir.Model) -> None:
+    """Remove in place what the exporter noted about sources and stack frames."""
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for key in [key for key in model.graph.metadata_props if key.startswith(_NOTES)]:
+        del model.graph.metadata_props[key]
+
+
+def scopes(node: ir.Node) -> list[str]:
+    """Names of the modules that a node comes from, outermost first: "model", "model.backbone", ..."""
+    return _note(node, "name_scopes")
+
+
+def classes(node: ir.Node) -> list[str]:
+    """Class names of the modules that a node comes from, outermost first."""
+    return [name.rpartition(".")[2] for name in _note(node, "class_hierarchy")[:-1]]
+
+
+def is_scoring(node: ir.Node) -> bool:
+    """Whether a node belongs to pooling, head or classifier, which stay float32 in every variant."""
+    names = scopes(node)
+    return BACKBONE not in names or any(name in _SCORING for name in names)
+
+
+def is_norm(node: ir.Node) -> bool:
+    """Whether a node belongs to a LayerNorm, RMSNorm or the like."""
+    return node.op_type == "LayerNormalization" or any(name.endswith("Norm") for name in classes(node))
+
+
+def constant_matrix(value: ir.Value | None) -> ir.Value | None:
+    """The value if it is a two-dimensional floating point weight of the graph, else None."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    tensor = value.const_value
+    return value if len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT else None
+
+
+def _note(node: ir.Node, key: str) -> list[str]:
+    return cast(list[str], ast.literal_eval(node.metadata_props.get(_NOTES + key, "[]")))
+
+
+@contextlib.contextmanager
+def _exporting(model: RetrievalModel) -> Iterator[None]:
+    """Attention written out, no gradients, and the exporter's remarks kept off the screen."""
+    # Written out it is MatMul, Softmax, MatMul; the fused form exports with a check for NaN in every layer, which costs
+    # time and hides the pattern from graph optimisers.
+    config: Any = model.backbone.config
+    chosen = config._attn_implementation
+    was_training = model.training
+    model.eval()
+    model.backbone.set_attn_implementation("eager")
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        model.backbone.set_attn_implementation(chosen)
+        model.train(was_training)

@@ -1,0 +1,112 @@
+"""The op `int8_linear`: y = x @ W + b with 8-bit operands, one activation scale per token, one weight scale per channel.
+
+    W ≈ scale_w[out] * (Wq - 128)                                     Wq uint8 [in, out], symmetric about 128
+    x ≈ centre[t] + scale_x[t] * (xq - 128)                           xq uint8 [tokens, in], each token by itself
+    y = scale_x[t] * scale_w[out] * (xq - 128) @ (Wq - 128) + centre[t] * column_sum[out] + b
+
+The product is of integers and exact (|sum| <= 127 * 127 * in < 2**31 for in <= 133,000), so that y differs from x @ W only
+by the two roundings. Every token is quantised by its own range: what else is in the batch does not change it. The centre
+makes use of all 255 steps where a token's values lie off zero. Its share of the product is a multiple of the column sums of
+the *rounded* weight: with those of the weight before rounding, the rounding errors would meet x - centre instead of x, and
+where an outlier pulls the centre away from the bulk that is the larger of the two (cosine .980 instead of .999 on MiniLM).
+
+Both operands are unsigned because without VNNI x86 multiplies u8 by s8 with a saturating 16-bit sum (vpmaddubsw), which is
+not exact; u8 by u8 is computed in 32 bits everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+ZERO_POINT = 128
+LEVELS = 127
+# Below this a range counts as empty: division by a subnormal scale would overflow.
+SMALLEST_SCALE = 1e-30
+
+
+class Int8Weight(NamedTuple):
+    """A quantised weight.
+
+    Attributes:
+        values: [in, out] uint8, zero point 128.
+        scale: [out] float32.
+        column_sum: [out] float32, of the weight that the integers stand for.
+    """
+
+    values: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    column_sum: NDArray[np.float32]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """[in, out] float32: the weight that the integers stand for; off by at most scale / 2."""
+        return (self.values.astype(np.float32) - np.float32(ZERO_POINT)) * self.scale
+
+
+class Int8Rows(NamedTuple):
+    """Quantised rows of an embedding table.
+
+    Attributes:
+        values: [rows, dim] int8.
+        scale: [rows, 1] float32.
+    """
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+
+def quantize_weight(weight: NDArray[np.floating]) -> Int8Weight:
+    """Round a weight [in, out] to 8 bits, each output channel by its largest magnitude.
+
+    Raises:
+        ValueError: the weight is not two-dimensional, or holds NaN or infinity.
+    """
+    wide = _finite_matrix(weight)
+    scale = np.maximum(np.abs(wide).max(axis=0) / LEVELS, SMALLEST_SCALE)
+    steps = np.rint(wide / scale)
+    column_sum = steps.sum(axis=0) * scale
+    return Int8Weight((steps + ZERO_POINT).astype(np.uint8), scale.astype(np.float32), column_sum.astype(np.float32))
+
+
+def quantize_rows(table: NDArray[np.floating]) -> Int8Rows:
+    """Round a table [rows, dim] to 8 bits, each row by its largest magnitude.
+
+    Raises:
+        ValueError: the table is not two-dimensional, or holds NaN or infinity.
+    """
+    wide = _finite_matrix(table)
+    scale = np.maximum(np.abs(wide).max(axis=1, keepdims=True) / LEVELS, SMALLEST_SCALE)
+    return Int8Rows(np.rint(wide / scale).astype(np.int8), scale.astype(np.float32))
+
+
+def int8_linear(
+    x: NDArray[np.float32], weight: Int8Weight, bias: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Reference of the op.
+
+    Args:
+        x: [..., in] float32.
+        weight: of a matrix [in, out].
+        bias: [out] float32, or None.
+
+    Returns:
+        [..., out] float32.
+    """
+    high, low = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
+    centre = (high + low) * np.float32(0.5)
+    scale = np.maximum((high - low) * np.float32(0.5 / LEVELS), np.float32(SMALLEST_SCALE))
+    steps = np.clip(np.rint((x - centre) / scale), -LEVELS - 1, LEVELS).astype(np.int64)
+    product = steps @ (weight.values.astype(np.int64) - ZERO_POINT)
+    y = product.astype(np.float32) * weight.scale * scale + centre * weight.column_sum
+    return y if bias is None else y + bias
+
+
+def _finite_matrix(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
+    if matrix.ndim != 2:
+        raise ValueError(f"expected a matrix, got shape {list(matrix.shape)}")
+    wide = matrix.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError("holds NaN or infinity")
+    return wide
