@@ -14,7 +14,24 @@ import pytest
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
 
-_WORDS = ["the", "a", "of", "in", "to", "and", "is", "for", "with", "on", "how", "what", "code", "file", "text", "query"]
+_WORDS = [
+    "the",
+    "a",
+    "of",
+    "in",
+    "to",
+    "and",
+    "is",
+    "for",
+    "with",
+    "on",
+    "how",
+    "what",
+    "code",
+    "file",
+    "text",
+    "query",
+]
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 _SIZES = {
     "hidden_size": 32,

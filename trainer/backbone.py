@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 
 from rtx.runtime.contract import GraphInput
 from rtx.runtime.errors import CheckpointError
-from rtx.trainer.checkpoint import Layout
+from rtx.trainer.layout import Layout
 
 # What `from_pretrained` raises for a checkpoint that it cannot use.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -198,10 +198,10 @@ def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = 
 
 
 def _lowercase_first(backend: Tokenizer) -> None:
-    normalizer: Any = backend.normalizer
-    steps = (
-        [] if normalizer is None else list(normalizer) if isinstance(normalizer, NormalizerSequence) else [normalizer]
-    )
+    normalizer = backend.normalizer
+    steps: list[Any] = []
+    if normalizer is not None:
+        steps = [*cast(Any, normalizer)] if isinstance(normalizer, NormalizerSequence) else [normalizer]
     if not any(isinstance(step, Lowercase) for step in steps):
         backend.normalizer = NormalizerSequence([Lowercase(), *steps])
 

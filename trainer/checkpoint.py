@@ -21,13 +21,16 @@ from typing import Any, cast, get_args
 from rtx.runtime.contract import Activation, Pooling, Similarity, Task
 from rtx.runtime.errors import CheckpointError
 from rtx.runtime.schema import parse
+from rtx.trainer.layout import DenseConfig, HeadModule, Layout, NormalizeConfig
 
 # The version of the layout that is written. sentence-transformers warns about folders newer than itself.
 LAYOUT_VERSION = "6.0.0"
 
-SUPPORTED_CHAINS = "Transformer, Pooling, then any of Dense and Normalize (an embedder); Transformer (a cross-encoder)"
-
-_EMBEDDING = "sentence_embedding"
+# By kind of model: the modules it starts with, and those that may follow in any number.
+_CHAINS = {
+    "SentenceTransformer": (["Transformer", "Pooling"], ["Dense", "Normalize"]),
+    "CrossEncoder": (["Transformer"], []),
+}
 _TYPES = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
@@ -58,33 +61,6 @@ _MODULE_OUTPUT: dict[Task, str] = {"embed": "token_embeddings", "rerank": "score
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
-    """`config.json` of a Dense module; `activation_function` is the dotted name of a class of torch.nn."""
-
-    in_features: int
-    out_features: int
-    bias: bool = True
-    activation_function: str = "torch.nn.modules.activation.Tanh"
-    use_residual: bool = False
-    module_input_name: str = _EMBEDDING
-    module_output_name: str | None = _EMBEDDING
-
-    def __post_init__(self) -> None:
-        _check_names(self.module_input_name, self.module_output_name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormalizeConfig:
-    """`config.json` of a Normalize module."""
-
-    module_input_name: str = _EMBEDDING
-    module_output_name: str | None = _EMBEDDING
-
-    def __post_init__(self) -> None:
-        _check_names(self.module_input_name, self.module_output_name)
-
-
-@dataclass(frozen=True, kw_only=True)
 class _PoolingConfig:
     pooling_mode: tuple[Pooling, ...]
     embedding_dimension: int | None = None
@@ -111,54 +87,6 @@ class _TransformerConfig:
     config_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Module:
-    """A link of the chain after pooling, and the folder that holds it."""
-
-    config: DenseConfig | NormalizeConfig
-    folder: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A checkpoint's Sentence Transformers side.
-
-    Attributes:
-        task: "embed" or "rerank".
-        backbone_folder: where the transformer and the tokenizer lie in the checkpoint; "" for its root.
-        new_classifier: the reranker's classification head is not in the checkpoint and starts at random.
-        pooling: modes of an embedder.
-        pooling_dimension: width that the pooling module expects of the backbone; None if it does not say.
-        include_prompt: False if pooling leaves out the prompt.
-        head: what follows pooling, in order.
-        max_tokens: limit on length; None for the tokenizer's and the backbone's own.
-        do_lower_case: lowercase before the tokenizer, whatever it does by itself.
-        prompts, default_prompt: texts put before items, by name.
-        similarity: how vectors are compared.
-        truncate_dim: the Matryoshka cut; None for none.
-        activation: what turns a reranker's logit into its score.
-        model_kwargs, tokenizer_kwargs, config_kwargs: passed to `from_pretrained`.
-    """
-
-    task: Task
-    backbone_folder: str = ""
-    new_classifier: bool = False
-    pooling: tuple[Pooling, ...] = ()
-    pooling_dimension: int | None = None
-    include_prompt: bool = True
-    head: tuple[Module, ...] = ()
-    max_tokens: int | None = None
-    do_lower_case: bool = False
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None
-    similarity: Similarity = "cosine"
-    truncate_dim: int | None = None
-    activation: Activation = "identity"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    config_kwargs: dict[str, Any] = field(default_factory=dict)
-
-
 def read_layout(folder: Path, task: Task | None = None) -> Layout:
     """Read what a checkpoint says about its model.
 
@@ -172,25 +100,22 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
     """
     chain = _read_chain(folder)
     backbone_folder = chain[0][1] if chain else ""
-    backbone = _read_object(folder / backbone_folder / "config.json")
-    if backbone is None:
-        raise CheckpointError(
-            f"{folder / backbone_folder / 'config.json'}: missing; expected a Sentence Transformers checkpoint or a "
-            "Hugging Face model"
-        )
+    model = _read_object(folder / "config_sentence_transformers.json") or {}
+    kind = str(model.get("model_type", "SentenceTransformer"))
+    if chain:
+        _check_chain(folder, chain, kind)
     if (folder / backbone_folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds a PEFT adapter, not a whole model; merge it into its base model first")
-    model = _read_object(folder / "config_sentence_transformers.json") or {}
-    kind = model.get("model_type", "SentenceTransformer") if chain else None
-    if kind == "SentenceTransformer" and task in (None, "embed"):
-        return _read_embedder(folder, chain, model)
-    if kind == "CrossEncoder" and task in (None, "rerank"):
-        return _read_reranker(folder, chain, model, backbone)
-    if kind not in (None, "SentenceTransformer", "CrossEncoder"):
+    backbone = _read_object(folder / backbone_folder / "config.json")
+    if backbone is None:
+        missing = folder / backbone_folder / "config.json"
         raise CheckpointError(
-            f"{folder / 'config_sentence_transformers.json'}: model_type: expected SentenceTransformer or CrossEncoder,"
-            f" got {kind!r}"
+            f"{missing}: missing; expected a Sentence Transformers checkpoint or a Hugging Face model"
         )
+    if chain and kind == "SentenceTransformer" and task in (None, "embed"):
+        return _read_embedder(folder, chain, model)
+    if chain and kind == "CrossEncoder" and task in (None, "rerank"):
+        return _read_reranker(folder, chain, model, backbone)
     return _bare_layout(folder, backbone, backbone_folder, task)
 
 
@@ -218,21 +143,24 @@ def _class_of(dotted: str) -> str:
     return dotted.rpartition(".")[2] if dotted.startswith("sentence_transformers.") else dotted
 
 
-def _check_chain(folder: Path, chain: Sequence[tuple[str, str]], expected: Sequence[str], repeated: set[str]) -> None:
-    """Raise unless the chain is `expected`, then any number of the classes in `repeated`."""
+def _check_chain(folder: Path, chain: Sequence[tuple[str, str]], kind: str) -> None:
     names = [name for name, _ in chain]
-    if names[: len(expected)] == list(expected) and set(names[len(expected) :]) <= repeated:
+    expected, repeated = _CHAINS.get(kind, ([], []))
+    if expected and names[: len(expected)] == expected and set(names[len(expected) :]) <= set(repeated):
         return
+    supported = "; ".join(
+        f"{kind} of {', '.join(first)}" + (f", then any of {', '.join(rest)}" if rest else "")
+        for kind, (first, rest) in _CHAINS.items()
+    )
     hint = ""
     if "LogitScore" in names:
-        hint = "; rerankers that score by a language model's yes and no tokens are not supported yet"
+        hint = ". Rerankers that score by a language model's yes and no tokens are not supported yet"
     raise CheckpointError(
-        f"{folder / 'modules.json'}: found {', '.join(names)}; supported are: {SUPPORTED_CHAINS}{hint}"
+        f"{folder / 'modules.json'}: a {kind} of {', '.join(names)} is not supported; supported are: {supported}{hint}"
     )
 
 
 def _read_embedder(folder: Path, chain: Sequence[tuple[str, str]], model: Mapping[str, Any]) -> Layout:
-    _check_chain(folder, chain, ["Transformer", "Pooling"], {"Dense", "Normalize"})
     pooling = _read_pooling(folder / chain[1][1] / "config.json")
     source = folder / "config_sentence_transformers.json"
     return Layout(
@@ -251,7 +179,6 @@ def _read_embedder(folder: Path, chain: Sequence[tuple[str, str]], model: Mappin
 def _read_reranker(
     folder: Path, chain: Sequence[tuple[str, str]], model: Mapping[str, Any], backbone: Mapping[str, Any]
 ) -> Layout:
-    _check_chain(folder, chain, ["Transformer"], set())
     source = folder / "config_sentence_transformers.json"
     name = _typed(source, model, "activation_fn", str)
     return Layout(
@@ -279,19 +206,19 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
         task="embed",
         backbone_folder=backbone_folder,
         pooling=("lasttoken",) if causal else ("mean",),
-        head=(Module(config=NormalizeConfig()),),
+        head=(HeadModule(config=NormalizeConfig()),),
     )
 
 
-def _read_module(folder: Path, name: str, path: str) -> Module:
+def _read_module(folder: Path, name: str, path: str) -> HeadModule:
     file = folder / path / "config.json"
     if name == "Normalize":
         config = _read_object(file) or {}
-        return Module(config=parse(NormalizeConfig, config, source=str(file), error=CheckpointError), folder=path)
+        return HeadModule(config=parse(NormalizeConfig, config, source=str(file), error=CheckpointError), folder=path)
     dense = _read_object(file)
     if dense is None:
         raise CheckpointError(f"{file}: missing; expected the configuration of a Dense module")
-    return Module(config=parse(DenseConfig, dense, source=str(file), error=CheckpointError), folder=path)
+    return HeadModule(config=parse(DenseConfig, dense, source=str(file), error=CheckpointError), folder=path)
 
 
 def _read_pooling(file: Path) -> _PoolingConfig:
@@ -396,14 +323,6 @@ def _typed(source: Path, data: Mapping[str, Any], key: str, kind: type[Any]) -> 
     return value
 
 
-def _check_names(*names: str | None) -> None:
-    wrong = [name for name in names if name not in (None, _EMBEDDING)]
-    if wrong:
-        raise ValueError(
-            f"module_input_name, module_output_name: expected {_EMBEDDING}, got {', '.join(map(str, wrong))}"
-        )
-
-
 def read_json(path: Path) -> Any:
     """The decoded file; None if there is none.
 
@@ -460,11 +379,11 @@ def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> L
     return replace(layout, head=head, backbone_folder="", new_classifier=False)
 
 
-def _name_of(module: Module) -> str:
+def _name_of(module: HeadModule) -> str:
     return "Dense" if isinstance(module.config, DenseConfig) else "Normalize"
 
 
-def _module_config(module: Module) -> dict[str, Any]:
+def _module_config(module: HeadModule) -> dict[str, Any]:
     # The residual is new in 5.7: a folder that has none stays readable for older versions.
     return {key: value for key, value in vars(module.config).items() if (key, value) != ("use_residual", False)}
 

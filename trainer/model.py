@@ -28,12 +28,16 @@ from rtx.trainer.backbone import (
     save_backbone,
     tokenizer_json,
 )
-from rtx.trainer.checkpoint import DenseConfig, Layout, Module, read_layout, write_layout
+from rtx.trainer.checkpoint import read_layout, write_layout
 from rtx.trainer.engine import TorchEngine
 from rtx.trainer.folder import replace_folder
+from rtx.trainer.layout import DenseConfig, HeadModule, Layout
 
 # What `configure` may change: the rest follows from the weights.
-SETTINGS = frozenset({"max_tokens", "prompts", "default_prompt", "similarity", "truncate_dim", "include_prompt"})
+_SETTINGS: dict[Task, tuple[str, ...]] = {
+    "embed": ("max_tokens", "prompts", "default_prompt", "similarity", "truncate_dim", "include_prompt"),
+    "rerank": ("max_tokens", "prompts", "default_prompt"),
+}
 
 
 class RetrievalModel(nn.Module):
@@ -116,16 +120,18 @@ class RetrievalModel(nn.Module):
         """Change what does not depend on the weights.
 
         Args:
-            settings: max_tokens, prompts, default_prompt, similarity, truncate_dim, include_prompt, as in Layout.
+            settings: max_tokens, prompts, default_prompt; for an embedder also similarity, truncate_dim and
+                include_prompt. Their meaning is that of `Layout`.
 
         Raises:
             UsageError: a setting does not exist or is out of range; the model is as before.
         """
-        unknown = [name for name in settings if name not in SETTINGS]
+        known = _SETTINGS[self.task]
+        unknown = [
+            f"setting '{name}' does not exist ({nearest(name, known)})" for name in settings if name not in known
+        ]
         if unknown:
-            raise UsageError(
-                "; ".join(f"setting '{name}' does not exist ({nearest(name, SETTINGS)})" for name in unknown)
-            )
+            raise UsageError("; ".join(unknown))
         layout = dataclasses.replace(self.layout, **settings)
         try:
             contract = self._build_contract(layout)
@@ -220,19 +226,22 @@ class RetrievalModel(nn.Module):
 
     def _build_contract(self, layout: Layout) -> Contract:
         """Raises ValueError for a setting that does not fit the model."""
+        embeds = layout.task == "embed"
+        special = self.tokenizer.num_special_tokens_to_add(pair=not embeds)
+        if layout.max_tokens is None or layout.max_tokens <= special:
+            raise ValueError(f"max_tokens: expected more than the {special} special tokens, got {layout.max_tokens}")
         positions = position_limit(self.backbone)
-        if positions is not None and layout.max_tokens is not None and layout.max_tokens > positions:
+        if positions is not None and layout.max_tokens > positions:
             raise ValueError(
                 f"max_tokens: expected at most {positions}, the model's positions; got {layout.max_tokens}"
             )
-        embeds = layout.task == "embed"
         if layout.truncate_dim is not None and not 1 <= layout.truncate_dim <= self.full_dimension:
             raise ValueError(f"truncate_dim: expected 1 to {self.full_dimension}, got {layout.truncate_dim}")
         inputs = graph_inputs(self.backbone, self.tokenizer)
         return Contract(
             task=layout.task,
             inputs=inputs if layout.include_prompt else (*inputs, "pooling_mask"),
-            max_tokens=layout.max_tokens or 0,
+            max_tokens=layout.max_tokens,
             padding_side=self.tokenizer.padding_side,
             pad_token_id=self.tokenizer.pad_token_id,
             pad_token_type_id=self.tokenizer.pad_token_type_id,
@@ -274,7 +283,7 @@ def _check_widths(layout: Layout, hidden: int, where: str) -> None:
             width = module.config.out_features
 
 
-def _load_module(source: Source, module: Module) -> nn.Module:
+def _load_module(source: Source, module: HeadModule) -> nn.Module:
     config = module.config
     if not isinstance(config, DenseConfig):
         return pooling.Normalize()

@@ -38,11 +38,14 @@ def pool(
 def _pool_one(hidden: Tensor, mask: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
     pooled = (mask != 0).unsqueeze(-1)
     if mode in ("cls", "lasttoken"):
-        # Counted from the far end, so that a column that is not pooled (0) never is the largest.
-        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=torch.int64)
-        distance = columns if mode == "lasttoken" else columns.flip(0)
-        found, index = (distance * pooled.squeeze(-1)).max(dim=1, keepdim=True)
-        token = torch.take_along_dim(hidden, index.unsqueeze(-1), dim=1).squeeze(1).float()
+        columns = mask.shape[1]
+        number = torch.arange(1, columns + 1, device=mask.device)
+        # The first column is the last one counted from the other end. Not an argmax: ONNX Runtime has none for int64.
+        count = number if mode == "lasttoken" else columns + 1 - number
+        found = (count * pooled.squeeze(-1)).amax(dim=1, keepdim=True)
+        index = found - 1 if mode == "lasttoken" else columns - found
+        index = index.clamp(min=0).clamp(max=columns - 1).unsqueeze(-1).expand(-1, 1, hidden.shape[2])
+        token = torch.gather(hidden, 1, index).squeeze(1).float()
         return torch.where(found > 0, token, 0.0)
     if mode == "max":
         largest = torch.where(pooled, hidden.float(), -torch.inf).amax(dim=1)
