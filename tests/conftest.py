@@ -10,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples in every run, no time limit on a shared machine, nothing written into the checkout.
+hypothesis.settings.register_profile("rtx", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("rtx")
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
 
