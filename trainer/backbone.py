@@ -16,7 +16,13 @@ from typing import Any, cast
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
@@ -28,7 +34,9 @@ from rtx.runtime.errors import CheckpointError
 from rtx.trainer.layout import Layout
 
 # What `from_pretrained` raises for a checkpoint that it cannot use.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+# What torch's allocator for the CPU guarantees.
+_ALIGNMENT_BYTES = 64
 # Buffers that older versions of transformers saved and newer ones compute.
 _COMPUTED = (".position_ids", ".inv_freq")
 
@@ -74,7 +82,7 @@ class Source:
             return path if path.is_file() else None
         try:
             return Path(huggingface_hub.hf_hub_download(self.name, file, revision=self.revision))
-        except huggingface_hub.errors.EntryNotFoundError:
+        except EntryNotFoundError:
             return None
 
     def arguments(self, layout: Layout) -> dict[str, Any]:
@@ -118,7 +126,19 @@ def load_backbone(
     except _LOADING_ERRORS as broken:
         raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {broken}") from broken
     _check_weights(backbone, info, source, layout)
+    _align(backbone)
     return backbone.eval()
+
+
+def _align(module: nn.Module) -> None:
+    """Move weights that lie in a mapped file, at any offset, to where an allocator would have put them.
+
+    Matrix kernels take other paths for unaligned memory and round differently there: without this a model that was
+    saved and loaded again need not give the same bits.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def _check_config(config: Any, source: Source, layout: Layout) -> None:

@@ -26,6 +26,7 @@ from rtx.trainer.layout import DenseConfig, HeadModule, Layout, NormalizeConfig
 # The version of the layout that is written. sentence-transformers warns about folders newer than itself.
 LAYOUT_VERSION = "6.0.0"
 
+_NO_LOGIT_SCORE = "rerankers that score by a language model's yes and no tokens are not supported yet"
 # By kind of model: the modules it starts with, and those that may follow in any number.
 _CHAINS = {
     "SentenceTransformer": (["Transformer", "Pooling"], ["Dense", "Normalize"]),
@@ -152,9 +153,7 @@ def _check_chain(folder: Path, chain: Sequence[tuple[str, str]], kind: str) -> N
         f"{kind} of {', '.join(first)}" + (f", then any of {', '.join(rest)}" if rest else "")
         for kind, (first, rest) in _CHAINS.items()
     )
-    hint = ""
-    if "LogitScore" in names:
-        hint = ". Rerankers that score by a language model's yes and no tokens are not supported yet"
+    hint = f"; {_NO_LOGIT_SCORE}" if "LogitScore" in names else ""
     raise CheckpointError(
         f"{folder / 'modules.json'}: a {kind} of {', '.join(names)} is not supported; supported are: {supported}{hint}"
     )
@@ -197,6 +196,9 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
     architectures = backbone.get("architectures") or [""]
     classifies = str(architectures[0]).endswith("ForSequenceClassification")
     causal = str(architectures[0]).endswith("ForCausalLM") and backbone.get("is_causal", True) is not False
+    if task == "rerank" and str(architectures[0]).endswith("ForCausalLM"):
+        # A new classification head would rank at random what others rank by the model's yes and no.
+        raise CheckpointError(f"{folder / backbone_folder / 'config.json'}: {architectures[0]}: {_NO_LOGIT_SCORE}")
     if task == "rerank" or (task is None and classifies):
         activation = _legacy_activation(folder / backbone_folder, backbone)
         return Layout(

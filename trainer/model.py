@@ -30,7 +30,7 @@ from rtx.trainer.backbone import (
 )
 from rtx.trainer.checkpoint import read_layout, write_layout
 from rtx.trainer.engine import TorchEngine
-from rtx.trainer.folder import replace_folder
+from rtx.runtime.folder import replace_folder
 from rtx.trainer.layout import DenseConfig, HeadModule, Layout
 
 # What `configure` may change: the rest follows from the weights.

@@ -1,0 +1,45 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rtx.runtime.errors import UsageError
+from rtx.runtime.folder import replace_folder
+
+
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with replace_folder(target) as folder:
+        (folder / "config.json").write_text("old")
+        assert not target.exists()
+
+    def fail_half_way() -> None:
+        with replace_folder(target) as folder:
+            (folder / "config.json").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
+    assert (target / "config.json").read_text() == "old"
+    with replace_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with replace_folder(tmp_path / "empty") as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "empty" / "config.json").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name in ("thesis", "file"):
+        with pytest.raises(UsageError, match=f"{name}: is in the way"), replace_folder(tmp_path / name):
+            pass
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "thesis"]
