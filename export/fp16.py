@@ -40,4 +40,5 @@ def to_fp16(model: ir.Model) -> ir.Model:
             op_block_list=list(_FP32_OPERATORS),
             node_block_list=keep,
         )
-    return ir.from_proto(converted)
+    half: ir.Model = ir.from_proto(converted)
+    return half

@@ -6,8 +6,8 @@
     Cast, Mul(scale_w), Mul(scale_x), Add(centre * column_sum) back to float32
 
 `rtx.kernels.int8_linear` has the arithmetic and the reference. The word embeddings become int8 rows with a scale each.
-Attention, norms, softmax, pooling and scoring stay float32. ONNX Runtime's own dynamic quantisation takes one scale for the
-whole tensor instead: a token then depends on what else is in the batch, and a quiet one beside a loud one is lost.
+Attention, norms, softmax, pooling and scoring stay float32. ONNX Runtime's own dynamic quantisation takes one scale for
+the whole tensor instead: a token then depends on what else is in the batch, and a quiet one beside a loud one is lost.
 """
 
 from __future__ import annotations
@@ -146,6 +146,6 @@ class _Builder:
 
     def _initializer(self, name: str, content: NDArray[np.generic]) -> ir.Value:
         tensor = ir.tensor(content, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value

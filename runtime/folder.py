@@ -32,8 +32,7 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield written
-        # mkdtemp makes folders that only their owner can open.
-        written.chmod(0o777 & ~_umask())
+        _share(written)
         _sync(written)
         _swap(written, target)
     finally:
@@ -70,8 +69,10 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _umask() -> int:
-    # There is no way of reading it but setting it.
-    mask = os.umask(0)
+def _share(folder: Path) -> None:
+    """Give everything the rights that a new file has: mkdtemp and safetensors make theirs for the owner alone."""
+    # There is no way of reading the mask but setting it.
+    mask = os.umask(0o077)
     os.umask(mask)
-    return mask
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

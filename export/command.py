@@ -1,0 +1,106 @@
+"""The command `rtx export`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import cast
+
+import click
+
+from rtx.export.pipeline import VARIANTS, ExportOptions, Outcome, VariantName, check_target, export_bundle
+from rtx.runtime.candidates import read_candidates
+from rtx.runtime.errors import UsageError
+from rtx.runtime.evalset import load_evalset
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
+@click.option(
+    "--precision",
+    "variants",
+    type=click.Choice(VARIANTS),
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
+    help="Variant to export; may be given several times.",
+)
+@click.option("--eval", "eval_dir", type=click.Path(path_type=Path), help="Evaluation set in the BEIR layout.")
+@click.option("--split", default="test", show_default=True, help="Which qrels of the evaluation set.")
+@click.option(
+    "--candidates",
+    type=click.Path(path_type=Path),
+    help="For a reranker: the documents to order for each query (jsonl, or a TREC run).",
+)
+@click.option("--max-ndcg-drop", type=float, default=0.005, show_default=True, help="NDCG@10 a variant may lose.")
+@click.option("--min-cosine", type=float, help="Least cosine to PyTorch of fp16 and int8; default by precision.")
+@click.option("--threads", type=int, help="Threads of ONNX Runtime while measuring; default: all cores.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+def export(
+    checkpoint: str,
+    output: Path,
+    variants: tuple[str, ...],
+    eval_dir: Path | None,
+    split: str,
+    candidates: Path | None,
+    max_ndcg_drop: float,
+    min_cosine: float | None,
+    threads: int | None,
+    overwrite: bool,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs, through the gate.
+
+    Every variant is compared with PyTorch before anything is written: on golden inputs, alone and in batches, and with
+    --eval by NDCG@10. A variant that fails is left out; if none passes, nothing is written and the exit code is 3.
+    """
+    check_target(output, overwrite=overwrite)
+    if candidates is not None and eval_dir is None:
+        raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
+    evalset = load_evalset(eval_dir, split=split) if eval_dir is not None else None
+    options = ExportOptions(
+        variants=tuple(cast(VariantName, name) for name in dict.fromkeys(variants)),
+        evalset=evalset,
+        candidates=read_candidates(candidates, evalset) if candidates is not None and evalset is not None else None,
+        max_ndcg_drop=max_ndcg_drop,
+        min_cosine=min_cosine,
+        threads=threads,
+        overwrite=overwrite,
+        command=shlex.join(["rtx", *sys.argv[1:]]),
+    )
+    outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
+    _print(outcome, output)
+
+
+def _print(outcome: Outcome, output: Path) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{output.name} against PyTorch fp32", title_justify="left", box=SIMPLE)
+    table.add_column("variant", no_wrap=True)
+    headings = ["least\ncosine", "max abs", "batch\nmax abs"]
+    if outcome.reference is not None:
+        headings += ["NDCG@10", "change", "95 % interval", "top 10\nkept"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("gate", no_wrap=True)
+    if outcome.reference is not None:
+        ndcg = outcome.reference.metrics["ndcg@10"]
+        table.add_row("PyTorch", "", "", "", f"{ndcg:.4f}", "", "", "", "reference")
+    for name, verdict in outcome.verdicts.items():
+        cells = [f"{verdict.parity.min_cosine:.5f}", f"{verdict.parity.max_abs:.0e}"]
+        cells.append(f"{verdict.invariance.max_abs:.0e}")
+        if (ranking := verdict.ranking) is not None:
+            low, high = ranking.interval
+            cells += [f"{ranking.other:.4f}", f"{ranking.difference:+.4f}", f"{low:+.4f} {high:+.4f}"]
+            cells.append(f"{ranking.overlap:.3f}")
+        written = name in outcome.manifest.variants
+        gate = ("default" if name == outcome.manifest.default_variant else "passed") if written else "left out"
+        table.add_row(name, *cells, gate)
+    Console().print(table)
+    for name, verdict in outcome.verdicts.items():
+        for failure in verdict.failures:
+            click.echo(f"left out: {name} {failure}", err=True)
+    click.echo(f"wrote {output}  (report: {output / 'report.html'})")

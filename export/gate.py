@@ -1,0 +1,169 @@
+"""The gate: what a variant has to show before it is written.
+
+    parity       golden outputs against PyTorch in fp32
+    invariance   an item alone = in a batch = with more padding
+    ranking      NDCG@10 on an evaluation set against PyTorch, where there is one
+
+A check that fails has a sentence that says by how much; a variant with any such sentence is not in the bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.contract import Task
+from rtx.runtime.engine import Budget, Engine, run_items
+from rtx.runtime.evaluation import Comparison
+from rtx.runtime.golden import Deviation, Golden, deviation
+from rtx.runtime.manifest import Tolerance
+from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+
+Precision = str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a precision is held to.
+
+    Attributes:
+        parity: against PyTorch in fp32.
+        invariance: an item in two surroundings.
+    """
+
+    parity: Tolerance
+    invariance: Tolerance
+
+
+def limits(precision: Precision, task: Task, magnitude: float) -> Limits:
+    """The limits of a precision; absolute ones scale with the outputs' magnitude where that is above 1.
+
+    fp32: sums of some hundred terms in another order differ by about sqrt(terms) * 2**-24 = 1e-6 of the result; a
+        network of some dozen layers keeps that below 1e-5. Surroundings change the order of sums likewise.
+    fp16: a rounding is 2**-11 = 5e-4 of the value. Rounding errors of independent sign in the two dozen products of a
+        deep path add up to about sqrt(24) * 5e-4 = 2.4e-3 of the vector, a cosine of 1 - 3e-6; a fiftyfold of that is
+        let pass, since activations differ much in size.
+    int8: 255 steps over a range of some seven standard deviations round by 0.8 % of the standard deviation, both in
+        weights and in activations; outliers widen the range of a token several times. Twelve layers at 6 % each give a
+        relative error of 0.06 * sqrt(12) = 20 %, a cosine of 0.98, which texts of one or two tokens come near to.
+        Rankings are what counts, and the evaluation set measures them. Surroundings change fp32 sums in the last digit, which moves a value over the edge of a rounding
+        step now and then: one step in a thousand, far below the parity limit.
+    """
+    scale = max(1.0, magnitude)
+    if precision == "fp32":
+        close = Tolerance(min_cosine=1 - 1e-5, max_abs=1e-5 * scale)
+        return Limits(close, close)
+    if precision == "fp16":
+        parity = 0.9998 if task == "embed" else 0.99
+        return Limits(
+            Tolerance(min_cosine=parity, max_abs=2e-2 * scale), Tolerance(min_cosine=1 - 1e-4, max_abs=5e-3 * scale)
+        )
+    parity = 0.98 if task == "embed" else 0.9
+    return Limits(
+        Tolerance(min_cosine=parity, max_abs=0.1 * scale), Tolerance(min_cosine=1 - 1e-3, max_abs=2e-2 * scale)
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found of a variant.
+
+    Attributes:
+        name: of the variant.
+        parity: golden outputs against PyTorch.
+        invariance: items in batches and with padding against the same items alone, on the variant itself.
+        ranking: against PyTorch on the evaluation set; None without one.
+        failures: a sentence each; empty if it passed.
+    """
+
+    name: str
+    parity: Deviation
+    invariance: Deviation
+    ranking: Comparison | None
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """As report.json holds it."""
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "parity": dataclasses.asdict(self.parity),
+            "invariance": dataclasses.asdict(self.invariance),
+            "ranking": self.ranking.to_dict() if self.ranking is not None else None,
+        }
+
+
+def judge(
+    name: str,
+    limits: Limits,
+    alone: NDArray[np.float32],
+    elsewhere: NDArray[np.float32],
+    golden: Golden,
+    ranking: Comparison | None = None,
+    *,
+    max_ndcg_drop: float = 0.005,
+) -> Verdict:
+    """Hold what a variant gave against its limits.
+
+    Args:
+        name: of the variant.
+        limits: of its precision.
+        alone: its outputs for the golden items, each run alone.
+        elsewhere: [surroundings, ...]: its outputs for the same items in other surroundings.
+        golden: what PyTorch made of them.
+        ranking: its rankings on an evaluation set against those of PyTorch.
+        max_ndcg_drop: NDCG@10 that it may lose.
+    """
+    parity = deviation(alone, golden.outputs)
+    invariance = max(
+        (deviation(outputs, alone) for outputs in elsewhere),
+        key=lambda found: (np.isnan(found.max_abs), found.max_abs),
+    )
+    failures = []
+    if not parity.within(limits.parity):
+        failures.append(_failure("differs from PyTorch", parity, limits.parity, golden))
+    if not invariance.within(limits.invariance):
+        failures.append(_failure("depends on the batch", invariance, limits.invariance, golden))
+    if ranking is not None and not ranking.difference >= -max_ndcg_drop:
+        failures.append(
+            f"loses ranking quality: NDCG@10 {ranking.difference:+.4f} against PyTorch "
+            f"(95 % interval {ranking.interval[0]:+.4f} to {ranking.interval[1]:+.4f}), allowed is -{max_ndcg_drop:g}"
+        )
+    return Verdict(name, parity, invariance, ranking, tuple(failures))
+
+
+def surroundings(engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
+    """Items in mixed batches in their order, in batches of similar length, and alone with padding.
+
+    Returns:
+        [3, len(items), ...] float32.
+    """
+    mixed = [engine.run(preprocessor.collate(items[start : start + 4])) for start in range(0, len(items), 4)]
+    sorted_ = run_items(engine, preprocessor, items, Budget())
+    longest = preprocessor.contract.max_tokens
+    padded = [engine.run(_padded(preprocessor, item, min(len(item.ids) + 7, longest))) for item in items]
+    return np.stack([np.concatenate(mixed), sorted_, np.concatenate(padded)])
+
+
+def _padded(preprocessor: TextPreprocessor, item: Encoded, length: int) -> Batch:
+    """The item alone, padded to a length: it is collated beside a longer one, which is then left out."""
+    filler = Encoded([item.ids[0]] * length, [0] * length, item.prompt_tokens)
+    return {name: array[:1] for name, array in preprocessor.collate([item, filler]).items()}
+
+
+def _failure(what: str, found: Deviation, limit: Tolerance, golden: Golden) -> str:
+    return (
+        f"{what}: least cosine {found.min_cosine:.6f} (at least {limit.min_cosine:.6f}), "
+        f"largest difference {found.max_abs:.2e} (at most {limit.max_abs:.2e}); "
+        f"worst item: {str(golden.items[found.worst])[:60]!r}"
+    )

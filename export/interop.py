@@ -1,0 +1,58 @@
+"""Side files that let other tools open a bundle as it is: FastEmbed, optimum-onnx, sentence-transformers.
+
+They look for `config.json`, the tokenizer's files and Sentence Transformers' module list beside `onnx/model.onnx`. The
+list is written in the names of version 5 and older, which version 6 reads too: optimum-onnx needs transformers 4, and
+with it sentence-transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from rtx.trainer.checkpoint import read_json, write_layout
+from rtx.trainer.model import RetrievalModel
+
+_MODES = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+def write_side_files(model: RetrievalModel, folder: Path) -> None:
+    """Write what other tools read, all but the graphs, into a folder that exists."""
+    model.backbone.config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    if model.task != "embed":
+        return
+    versions = {"transformers": transformers.__version__, "pytorch": torch.__version__}
+    written = write_layout(folder, model.layout, versions)
+    modules = read_json(folder / "modules.json")
+    for module in modules:
+        module["type"] = "sentence_transformers.models." + module["type"].rpartition(".")[2]
+    _write(folder / "modules.json", modules)
+    pooling: dict[str, Any] = {flag: mode in model.layout.pooling for mode, flag in _MODES.items()}
+    pooling["word_embedding_dimension"] = int(model.backbone.config.hidden_size)
+    pooling["include_prompt"] = model.layout.include_prompt
+    _write(folder / "1_Pooling" / "config.json", pooling)
+    _write(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": model.contract.max_tokens, "do_lower_case": model.layout.do_lower_case},
+    )
+    for module, description in zip(model.head, written.head, strict=True):
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        if weights:
+            save_file(weights, folder / description.folder / "model.safetensors")
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

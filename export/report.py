@@ -1,0 +1,184 @@
+"""The export's page: report.json for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rtx.runtime.plots import Mark, Span, svg_dots
+from rtx.runtime.report import (
+    Cell,
+    Column,
+    Html,
+    assign_colors,
+    figure,
+    figures,
+    number,
+    paragraph,
+    render,
+    section,
+    table,
+)
+
+_MINUS = str.maketrans("-", "−")
+
+
+def render_report(name: str, report: Mapping[str, Any]) -> str:
+    """The page of a bundle.
+
+    Args:
+        name: of the bundle.
+        report: the content of report.json, as `rtx.export.pipeline` makes it.
+    """
+    verdicts: dict[str, Any] = report["verdicts"]
+    colors = assign_colors(list(verdicts))
+    ranked = {variant: found["ranking"] for variant, found in verdicts.items() if found["ranking"] is not None}
+    parts = [_gate(report), _parity(verdicts)]
+    if ranked:
+        parts += [_ranking(ranked, colors), _worst(ranked)]
+    provenance = report["provenance"]
+    return render(
+        name,
+        *parts,
+        lead=_lead(report),
+        subline=f"Exported from {provenance['source']} on {provenance['created'][:10]}. "
+        f"{report['golden_items']} golden items; every number is against PyTorch in fp32.",
+        facts={
+            "Checkpoint": f"{provenance['source']}, SHA-256 {provenance['source_sha256'][:16]}…",
+            "Command": provenance["command"],
+            **provenance["versions"],
+        },
+    )
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    written, failed = list(report["seconds"]), [n for n, v in report["verdicts"].items() if not v["passed"]]
+    lead = f"{_join(written)} {'agrees' if len(written) == 1 else 'agree'} with PyTorch within the gate's limits."
+    return lead + (f" {_join(failed)} failed and is not in the bundle." if failed else "")
+
+
+def _gate(report: Mapping[str, Any]) -> Html:
+    rows: list[list[str | Cell]] = []
+    slowest = max(report["seconds"].values())
+    for variant, verdict in report["verdicts"].items():
+        size, seconds = report["bytes"].get(variant), report["seconds"].get(variant)
+        state = Cell("passed", tone="good") if verdict["passed"] else Cell("failed", tone="bad")
+        if verdict["passed"] and seconds is None:
+            state = Cell("passed", note="not asked for, not written")
+        rows.append(
+            [
+                Cell(variant),
+                state,
+                "–" if size is None else f"{size / 1e6:,.1f}",
+                "–" if seconds is None else f"{slowest / seconds:.2f}×",
+                Cell("; ".join(verdict["failures"]) or "–"),
+            ]
+        )
+    shown = table(
+        [
+            Column("variant", left=True),
+            Column("gate", left=True),
+            Column("size", note="MB"),
+            Column("speed", note="to the slowest"),
+            Column("why not", left=True),
+        ],
+        rows,
+        label="Gate",
+    )
+    return section(
+        "Gate", shown, note="What failed is not in the bundle. Speed is a rough order; rtx bench measures it."
+    )
+
+
+def _parity(verdicts: Mapping[str, Any]) -> Html:
+    rows = [
+        [
+            variant,
+            f"{found['parity']['mean_cosine']:.6f}",
+            f"{found['parity']['min_cosine']:.6f}",
+            f"{found['parity']['max_abs']:.1e}".translate(_MINUS),
+            f"{found['invariance']['min_cosine']:.6f}",
+            f"{found['invariance']['max_abs']:.1e}".translate(_MINUS),
+        ]
+        for variant, found in verdicts.items()
+    ]
+    shown = table(
+        [
+            Column("variant", left=True),
+            Column("cosine", note="mean"),
+            Column("cosine", note="least"),
+            Column("difference", note="largest"),
+            Column("cosine", note="other batches, least"),
+            Column("difference", note="other batches, largest"),
+        ],
+        rows,
+        label="Parity and invariance",
+    )
+    note = "Golden items against PyTorch; then each item in other batches and with more padding against itself alone."
+    return section("Parity and invariance", shown, note=note)
+
+
+def _ranking(ranked: Mapping[str, Any], colors: Mapping[str, int]) -> Html:
+    first = next(iter(ranked.values()))
+    k, queries = first["k"], first["queries"]
+    rows = [["PyTorch", number(first["reference"], digits=4), "–", "–", "–", number(first["ties_reference"], digits=2)]]
+    rows += [
+        [
+            variant,
+            number(found["other"], digits=4),
+            f"{found['difference']:+.4f}".translate(_MINUS),
+            f"{found['interval'][0]:+.4f} … {found['interval'][1]:+.4f}".translate(_MINUS),
+            f"{found['overlap']:.3f}",
+            number(found["ties_other"], digits=2),
+        ]
+        for variant, found in ranked.items()
+    ]
+    shown = table(
+        [
+            Column("variant", left=True),
+            Column(f"NDCG@{k}"),
+            Column("change"),
+            Column("95 % interval", note="bootstrap over queries"),
+            Column("kept", note=f"of the top {k}"),
+            Column("ties", note="a query"),
+        ],
+        rows,
+        label="Ranking quality",
+    )
+    spans = [
+        Span(
+            variant,
+            (
+                Mark("lower end", found["interval"][0], "tick"),
+                Mark("change", found["difference"]),
+                Mark("upper end", found["interval"][1], "tick"),
+            ),
+            colors[variant],
+            f"{found['difference']:+.4f}".translate(_MINUS),
+        )
+        for variant, found in ranked.items()
+    ]
+    plot = svg_dots(spans, title=f"Change of NDCG@{k} by variant", x_label=f"change of NDCG@{k}", reference=0.0)
+    title = f"Change of NDCG@{k} against PyTorch"
+    drawn = figures(figure(plot, title=title, note="with its 95 % interval"))
+    return section("Ranking quality", shown, drawn, note=f"{first['evalset']}, {queries:,} queries.")
+
+
+def _worst(ranked: Mapping[str, Any]) -> Html:
+    rows: list[str | list[str | Cell]] = []
+    for variant, found in ranked.items():
+        fallen = found["worst"][:5]
+        if fallen:
+            rows.append(variant)
+            rows += [
+                [Cell(item["text"][:100], note=item["query"]), f"{item['reference']:.3f}", f"{item['other']:.3f}"]
+                for item in fallen
+            ]
+    if not rows:
+        return section("Queries that lost most", paragraph("None lost anything."))
+    columns = [Column("query", left=True), Column("PyTorch"), Column("variant")]
+    return section("Queries that lost most", table(columns, rows, label="Queries that lost most"))
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
