@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
+from rtx.runtime.folder import replace_folder
 from rtx.runtime.text import TextPreprocessor
 from rtx.trainer import pooling
 from rtx.trainer.backbone import (
@@ -30,7 +31,6 @@ from rtx.trainer.backbone import (
 )
 from rtx.trainer.checkpoint import read_layout, write_layout
 from rtx.trainer.engine import TorchEngine
-from rtx.runtime.folder import replace_folder
 from rtx.trainer.layout import DenseConfig, HeadModule, Layout
 
 # What `configure` may change: the rest follows from the weights.

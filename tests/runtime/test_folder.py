@@ -30,6 +30,19 @@ def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+def test_rights_are_those_of_new_files(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir(mode=0o700)
+        for name in ("config.json", "inner/weights"):
+            (folder / name).touch(mode=0o600)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new.txt").touch()
+    for name in ("model", "model/inner"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+    for name in ("model/config.json", "model/inner/weights"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "new.txt").stat().st_mode
+
+
 def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with replace_folder(tmp_path / "empty") as folder:
