@@ -51,8 +51,8 @@ def limits(precision: Precision, task: Task, magnitude: float) -> Limits:
     int8: 255 steps over a range of some seven standard deviations round by 0.8 % of the standard deviation, both in
         weights and in activations; outliers widen the range of a token several times. Twelve layers at 6 % each give a
         relative error of 0.06 * sqrt(12) = 20 %, a cosine of 0.98, which texts of one or two tokens come near to.
-        Rankings are what counts, and the evaluation set measures them. Surroundings change fp32 sums in the last digit, which moves a value over the edge of a rounding
-        step now and then: one step in a thousand, far below the parity limit.
+        Rankings are what counts, and the evaluation set measures them. Surroundings change fp32 sums in the last digit,
+        which moves a value over the edge of a rounding step now and then, far below the parity limit.
     """
     scale = max(1.0, magnitude)
     if precision == "fp32":

@@ -1,0 +1,49 @@
+# Everything happens in a virtual environment in the checkout; nothing else is asked of the machine but Python and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test test-fast lint format bench interop clean
+
+help:            ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
+
+demo: $(READY)   ## finetune, export, rerank and measure a real model on real data
+	$(BIN)/python examples/demo.py
+
+test: $(READY)   ## all tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-fast: $(READY)   ## all but the slow tests
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+lint: $(READY) build/typing/rtx   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)   ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)   ## every benchmark of benchmarks/
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-transformers, each in a venv of its own
+	$(BIN)/python benchmarks/interop.py
+
+clean:           ## remove what was built, the environments too
+	rm -rf $(VENV) .venvs build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# torch first and by itself: what depends on it would otherwise bring a build for CUDA.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# mypy finds the packages of the namespace through links.
+build/typing/rtx:
+	mkdir -p $@
+	for room in kernels runtime trainer export; do ln -sfn ../../../$$room $@/$$room; done
