@@ -1,0 +1,286 @@
+"""`rtx rerank`: order the documents of each query, or score pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rtx.runtime.atomic import atomic_file
+from rtx.runtime.bulk import OnInvalid, without_invalid
+from rtx.runtime.commands.progress import Progress
+from rtx.runtime.engine import Budget
+from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
+from rtx.runtime.failures import failure_log, failures_file
+from rtx.runtime.records import FORMATS, STDIN, BadRecord, Format, Input, Record
+from rtx.runtime.reranker import Reranker
+from rtx.runtime.text import check_pair, check_text
+
+_STDOUT = "-"
+# Pairs that are scored in one call: enough to sort by length, few enough to bound memory.
+_RECORDS_PER_CALL = 1024
+_SHOWN_PROBLEMS = 5
+_NOT_FINITE = "the model gives it a score that is not finite"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arguments:
+    bundle: str
+    source: str
+    output: str
+    query: str | None
+    top_k: int | None
+    with_text: bool
+    variant: str | None
+    query_column: str
+    documents_column: str
+    document_column: str
+    id_column: str | None
+    file_format: Format | None
+    threads: int | None
+    max_batch_tokens: int
+    on_invalid: OnInvalid
+    overwrite: bool
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("source", metavar="INPUT", type=click.Path(allow_dash=True))
+@click.option("-o", "--output", default=_STDOUT, help="OUT.jsonl.  [default: standard output]")
+@click.option("--query", help="One query for all of INPUT, which then has one document a record.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Keep the best K of each query.  [default: all]")
+@click.option("--with-text", is_flag=True, help="Repeat each document beside its score.")
+@click.option("--variant", help="A variant of the bundle.  [default: the bundle's]")
+@click.option("--query-column", default="query", show_default=True)
+@click.option("--documents-column", default="documents", show_default=True, help="A list of texts.")
+@click.option("--document-column", default="document", show_default=True, help="One text.")
+@click.option("--id-column", help="[default: id where there is one, otherwise the line or row number]")
+@click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["skip", "fail"]),
+    default="skip",
+    show_default=True,
+    help="What a record that cannot be ranked does: it is left out and listed, or stops the run.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def rerank(**arguments: Any) -> None:
+    """Order the documents of each query of INPUT, best first (jsonl, csv, tsv, parquet; - for standard input).
+
+    \b
+    a record                              gives
+    {"query": ..., "documents": [...]}    {"id": ..., "ranking": [{"index": ..., "score": ...}, ...]}
+    {"query": ..., "document": ...}       {"id": ..., "score": ...}
+
+    With --query, INPUT holds documents alone, such as lines of text. They come out best first: a table on a terminal,
+    elsewhere a line {"id": ..., "score": ...} for each.
+
+    Records that cannot be ranked are left out and listed in OUT.errors.jsonl, or on standard error if there is no OUT;
+    the exit code is then 4.
+    """
+    given = _Arguments(**arguments)
+    with ExitStack() as stack:
+        failed = _run(given, stack)
+    if failed:
+        where = "" if given.output == _STDOUT else f"; all are listed in {failures_file(Path(given.output))}"
+        click.echo(f"{failed:,} {'record' if failed == 1 else 'records'} could not be ranked{where}", err=True)
+        raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _run(given: _Arguments, stack: ExitStack) -> int:
+    """Number of records that could not be ranked."""
+    if given.query is not None and isinstance(wrong := check_text(0, given.query), ItemError):
+        raise UsageError(f"--query: {wrong.message}")
+    output = None if given.output == _STDOUT else Path(given.output)
+    if output is not None and output.exists() and not given.overwrite:
+        raise UsageError(f"{output}: exists; pass --overwrite to replace it")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"{output}: the folder {output.parent} does not exist")
+    source = stack.enter_context(_open_input(given))
+    budget = Budget(max_batch_tokens=given.max_batch_tokens)
+    model = stack.enter_context(
+        Reranker.open(given.bundle, variant=given.variant, threads=given.threads, budget=budget)
+    )
+    on_terminal = output is None and sys.stdout.isatty()
+    write = stack.enter_context(_sink(output, as_table=on_terminal and given.query is not None))
+    log = stack.enter_context(failure_log(output)) if output is not None else _echo
+    # Lines that scroll by on the same terminal say enough.
+    progress = stack.enter_context(Progress("records", source.fraction, quiet=on_terminal))
+    if given.query is None:
+        results = _rank_each(model, source, given, progress)
+    else:
+        results = _rank_for(given.query, model, source, given, progress, keep_text=given.with_text or on_terminal)
+    failed = 0
+    for result in results:
+        if isinstance(result, BadRecord):
+            failed += 1
+            if given.on_invalid == "fail":
+                raise DataError(str(result))
+            log(result)
+        else:
+            write(result)
+    return failed
+
+
+def _open_input(given: _Arguments) -> Input:
+    file_format = given.file_format
+    if given.source == STDIN and file_format is None:
+        # Queries and their documents come as JSON, the documents of one query more often as lines.
+        file_format = "txt" if given.query is not None else "jsonl"
+    return Input(given.source, file_format=file_format, id_column=given.id_column)
+
+
+def _rank_each(model: Reranker, source: Input, given: _Arguments, progress: Progress) -> Iterator[Result | BadRecord]:
+    """Every record by itself, but pairs that follow each other go to the model together."""
+    records = source.records([given.query_column], [given.documents_column, given.document_column])
+    for is_pair, group in groupby(records, lambda record: _is_pair(record, given)):
+        while chunk := list(islice(group, _RECORDS_PER_CALL if is_pair else 1)):
+            yield from _score_pairs(model, chunk, given) if is_pair else (_rank_list(model, chunk[0], given),)
+            progress.add(len(chunk))
+
+
+def _rank_for(
+    query: str, model: Reranker, source: Input, given: _Arguments, progress: Progress, *, keep_text: bool
+) -> Iterator[Result | BadRecord]:
+    """All records as documents of one query; of those seen so far no more are kept than can be among the best."""
+    best: list[Result] = []
+    records = source.records([given.document_column])
+    while chunk := list(islice(records, _RECORDS_PER_CALL)):
+        for result in _score(model, chunk, lambda record: (query, record.fields[given.document_column])):
+            if isinstance(result, BadRecord):
+                yield result
+            else:
+                record, score = result
+                text = record.fields[given.document_column]
+                best.append({"id": record.id, "score": score, **_text(text, keep_text)})
+        # Stable: equal scores keep the order of the input, as in Reranker.rank.
+        best = sorted(best, key=lambda result: -result["score"])[: given.top_k]
+        progress.add(len(chunk))
+    yield from best
+
+
+def _is_pair(record: Record | BadRecord, given: _Arguments) -> bool:
+    return isinstance(record, Record) and record.fields.get(given.documents_column) is None
+
+
+def _rank_list(model: Reranker, record: Record | BadRecord, given: _Arguments) -> Result | BadRecord:
+    """A query and its documents: all of them, or none if one cannot be scored."""
+    if isinstance(record, BadRecord):
+        return record
+    query, documents = record.fields[given.query_column], record.fields[given.documents_column]
+    if not isinstance(documents, list):
+        found = type(documents).__name__
+        return BadRecord(record.id, record.where, f"{given.documents_column}: expected a list of texts, got {found}")
+    texts = {given.query_column: query} | {f"{given.documents_column}[{i}]": text for i, text in enumerate(documents)}
+    problems = [
+        f"{name}: {f.message}" for name, text in texts.items() if isinstance(f := check_text(0, text), ItemError)
+    ]
+    if problems:
+        return BadRecord(record.id, record.where, _joined(problems))
+    try:
+        ranking = model.rank(query, documents, top_k=given.top_k)
+    except InvalidItemsError as invalid:
+        problems = [f"{given.documents_column}[{error.index}]: {error.message}" for error in invalid.items]
+        return BadRecord(record.id, record.where, _joined(problems))
+    if not all(math.isfinite(ranked.score) for ranked in ranking):
+        return BadRecord(record.id, record.where, _NOT_FINITE)
+    lines = [
+        {"index": ranked.index, "score": ranked.score, **_text(documents[ranked.index], given.with_text)}
+        for ranked in ranking
+    ]
+    return {"id": record.id, "ranking": lines}
+
+
+def _score_pairs(
+    model: Reranker, chunk: Sequence[Record | BadRecord], given: _Arguments
+) -> Iterator[Result | BadRecord]:
+    """Records that hold a query and one document each."""
+    columns = (given.documents_column, given.document_column)
+    chunk = [
+        record
+        if isinstance(record, BadRecord) or given.document_column in record.fields
+        else BadRecord(record.id, record.where, f"has neither a column '{columns[0]}' nor a column '{columns[1]}'")
+        for record in chunk
+    ]
+    for result in _score(model, chunk, lambda record: (record.fields[given.query_column], record.fields[columns[1]])):
+        if isinstance(result, BadRecord):
+            yield result
+        else:
+            record, score = result
+            yield {"id": record.id, "score": score, **_text(record.fields[given.document_column], given.with_text)}
+
+
+def _score(
+    model: Reranker, chunk: Sequence[Record | BadRecord], pair_of: Callable[[Record], tuple[object, object]]
+) -> Iterator[tuple[Record, float] | BadRecord]:
+    """Bad records first, before anything is computed; then the others in order, with their scores."""
+    good: list[tuple[Record, tuple[str, str]]] = []
+    for record in chunk:
+        if isinstance(record, BadRecord):
+            yield record
+        elif isinstance(pair := check_pair(0, pair_of(record)), ItemError):
+            yield BadRecord(record.id, record.where, pair.message)
+        else:
+            good.append((record, pair))
+    scores, rows, errors = without_invalid(model.score, [pair for _, pair in good])
+    for error in errors:
+        record = good[error.index][0]
+        yield BadRecord(record.id, record.where, error.message)
+    for row, score in zip(rows, scores.tolist(), strict=True):
+        record = good[row][0]
+        yield (record, score) if math.isfinite(score) else BadRecord(record.id, record.where, _NOT_FINITE)
+
+
+def _text(document: str, wanted: bool) -> Result:
+    return {"document": document} if wanted else {}
+
+
+def _joined(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    return "; ".join(problems[:_SHOWN_PROBLEMS]) + more
+
+
+def _echo(failure: BadRecord) -> None:
+    click.echo(f"error: {failure}", err=True)
+
+
+@contextmanager
+def _sink(output: Path | None, *, as_table: bool) -> Iterator[Callable[[Result], None]]:
+    """Takes results one by one: a file that is there at the end, lines on standard output, or a table on it."""
+    if as_table:
+        table = Table(box=None, header_style="bold")
+        table.add_column("score", justify="right")
+        table.add_column("id", justify="right", style="dim")
+        table.add_column("document", no_wrap=True, overflow="ellipsis")
+        yield lambda result: table.add_row(
+            f"{result['score']:.4f}", escape(str(result["id"])), escape(result["document"])
+        )
+        Console().print(table)
+    elif output is None:
+        yield lambda result: click.echo(_line(result), nl=False)
+    else:
+        with atomic_file(output) as stream:
+
+            def write(result: Result) -> None:
+                stream.write(_line(result))
+
+            yield write
+
+
+def _line(result: Result) -> bytes:
+    return json.dumps(result, ensure_ascii=False).encode() + b"\n"
