@@ -1,1 +1,75 @@
-"""The torch-free runtime: open a bundle, embed, rerank, measure."""
+"""The torch-free runtime: open a bundle, embed, rerank, measure.
+
+The public names are those of `__all__`. Each is loaded from its module when it is first used, so that importing
+`rtx.runtime` costs nothing and a program that only reads errors never loads a tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rtx.runtime.bundle import Bundle
+    from rtx.runtime.contract import Contract
+    from rtx.runtime.embedder import Embedder
+    from rtx.runtime.engine import Budget, Engine
+    from rtx.runtime.errors import (
+        ArtifactError,
+        BundleError,
+        CheckpointError,
+        DataError,
+        EngineError,
+        GateError,
+        InvalidItemsError,
+        ItemError,
+        MissingExtraError,
+        RtxError,
+        TrainingError,
+        UsageError,
+    )
+    from rtx.runtime.reranker import Ranked, Reranker
+
+__all__ = [
+    "ArtifactError",
+    "Budget",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Contract",
+    "DataError",
+    "Embedder",
+    "Engine",
+    "EngineError",
+    "GateError",
+    "InvalidItemsError",
+    "ItemError",
+    "MissingExtraError",
+    "Ranked",
+    "Reranker",
+    "RtxError",
+    "TrainingError",
+    "UsageError",
+]
+
+_MODULE_OF = {
+    "Budget": "engine",
+    "Bundle": "bundle",
+    "Contract": "contract",
+    "Embedder": "embedder",
+    "Engine": "engine",
+    "Ranked": "reranker",
+    "Reranker": "reranker",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'rtx.runtime' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"rtx.runtime.{_MODULE_OF.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

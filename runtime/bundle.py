@@ -71,7 +71,11 @@ class Bundle:
         Raises:
             BundleError: the tokenizer is missing or damaged.
         """
-        return TextPreprocessor(self.manifest.contract, self.read(TOKENIZER_FILE, verify=verify).decode())
+        try:
+            content = self.read(TOKENIZER_FILE, verify=verify).decode()
+        except UnicodeDecodeError as broken:
+            raise BundleError(f"{self.path}: {TOKENIZER_FILE} is no UTF-8: {broken}") from broken
+        return TextPreprocessor(self.manifest.contract, content)
 
     def golden(self, *, verify: bool = True) -> Golden:
         """The golden set.

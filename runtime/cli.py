@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from rtx.runtime.errors import CheckpointError, MissingExtraError, RtxError
+from rtx.runtime.errors import MissingExtraError, RtxError, UsageError, nearest
 
 if TYPE_CHECKING:
     from rtx.runtime.embedder import Embedder
@@ -56,6 +55,13 @@ class _LazyGroup(click.Group):
                 raise
             raise MissingExtraError(missing.name or "?", extra, f"rtx {cmd_name}") from missing
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not ctx.resilient_parsing:
+            raise UsageError(f"command '{args[0]}' does not exist ({nearest(args[0], _COMMANDS)})")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
@@ -66,10 +72,6 @@ class _LazyGroup(click.Group):
         except RtxError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except BrokenPipeError:
-            # `rtx embed ... | head`: who reads has seen enough. Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(1)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,6 +91,7 @@ def open_model(
 
     Raises:
         BundleError, CheckpointError: the folder is neither, or is damaged.
+        UsageError: a variant of a checkpoint.
         MissingExtraError: it is a checkpoint and torch is not installed.
     """
     from rtx.runtime.bundle import Bundle
@@ -102,11 +105,15 @@ def open_model(
         kind = Embedder if task == "embed" else Reranker
         return kind.open(folder, variant=variant, threads=threads)
     if variant is not None:
-        raise CheckpointError(f"{folder}: is a checkpoint; variants ('{variant}') exist in bundles only")
+        raise UsageError(f"{folder}: is a checkpoint; variants ('{variant}') exist in bundles only")
     try:
         from rtx.trainer.model import RetrievalModel
     except ModuleNotFoundError as missing:
         raise MissingExtraError(missing.name or "torch", "train", f"opening the checkpoint {folder}") from missing
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     model = RetrievalModel.load(path)
     kind = Embedder if model.contract.task == "embed" else Reranker
     return kind(model.preprocessor, model.engine())

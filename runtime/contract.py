@@ -74,6 +74,10 @@ class Contract:
         """Name of the graph's output: `sentence_embedding` [batch, dimension] or `scores` [batch], float32."""
         return OUTPUT_OF_TASK[self.task]
 
+    def output_shape(self, rows: int) -> tuple[int, ...]:
+        """Shape of the output of so many rows: (rows, dimension) of an embedder, (rows,) of a reranker."""
+        return (rows, self.dimension) if self.task == "embed" else (rows,)
+
     def prompt_text(self, name: str | None) -> str:
         """The text of a named prompt, "" for none.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rtx.kernels.pool import l2_normalize
 from rtx.kernels.quantize import quantize_binary, quantize_int8
 from rtx.runtime.engine import Budget, Engine
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.session import OnInvalid, Session, items_of
 from rtx.runtime.text import TextPreprocessor, check_text
 
@@ -36,6 +36,7 @@ class Embedder:
         if preprocessor.contract.task != "embed":
             raise UsageError("this model is a reranker: open it with Reranker, or use `rtx rerank`")
         self._session = Session(preprocessor, engine, budget)
+        self.preprocessor = preprocessor
         self.contract = preprocessor.contract
         self.engine = engine
 
@@ -68,7 +69,7 @@ class Embedder:
 
     def embed(
         self,
-        items: Sequence[object],
+        items: Iterable[object],
         *,
         prompt: str | None = None,
         dimensions: int | None = None,
@@ -88,12 +89,12 @@ class Embedder:
                 of NaN (float32 only) while all others are embedded.
 
         Returns:
-            [len(items), dimensions] float32 or int8; for "binary" uint8 [len(items), dimensions / 8].
+            [len(items), dimensions] float32 or int8; for "binary" uint8 [len(items), ceil(dimensions / 8)].
 
         Raises:
             InvalidItemsError: lists every item that cannot be embedded.
             UsageError: an argument does not fit the model.
-            EngineError: the engine failed.
+            EngineError: the engine failed, or gave numbers that `precision` cannot hold.
         """
         self._check(prompt, dimensions, precision, normalize, on_invalid)
         vectors = self._session.run(
@@ -106,7 +107,7 @@ class Embedder:
 
     async def aembed(
         self,
-        items: Sequence[object],
+        items: Iterable[object],
         *,
         prompt: str | None = None,
         dimensions: int | None = None,
@@ -168,8 +169,8 @@ class Embedder:
             vectors = np.ascontiguousarray(vectors[:, :dimensions])
         if (normalize and not self.contract.normalize) or (cut and self.contract.normalize):
             vectors = l2_normalize(vectors)
-        if precision == "int8":
-            return quantize_int8(vectors)
-        if precision == "binary":
-            return quantize_binary(vectors)
-        return vectors
+        if precision == "float32":
+            return vectors
+        if not np.isfinite(vectors).all():
+            raise EngineError(f"{self.engine.name}: gave vectors that are not finite, which {precision} cannot hold")
+        return quantize_int8(vectors) if precision == "int8" else quantize_binary(vectors)

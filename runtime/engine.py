@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.batching import plan_batches
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.text import Batch, Encoded, TextPreprocessor
 
 
@@ -66,15 +66,31 @@ def run_items(
 
     Returns:
         [len(items), dimension] or [len(items)] float32; of length 0 along the first axis if there are no items.
+
+    Raises:
+        EngineError: the engine failed, or what it gave is not what the contract says.
     """
-    contract = preprocessor.contract
-    shape = (len(items), contract.dimension) if contract.task == "embed" else (len(items),)
-    results = np.empty(shape, dtype=np.float32)
+    results = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
     batches = plan_batches(
         [len(item.ids) for item in items],
         max_batch_tokens=budget.max_batch_tokens,
         max_batch_items=budget.max_batch_items,
     )
     for rows in batches:
-        results[rows] = engine.run(preprocessor.collate([items[row] for row in rows]))
+        results[rows] = run_batch(engine, preprocessor, [items[row] for row in rows])
+    return results
+
+
+def run_batch(engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
+    """Items through the engine in one batch: [len(items), dimension] or [len(items)] float32.
+
+    Raises:
+        EngineError: the engine failed, or what it gave is not what the contract says.
+    """
+    results = engine.run(preprocessor.collate(items))
+    expected = preprocessor.contract.output_shape(len(items))
+    # NumPy would spread a wrong shape over the rows, or round another type, without a word.
+    if results.shape != expected or results.dtype != np.float32:
+        got = f"{list(results.shape)} {results.dtype}"
+        raise EngineError(f"{engine.name}: expected {list(expected)} float32 from the engine, got {got}")
     return results

@@ -66,6 +66,9 @@ class InvalidItemsError(DataError):
         more = f"\n  … and {len(self.items) - 10} more" if len(self.items) > 10 else ""
         super().__init__(f"{len(self.items)} of {total} items cannot be used:\n{shown}{more}")
 
+    def __reduce__(self) -> tuple[type[InvalidItemsError], tuple[tuple[ItemError, ...], int]]:
+        return type(self), (self.items, self.total)  # an error that cannot be pickled kills a pool of processes
+
 
 class ArtifactError(RtxError):
     exit_code = 5
@@ -99,10 +102,18 @@ class MissingExtraError(RtxError):
     def __init__(self, module: str, extra: str, purpose: str) -> None:
         self.module = module
         self.extra = extra
+        self.purpose = purpose
         super().__init__(
-            f"{purpose} needs the package '{module}', which is not installed. "
-            f"Install it with: pip install 'rtx-retrieval[{extra}]'"
+            f"{purpose} needs the package '{module}', which is not installed. Install it with: {install_command(extra)}"
         )
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), (self.module, self.extra, self.purpose)
+
+
+def install_command(extra: str) -> str:
+    """The command that brings an extra."""
+    return f"pip install 'rtx-retrieval[{extra}]'"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from rtx.runtime.contract import Contract
@@ -98,6 +99,8 @@ class Manifest:
         listed = {file for v in self.variants.values() for file in (v.file, *v.external)}
         if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed} - set(self.files)):
             raise ValueError(f"files: {', '.join(absent)} missing")
+        if outside := sorted(file for file in self.files if not _is_inside(file)):
+            raise ValueError(f"files: {', '.join(outside)}: expected plain paths inside the bundle")
 
     def to_bytes(self) -> bytes:
         """The canonical content of manifest.json."""
@@ -115,17 +118,23 @@ class Manifest:
             data: dict[str, Any] = json.loads(content)
             digest = data.pop("sha256")
             version = data["format_version"]
-        except (ValueError, KeyError, TypeError, AttributeError) as broken:
+            body = _canonical(data)
+            canonical = _canonical({**data, "sha256": digest})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
             raise BundleError(f"{MANIFEST_FILE}: is no manifest of rtx ({type(broken).__name__}: {broken})") from broken
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{MANIFEST_FILE}: has format version {version}; this rtx reads version {FORMAT_VERSION}. "
                 "Export the checkpoint again, or install the rtx that wrote it"
             )
-        body = _canonical(data)
-        if hashlib.sha256(body).hexdigest() != digest or content != _canonical({**data, "sha256": digest}):
+        if hashlib.sha256(body).hexdigest() != digest or content != canonical:
             raise BundleError(f"{MANIFEST_FILE}: was changed after it was written (its own hash does not fit)")
         return parse(cls, data, source=MANIFEST_FILE, error=BundleError)
+
+
+def _is_inside(file: str) -> bool:
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in file
 
 
 def _canonical(data: object) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -41,6 +41,7 @@ class Reranker:
         if preprocessor.contract.task != "rerank":
             raise UsageError("this model is an embedder: open it with Embedder, or use `rtx embed`")
         self._session = Session(preprocessor, engine, budget)
+        self.preprocessor = preprocessor
         self.contract = preprocessor.contract
         self.engine = engine
 
@@ -58,7 +59,7 @@ class Reranker:
         session = Session.open(bundle, variant=variant, threads=threads, budget=budget, verify=verify)
         return cls(session.preprocessor, session.engine, budget=session.budget)
 
-    def score(self, pairs: Sequence[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
+    def score(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
         """Score (query, document) pairs.
 
         Args:
@@ -76,13 +77,13 @@ class Reranker:
             items_of(pairs, "(query, document) pairs"), self._session.preprocessor.encode_pairs, check_pair, on_invalid
         )
 
-    async def ascore(self, pairs: Sequence[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
+    async def ascore(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
         """As `score`, in common batches with all other requests that wait at the time."""
         return await self._session.arun(
             items_of(pairs, "(query, document) pairs"), self._session.preprocessor.encode_pairs, on_invalid
         )
 
-    def rank(self, query: object, documents: Sequence[object], *, top_k: int | None = None) -> list[Ranked]:
+    def rank(self, query: object, documents: Iterable[object], *, top_k: int | None = None) -> list[Ranked]:
         """Order documents by their score for a query.
 
         Returns:
@@ -96,7 +97,7 @@ class Reranker:
         scores = self.score([(query, document) for document in items_of(documents, "documents")])
         return _best(scores, top_k)
 
-    async def arank(self, query: object, documents: Sequence[object], *, top_k: int | None = None) -> list[Ranked]:
+    async def arank(self, query: object, documents: Iterable[object], *, top_k: int | None = None) -> list[Ranked]:
         """As `rank`, in common batches with all other requests that wait at the time."""
         _check_top_k(top_k)
         scores = await self.ascore([(query, document) for document in items_of(documents, "documents")])

@@ -59,6 +59,7 @@ class Scheduler:
         Raises:
             EngineError: the scheduler is closed.
         """
+        assert items, "a request without items would wait forever"
         request = _Request(Future(), missing=len(items), rows=[None] * len(items))
         with self._changed:
             if self._closed:
@@ -84,6 +85,7 @@ class Scheduler:
                 continue
             try:
                 results = self._run([item for item, _, _ in batch])
+                assert len(results) == len(batch), f"{len(results)} results for {len(batch)} items"
             except BaseException as broken:  # noqa: BLE001 - whatever it is belongs to those who wait, not to this thread
                 for _, request, _ in batch:
                     _settle(request, error=broken)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.bundle import Bundle
-from rtx.runtime.engine import Budget, Engine, run_items
-from rtx.runtime.errors import InvalidItemsError, ItemError, UsageError
+from rtx.runtime.engine import Budget, Engine, run_batch, run_items
+from rtx.runtime.errors import EngineError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.scheduler import Scheduler
 from rtx.runtime.text import Encoded, TextPreprocessor
 
@@ -39,6 +39,7 @@ class Session:
         self.engine = engine
         self.budget = budget or Budget()
         self._scheduler: Scheduler | None = None
+        self._closed = False
         self._starting = threading.Lock()
 
     @classmethod
@@ -76,16 +77,21 @@ class Session:
         if on_invalid == "raise":
             _raise_for([found for i, item in enumerate(items) if isinstance(found := check(i, item), ItemError)], items)
         results = self._empty(len(items))
+        wrong: list[ItemError] = []
         for start in range(0, len(items), _WINDOW_ITEMS):
-            encoded = encode(items[start : start + _WINDOW_ITEMS])
-            rows, valid = _split(encoded, start, items, on_invalid)
-            results[rows] = run_items(self.engine, self.preprocessor, valid, self.budget)
+            rows, valid, invalid = _split(encode(items[start : start + _WINDOW_ITEMS]), start)
+            wrong += invalid if on_invalid == "raise" else []
+            if not wrong:  # a fault that only tokenising finds: nothing more is computed, the others are still listed
+                results[rows] = run_items(self.engine, self.preprocessor, valid, self.budget)
+        _raise_for(wrong, items)
         return results
 
     async def arun(self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid) -> NDArray[np.float32]:
         """As `run`, in common batches with all other requests that wait at the time."""
         encoded = await asyncio.to_thread(encode, items)
-        rows, valid = _split(encoded, 0, items, on_invalid)
+        rows, valid, invalid = _split(encoded, 0)
+        if on_invalid == "raise":
+            _raise_for(invalid, items)
         results = self._empty(len(items))
         if valid:
             computed: NDArray[np.float32] = await asyncio.wrap_future(self._started().submit(valid))
@@ -94,44 +100,44 @@ class Session:
 
     def close(self) -> None:
         """Give back the engine; requests that wait are cancelled."""
+        with self._starting:
+            self._closed = True
         if self._scheduler is not None:
             self._scheduler.close()
         self.engine.close()
 
     def _started(self) -> Scheduler:
         with self._starting:  # event loops of several threads may share the model
+            if self._closed:
+                raise EngineError(f"{self.engine.name}: the model is closed; no further request is taken")
             if self._scheduler is None:
                 self._scheduler = Scheduler(self._run_batch, self.budget)
             return self._scheduler
 
     def _run_batch(self, items: Sequence[Encoded]) -> NDArray[np.float32]:
-        return self.engine.run(self.preprocessor.collate(items))
+        return run_batch(self.engine, self.preprocessor, items)
 
     def _empty(self, count: int) -> NDArray[np.float32]:
-        shape = (count, self.contract.dimension) if self.contract.task == "embed" else (count,)
-        return np.full(shape, np.nan, dtype=np.float32)
+        return np.full(self.contract.output_shape(count), np.nan, dtype=np.float32)
 
 
-def items_of(items: object, what: str) -> Sequence[object]:
+def items_of(items: Iterable[object], what: str) -> Sequence[object]:
     """The items of a call as a sequence.
 
     Raises:
-        UsageError: a single text was given where a list of them belongs: it would be read letter by letter.
+        UsageError: something else was given where a list belongs: a single text would be read letter by letter, a
+            mapping key by key.
     """
-    if isinstance(items, str | bytes):
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
-    return items if isinstance(items, list | tuple) else list(items)  # type: ignore[call-overload]
+    return items if isinstance(items, list | tuple) else list(items)
 
 
-def _split(
-    encoded: Sequence[Encoded | ItemError], start: int, items: Sequence[object], on_invalid: OnInvalid
-) -> tuple[list[int], list[Encoded]]:
-    """Rows and items that can be run; `start` is where `encoded` begins in `items`."""
-    if on_invalid == "raise":
-        wrong = [(row, item) for row, item in enumerate(encoded, start) if isinstance(item, ItemError)]
-        _raise_for([ItemError(row, item.message) for row, item in wrong], items)
-    rows = [start + row for row, item in enumerate(encoded) if not isinstance(item, ItemError)]
-    return rows, [item for item in encoded if not isinstance(item, ItemError)]
+def _split(encoded: Sequence[Encoded | ItemError], start: int) -> tuple[list[int], list[Encoded], list[ItemError]]:
+    """Rows and items that can be run, and errors; `start` is the row of the first of `encoded`."""
+    valid = [(row, item) for row, item in enumerate(encoded, start) if not isinstance(item, ItemError)]
+    invalid = [ItemError(row, item.message) for row, item in enumerate(encoded, start) if isinstance(item, ItemError)]
+    return [row for row, _ in valid], [item for _, item in valid], invalid
 
 
 def _raise_for(errors: Sequence[ItemError], items: Sequence[object]) -> None:

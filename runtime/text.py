@@ -5,15 +5,16 @@ items -> check -> prompt -> tokenise (in parallel) -> truncate -> Encoded -> col
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import BundleError, ItemError
+from rtx.runtime.pairs import PairTemplate
 
 Batch = dict[str, NDArray[np.int64]]
 """What a graph takes: by input name, [batch, tokens] int64."""
@@ -21,7 +22,8 @@ Batch = dict[str, NDArray[np.int64]]
 # A text longer than this many characters a token of the limit is cut before it is tokenised: the first attempt keeps so
 # many characters, and each further one, needed only where tokens are long, four times as many.
 _PRECUT_CHARS_PER_TOKEN = 16
-# Tokens beyond the limit that the cut text must still have, so that no token near the limit can depend on the cut.
+# Tokens beyond the limit that the cut text must still have before its last word, which the cut may have split: a token
+# depends on its own word alone, and where words end on little more than the next character.
 _PRECUT_MARGIN_TOKENS = 16
 
 
@@ -46,22 +48,20 @@ class TextPreprocessor:
         tokenizer_json: the content of a `tokenizer.json` of the `tokenizers` library.
 
     Raises:
-        BundleError: the tokenizer cannot be read.
+        BundleError: the tokenizer cannot be read, or puts more special tokens around a text than the contract's limit.
     """
 
     def __init__(self, contract: Contract, tokenizer_json: str) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as broken:
-            raise BundleError(f"tokenizer.json: cannot be read by tokenizers: {broken}") from broken
         self.contract = contract
         self.tokenizer_json = tokenizer_json
-        self._tokenizer.no_padding()
-        # A tokenizer that splits on white space first gives the same leading tokens for a text and for its beginning.
-        self._splits_words = self._tokenizer.pre_tokenizer is not None
-        self._tokenizer.enable_truncation(contract.max_tokens, strategy="longest_first", direction="right")
+        self._tokenizers: dict[bool, Tokenizer] = {}
+        self._pair_template: PairTemplate | None = None
         self._prompt_tokens: dict[str, int] = {"": 0}
-        self._untruncated: Tokenizer | None = None
+        pairs = contract.task == "rerank"
+        special = self._tokenizer(truncating=not pairs).num_special_tokens_to_add(pairs)
+        if contract.max_tokens <= special:
+            # tokenizers would not truncate at all.
+            raise BundleError(f"max_tokens: {contract.max_tokens} leaves no room beside {special} special tokens")
 
     def encode(self, items: Sequence[object], *, prompt: str | None = None) -> list[Encoded | ItemError]:
         """Tokenise texts.
@@ -76,12 +76,10 @@ class TextPreprocessor:
         prefix = self.contract.prompt_text(prompt)
         checked = [check_text(index, item) for index, item in enumerate(items)]
         texts = [prefix + self._precut(text) for text in checked if isinstance(text, str)]
-        encodings = iter(self._tokenizer.encode_batch_fast(texts))
+        encodings = iter(self._tokenizer(truncating=True).encode_batch_fast(texts))
         skipped = self._count_prompt_tokens(prefix) if not self.contract.include_prompt else 0
-        return [
-            text if isinstance(text, ItemError) else self._encoded(index, next(encodings), skipped)
-            for index, text in enumerate(checked)
-        ]
+        rows = (Encoded(row.ids, row.type_ids, min(skipped, len(row.ids))) for row in encodings)
+        return _merged(checked, rows)
 
     def encode_pairs(self, pairs: Sequence[object]) -> list[Encoded | ItemError]:
         """Tokenise (query, document) pairs; the longer of the two is truncated first.
@@ -90,16 +88,17 @@ class TextPreprocessor:
         """
         prefix = self.contract.prompt_text(None)
         checked = [check_pair(index, pair) for index, pair in enumerate(pairs)]
-        texts = [
-            (prefix + self._precut(pair[0]), self._precut(pair[1]))
-            for pair in checked
-            if not isinstance(pair, ItemError)
-        ]
-        encodings = iter(self._tokenizer.encode_batch_fast(texts))
-        return [
-            pair if isinstance(pair, ItemError) else self._encoded(index, next(encodings), 0)
-            for index, pair in enumerate(checked)
-        ]
+        valid = [self._precut_pair(prefix + pair[0], pair[1]) for pair in checked if isinstance(pair, tuple)]
+        # One query stands beside many documents: each text is tokenised once.
+        texts = list(dict.fromkeys(text for pair in valid for text in pair))
+        tokenizer = self._tokenizer(truncating=False)
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        tokens = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        if self._pair_template is None:
+            self._pair_template = PairTemplate(tokenizer)
+        template, limit = self._pair_template, self.contract.max_tokens
+        rows = (Encoded(*template.build(tokens[first], tokens[second], max_tokens=limit)) for first, second in valid)
+        return _merged(checked, rows)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
         """Pad items to their longest: by input name of the contract, [len(items), longest] int64."""
@@ -119,38 +118,64 @@ class TextPreprocessor:
         arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "pooling_mask": pooled}
         return {name: arrays[name] for name in contract.inputs}
 
-    def _encoded(self, index: int, encoding: Encoding, prompt_tokens: int) -> Encoded | ItemError:
-        if not encoding.ids:
-            return ItemError(index, "gives no token at all; expected a text with at least one")
-        return Encoded(encoding.ids, encoding.type_ids, min(prompt_tokens, len(encoding.ids)))
+    def _precut(self, text: str, *, min_tokens: int = 0) -> str:
+        """The beginning of a very long text: enough of it for the truncated tokens to be those of the whole text.
 
-    def _precut(self, text: str) -> str:
-        """The beginning of a very long text: enough of it for the truncated tokens to be those of the whole text."""
-        keep = self.contract.max_tokens * _PRECUT_CHARS_PER_TOKEN
-        if not self._splits_words or len(text) <= 2 * keep:
-            return text
+        Args:
+            text: any text.
+            min_tokens: keep so many tokens even if the contract's limit is less.
+        """
+        needed = max(self.contract.max_tokens, min_tokens) + _PRECUT_MARGIN_TOKENS
+        keep = needed * _PRECUT_CHARS_PER_TOKEN
         while len(text) > 2 * keep:
-            cut = text.rfind(" ", keep // 2, keep)
-            if cut > 0 and self._count_tokens(text[:cut]) >= self.contract.max_tokens + _PRECUT_MARGIN_TOKENS:
+            # Between words if there is a space; text without one (Chinese, minified code) is cut anywhere.
+            cut = max(text.rfind(" ", keep // 2, keep), 0) or keep
+            words = self._tokenizer(truncating=False).encode(text[:cut], add_special_tokens=False).word_ids
+            if sum(word != words[-1] for word in words) >= needed:
                 return text[:cut]
             keep *= 4
         return text
 
-    def _count_tokens(self, text: str) -> int:
-        # A tokenizer of its own: switching truncation off and on again would race with other threads.
-        if self._untruncated is None:
-            self._untruncated = Tokenizer.from_str(self.tokenizer_json)
-            self._untruncated.no_padding()
-            self._untruncated.no_truncation()
-        return len(self._untruncated.encode(text, add_special_tokens=False).ids)
+    def _precut_pair(self, first: str, second: str) -> tuple[str, str]:
+        """As `_precut`; the side with more tokens keeps more, since that decides which of the two is truncated."""
+        shorter, longer = sorted((first, second), key=len)
+        if len(longer) <= 2 * self.contract.max_tokens * _PRECUT_CHARS_PER_TOKEN:
+            return first, second
+        tokens = self._tokenizer(truncating=False).encode(shorter, add_special_tokens=False)
+        cut = self._precut(longer, min_tokens=len(tokens.ids))
+        return (first, cut) if longer is second else (cut, second)
 
     def _count_prompt_tokens(self, prefix: str) -> int:
         """Tokens of the prompt alone with its leading special tokens, without a closing one."""
         if prefix not in self._prompt_tokens:
-            encoding = self._tokenizer.encode(prefix)
+            encoding = self._tokenizer(truncating=True).encode(prefix)
             closing = 1 if encoding.special_tokens_mask and encoding.special_tokens_mask[-1] else 0
             self._prompt_tokens[prefix] = len(encoding.ids) - closing
         return self._prompt_tokens[prefix]
+
+    def _tokenizer(self, *, truncating: bool) -> Tokenizer:
+        # Two objects, the second read when it is needed: switching truncation off and on would race with other threads.
+        if truncating not in self._tokenizers:
+            try:
+                tokenizer = Tokenizer.from_str(self.tokenizer_json)
+            except Exception as broken:
+                raise BundleError(f"tokenizer.json: cannot be read by tokenizers: {broken}") from broken
+            tokenizer.no_padding()
+            if truncating:
+                tokenizer.enable_truncation(self.contract.max_tokens, direction="right")
+            else:
+                tokenizer.no_truncation()
+            self._tokenizers[truncating] = tokenizer
+        return self._tokenizers[truncating]
+
+
+def _merged(checked: Sequence[object], rows: Iterator[Encoded]) -> list[Encoded | ItemError]:
+    """Rows of the valid items and errors of the others, in the order of `checked`."""
+    merged = [item if isinstance(item, ItemError) else next(rows) for item in checked]
+    return [
+        item if isinstance(item, ItemError) or item.ids else ItemError(index, "gives no token; expected at least one")
+        for index, item in enumerate(merged)
+    ]
 
 
 def check_text(index: int, item: object) -> str | ItemError:
@@ -167,7 +192,8 @@ def check_text(index: int, item: object) -> str | ItemError:
 def check_pair(index: int, pair: object) -> tuple[str, str] | ItemError:
     """The pair if both sides are texts, otherwise what is wrong with it."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        return ItemError(index, f"expected a (query, document) pair, got {type(pair).__name__}")
+        length = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
+        return ItemError(index, f"expected a (query, document) pair, got {type(pair).__name__}{length}")
     query, document = check_text(index, pair[0]), check_text(index, pair[1])
     if isinstance(query, ItemError):
         return ItemError(index, f"query: {query.message}")

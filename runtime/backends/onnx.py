@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.errors import EngineError, MissingExtraError
+from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
 from rtx.runtime.text import Batch
 
 
@@ -23,11 +23,14 @@ class OnnxEngine:
         name: what error messages call the graph.
 
     Raises:
+        UsageError: `threads` is less than 1.
         MissingExtraError: onnxruntime is not installed.
         EngineError: the graph cannot be loaded.
     """
 
     def __init__(self, graph: bytes | Path, *, output: str, threads: int | None = None, name: str = "onnx") -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads: expected at least 1, got {threads}")
         try:
             import onnxruntime as ort
         except ImportError as missing:
@@ -71,7 +74,15 @@ class OnnxEngine:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, which in a container can be fewer than the machine has; at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, _cgroup_cores(Path("/sys/fs/cgroup/cpu.max")) or affinity))
+
+
+def _cgroup_cores(cpu_max: Path) -> int | None:
+    """Cores that a container's CPU limit is worth, rounded up; None without a limit (cgroup v2, docs.kernel.org)."""
+    try:
+        quota_us, period_us = cpu_max.read_text().split()
+        return -(-int(quota_us) // int(period_us))
+    except (OSError, ValueError):  # no such file outside of containers; "max" where there is no limit
+        return None
