@@ -155,7 +155,7 @@ def _finite(vectors: NDArray[np.float32], texts: Sequence[str]) -> NDArray[np.fl
 
 def _announce(folder: PartFolder) -> None:
     if finished := folder.finished():
-        click.echo(f"going on with {folder.path}: {finished} parts are finished", err=True)
+        click.echo(f"going on with {folder.path}; finished parts: {finished:,}", err=True)
 
 
 def _say_how_to_resume(folder: PartFolder, given: _Arguments) -> None:
@@ -164,7 +164,7 @@ def _say_how_to_resume(folder: PartFolder, given: _Arguments) -> None:
         click.echo("interrupted before the first part was finished; nothing is kept", err=True)
         return
     same = "the same command, fed the same input," if given.source == STDIN else "the same command"
-    click.echo(f"interrupted; {finished} finished parts are kept in {folder.path}: {same} goes on from there", err=True)
+    click.echo(f"interrupted; {same} goes on; finished parts, kept in {folder.path}: {finished:,}", err=True)
 
 
 def _summarize(output: Path, totals: Totals, empty: NDArray[Any]) -> None:

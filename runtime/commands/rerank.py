@@ -116,7 +116,7 @@ def _run(given: _Arguments, stack: ExitStack) -> int:
     model = stack.enter_context(
         Reranker.open(given.bundle, variant=given.variant, threads=given.threads, budget=budget)
     )
-    on_terminal = output is None and sys.stdout.isatty()
+    on_terminal = output is None and _is_terminal()
     write = stack.enter_context(_sink(output, as_table=on_terminal and given.query is not None))
     log = stack.enter_context(failure_log(output)) if output is not None else _echo
     # Lines that scroll by on the same terminal say enough.
@@ -142,7 +142,17 @@ def _open_input(given: _Arguments) -> Input:
     if given.source == STDIN and file_format is None:
         # Queries and their documents come as JSON, the documents of one query more often as lines.
         file_format = "txt" if given.query is not None else "jsonl"
-    return Input(given.source, file_format=file_format, id_column=given.id_column)
+    source = Input(given.source, file_format=file_format, id_column=given.id_column)
+    if source.format == "txt" and given.query is None:
+        source.close()
+        raise UsageError(
+            f"{source.name}: a txt input has one text a line; it cannot hold queries and documents: pass --query"
+        )
+    return source
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _rank_each(model: Reranker, source: Input, given: _Arguments, progress: Progress) -> Iterator[Result | BadRecord]:
