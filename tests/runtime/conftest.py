@@ -186,7 +186,7 @@ def _golden(toy: Toy, preprocessor: TextPreprocessor) -> Golden:
     items: Sequence[Any]
     prompts: tuple[str | None, ...]
     if preprocessor.contract.task == "embed":
-        items = ("how do i reset the device?", "", "parse a file", "sort the list", long, "Größe 東京 \U0001f600", "x")
+        items = ("how do i reset the device?", "", "parse a file", "Sort THE list", long, "Größe 東京 \U0001f600", "x")
         prompts = ("query", None, "document", None, "query", "document", None)
     else:
         items = (("reset device", "hold the button"), ("sort", "sort the list"), ("", "x"), ("find text", long))
