@@ -1,0 +1,1 @@
+"""The commands of `rtx` that need no torch, one a file."""

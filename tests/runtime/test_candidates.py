@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from rtx.runtime.candidates import read_candidates, write_candidates
+from rtx.runtime.errors import DataError
+from rtx.runtime.evalset import EvalSet
+
+EVALSET = EvalSet(
+    "tiny",
+    {"q1": "a", "q2": "b", "q3": "c"},
+    {"d1": "x", "d2": "y", "d3": "z", "4": "w"},
+    {"q1": {"d1": 1}, "q2": {"d2": 1}, "q3": {"d3": 1}},
+)
+EXPECTED = {"q1": ["d3", "d1", "4"], "q2": ["d2"], "q3": []}
+
+
+def test_read_jsonl(tmp_path):
+    file = tmp_path / "found.jsonl"
+    file.write_text(
+        '{"query-id": "q1", "corpus-ids": ["d3", "d1", 4]}\n'
+        '{"query-id": "q9", "corpus-ids": ["d9"], "note": "a query of another split"}\n\n'
+        '{"query-id": "q2", "corpus-ids": ["d2"]}\n'
+        '{"query-id": "q3", "corpus-ids": []}\n'
+    )
+    assert read_candidates(file, EVALSET) == EXPECTED
+    zipped = tmp_path / "found.jsonl.gz"
+    zipped.write_bytes(gzip.compress(file.read_bytes()))
+    assert read_candidates(zipped, EVALSET) == EXPECTED
+
+
+def test_read_run_sorts_by_score_then_rank_then_line(tmp_path):
+    file = tmp_path / "bm25.run"
+    # q3 is not in the file: the first stage found nothing for it. Equal scores of q1 go by rank, others do not.
+    file.write_text(
+        "q1 Q0 4 0 -1e1 bm25\nq1 Q0 d1 2 7.5 bm25\nq1 Q0 d3 1 7.50 bm25\nq2\tQ0\td2\t1\t0\tbm25\nq9 Q0 d9 1 1 bm25\n"
+    )
+    assert read_candidates(file, EVALSET) == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["found.jsonl", "found.run"])
+def test_write_and_read_again(tmp_path, name):
+    write_candidates(EXPECTED, tmp_path / name)
+    assert read_candidates(tmp_path / name, EVALSET) == EXPECTED
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_run_file_as_trec_eval_reads_it(tmp_path):
+    write_candidates(EXPECTED, tmp_path / "found.run")
+    assert (tmp_path / "found.run").read_text() == (
+        "q1 Q0 d3 1 3 rtx\nq1 Q0 d1 2 2 rtx\nq1 Q0 4 3 1 rtx\nq2 Q0 d2 1 1 rtx\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problems"),
+    [
+        (
+            "bad.jsonl",
+            '{"query-id": "q1", "corpus-ids": "d1"}\n{"query-id": "q1"}\n{"query-id": "q2", "corpus-ids": [1.5]}\n'
+            '{"query-id": "q2", "corpus-ids": ["d1", "d9", "d1"]}\n{"query-id": "q2", "corpus-ids": []}\n',
+            [
+                "bad.jsonl:1: corpus-ids: expected a list of ids",
+                "bad.jsonl:2: has no column 'corpus-ids'",
+                "bad.jsonl:3: corpus-ids: expected a list of ids",
+                "bad.jsonl:4: document 'd9' of query 'q2' is not in the corpus",
+                "bad.jsonl:4: document 'd1' is there twice for query 'q2'",
+                "bad.jsonl:5: query 'q2' is there twice",
+            ],
+        ),
+        (
+            "bad.run",
+            "q1 Q0 d1 1 high bm25\nq1 Q0 d1 1 nan bm25\nq1 d1\nq1 Q0 d1 1 2 bm25\nq1 Q0 d1 2 1 bm25\n",
+            [
+                "bad.run:1: expected numbers as rank and score, got 1 and high",
+                "bad.run:2: expected numbers as rank and score, got 1 and nan",
+                "bad.run:3: expected the six columns of a TREC run file",
+                "bad.run: document 'd1' is there twice for query 'q1'",
+            ],
+        ),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, name, content, problems):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_candidates(tmp_path / name, EVALSET)
+    lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert lines[0] == f"{name}: {len(problems)} problems:"
+    for line, problem in zip(lines[1:], problems, strict=True):
+        assert line.startswith(f"  {problem}")
+
+
+def test_a_file_for_other_queries_is_refused(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"query-id": "x", "corpus-ids": ["d1"]}\n')
+    with pytest.raises(DataError, match="holds none of the 3 queries of 'tiny'"):
+        read_candidates(tmp_path / "other.jsonl", EVALSET)
+
+
+def test_ids_with_white_space_need_jsonl(tmp_path):
+    candidates = {"q 1": ["d1"], "q2": ["d\u00a02"]}
+    with pytest.raises(DataError) as caught:
+        write_candidates(candidates, tmp_path / "found.run")
+    assert "2 problems" in str(caught.value)
+    assert "use a name in .jsonl" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    write_candidates(candidates, tmp_path / "found.jsonl")
