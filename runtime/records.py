@@ -125,12 +125,20 @@ class Input:
         """
         if self.format == "txt" and len(required) != 1:
             raise UsageError(f"{self.name}: a txt input has one text a line, not the columns {', '.join(required)}")
-        line = 0
-        try:
-            for line, where, row in self._rows(required, optional):
-                yield row if isinstance(row, BadRecord) else self._record(line, where, row, required, optional)
-        except (OSError, EOFError, zlib.error) as broken:
-            raise DataError(f"{self.name}: cannot be read beyond line {line}: {broken}") from broken
+        for line, where, row in self._rows(required, optional):
+            yield row if isinstance(row, BadRecord) else self._record(line, where, row, required, optional)
+
+    def all_columns(self) -> Iterator[Record | BadRecord]:
+        """The records in order with every column they have; the id is the number of the line (parquet: of the row).
+
+        Raises:
+            DataError: the input is damaged from some place on.
+            UsageError: a txt input, which has no columns.
+        """
+        if self.format == "txt":
+            raise UsageError(f"{self.name}: a txt input has no columns")
+        for line, where, row in self._rows((), None):
+            yield row if isinstance(row, BadRecord) else Record(line, where, row)
 
     def close(self) -> None:
         if self._parquet is not None:
@@ -147,7 +155,17 @@ class Input:
         self.close()
 
     def _rows(
-        self, required: Sequence[str], optional: Sequence[str]
+        self, required: Sequence[str], optional: Sequence[str] | None
+    ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRecord]]:
+        line = 0
+        try:
+            for line, where, row in self._unguarded_rows(required, optional):
+                yield line, where, row
+        except (OSError, EOFError, zlib.error) as broken:
+            raise DataError(f"{self.name}: cannot be read beyond line {line}: {broken}") from broken
+
+    def _unguarded_rows(
+        self, required: Sequence[str], optional: Sequence[str] | None
     ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRecord]]:
         """Number, place and columns of each record; all columns, or at least those asked for."""
         if self._parquet is not None:
@@ -212,12 +230,12 @@ class Input:
         return row
 
     def _parquet_rows(
-        self, required: Sequence[str], optional: Sequence[str]
+        self, required: Sequence[str], optional: Sequence[str] | None
     ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         assert self._parquet is not None
         present = self._parquet.schema_arrow.names
         self._check_columns(present, required)
-        wanted = {*required, *optional, self._id_column or _DEFAULT_ID_COLUMN}
+        wanted = {*required, *(present if optional is None else optional), self._id_column or _DEFAULT_ID_COLUMN}
         columns = [name for name in present if name in wanted]
         try:
             for batch in self._parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):

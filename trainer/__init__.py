@@ -9,11 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rtx.trainer.config import TrainingArguments as TrainingArguments
+    from rtx.trainer.data import TrainingData as TrainingData
+    from rtx.trainer.evaluation import Evaluator as Evaluator
     from rtx.trainer.model import RetrievalModel as RetrievalModel
+    from rtx.trainer.train import Trainer as Trainer
 
 # Public name -> the module that defines it.
 _MODULES = {
+    "Evaluator": "rtx.trainer.evaluation",
     "RetrievalModel": "rtx.trainer.model",
+    "Trainer": "rtx.trainer.train",
+    "TrainingArguments": "rtx.trainer.config",
+    "TrainingData": "rtx.trainer.data",
 }
 
 __all__ = sorted(_MODULES)

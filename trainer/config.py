@@ -98,7 +98,8 @@ class TrainingArguments:
         int, Option("Processes that tokenise ahead; 0 tokenises between steps.", at_least=0, weights=False)
     ] = 0
     seed: Annotated[
-        int, Option("The same seed on the same machine gives the same weights, bit for bit.", at_least=0)
+        int,
+        Option("The same seed on the same machine gives the same weights, bit for bit.", at_least=0, at_most=2**32 - 1),
     ] = 0
     eval_steps: Annotated[
         int | None, Option("Evaluate after every so many steps and at the end; by default each epoch.", at_least=1)

@@ -1,30 +1,27 @@
 """Training data: files of rows to checked examples. Free of torch.
 
-read (jsonl, csv, tsv, parquet, datasets' folders) -> rows -> check -> Triple or Pair -> TrainingData
+files (rtx.runtime.records, or a folder that datasets saved) -> rows -> check -> Triple or Pair -> TrainingData
 
 Every bad row is named by file and line; nothing is trained on before all of them have been looked at.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import math
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO, overload
+from typing import NamedTuple, overload
 
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import DataError, ItemError, MissingExtraError, nearest
+from rtx.runtime.evalset import Problems
+from rtx.runtime.records import BadRecord, Input
 from rtx.runtime.text import check_text
 
-_SHOWN_PROBLEMS = 10
 _COLUMNS: dict[Task, tuple[str, ...]] = {
     "embed": ("query", "positive", "negative", "negatives"),
     "rerank": ("query", "document", "label", "positive", "negative", "negatives"),
@@ -52,16 +49,6 @@ Example = Triple | Pair
 Row = Mapping[str, object]
 
 
-class Place(NamedTuple):
-    """Where a row stands: "pairs.jsonl:12". `row` counts from 1."""
-
-    file: str
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.row}"
-
-
 @dataclass(frozen=True)
 class Source:
     """One file or folder of training data.
@@ -78,12 +65,11 @@ class Source:
 
 
 class TrainingData(Sequence[Example]):
-    """Checked examples, all Triple or all Pair, with where each came from."""
+    """Checked examples, all Triple or all Pair, and the files they came from."""
 
-    def __init__(self, task: Task, examples: list[Example], places: list[Place], sources: tuple[Source, ...]) -> None:
+    def __init__(self, task: Task, examples: list[Example], sources: tuple[Source, ...]) -> None:
         self.task = task
         self.examples = examples
-        self.places = places
         self.sources = sources
 
     @overload
@@ -101,19 +87,21 @@ class TrainingData(Sequence[Example]):
         """Read and join files; a row with a positive and negatives becomes several pairs for a reranker.
 
         Args:
-            paths: .jsonl, .csv, .tsv (each also .gz), .parquet, or folders that `datasets` saved to disk.
+            paths: files as rtx.runtime.records reads them (jsonl, csv, tsv, each also .gz, and parquet), or folders
+                that `datasets` saved to disk.
             task: which columns are expected.
 
         Raises:
             DataError: a file cannot be read, a column is missing or misspelt, a row cannot be used (the first ten and
                 their number), or there is no row at all.
+            UsageError: a file's name tells no format.
             MissingExtraError: pyarrow or datasets is needed and not installed.
         """
         builder = _Builder(task)
         for path in map(Path, paths):
             before = builder.rows
-            for row, place in _read(path, builder.problem):
-                builder.add(row, place)
+            for where, row in _read(path):
+                builder.add(where, row)
             builder.sources.append(Source(path.name, builder.rows - before, sha256_of(path)))
         return builder.build()
 
@@ -125,10 +113,11 @@ class TrainingData(Sequence[Example]):
             DataError: a row cannot be used, or there is none.
         """
         builder = _Builder(task)
-        digest = hashlib.sha256()
         for number, row in enumerate(rows, start=1):
-            builder.add(row, Place(name, number))
-            digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
+            builder.add(f"{name}:{number}", row)
+        digest = hashlib.sha256()
+        for example in builder.examples:
+            digest.update(json.dumps(example).encode() + b"\n")
         builder.sources.append(Source(name, builder.rows, digest.hexdigest()))
         return builder.build()
 
@@ -140,51 +129,42 @@ class _Builder:
         self.task = task
         self.rows = 0
         self.examples: list[Example] = []
-        self.places: list[Place] = []
         self.sources: list[Source] = []
-        self.problems: list[str] = []
-        self._seen_columns: set[tuple[str, frozenset[str]]] = set()
+        self._problems = Problems("training data")
+        self._seen_columns: set[frozenset[str]] = set()
 
-    def problem(self, place: Place, message: str) -> None:
-        self.problems.append(f"{place}: {message}")
-
-    def add(self, row: object, place: Place) -> None:
+    def add(self, where: str, row: object) -> None:
         self.rows += 1
+        if isinstance(row, BadRecord):
+            self._problems.add(str(row))
+            return
         if not isinstance(row, Mapping):
-            self.problem(place, f"expected an object with named fields, got {type(row).__name__}")
+            self._problems.add(f"{where}: expected a mapping of columns, got {type(row).__name__}")
             return
-        names = {name for name in row if isinstance(name, str)}
-        self._check_columns(names, place)
+        self._check_columns(where, frozenset(row))
         problems: list[str] = []
-        named = {name: row[name] for name in names}
-        found = [_triple(named, problems)] if self.task == "embed" else _pairs(named, problems)
+        found = [_triple(row, problems)] if self.task == "embed" else _pairs(row, problems)
         if problems:
-            self.problem(place, "; ".join(problems))
-            return
-        self.examples += found
-        self.places += [place] * len(found)
+            self._problems.add(f"{where}: {'; '.join(problems)}")
+        else:
+            self.examples += found
 
     def build(self) -> TrainingData:
-        if self.problems:
-            shown = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS])
-            hidden = len(self.problems) - _SHOWN_PROBLEMS
-            more = f"\n  … and {hidden} more" if hidden > 0 else ""
-            raise DataError(f"training data: {len(self.problems)} problems in {self.rows} rows:\n{shown}{more}")
+        self._problems.raise_any()
         if not self.examples:
             raise DataError(f"training data: no rows in {', '.join(source.name for source in self.sources)}")
-        return TrainingData(self.task, self.examples, self.places, tuple(self.sources))
+        return TrainingData(self.task, self.examples, tuple(self.sources))
 
-    def _check_columns(self, names: set[str], place: Place) -> None:
+    def _check_columns(self, where: str, names: frozenset[str]) -> None:
         """A misspelt column would be left out of the training in silence."""
-        key = (place.file, frozenset(names))
-        if key in self._seen_columns:
+        if names in self._seen_columns:
             return
-        self._seen_columns.add(key)
+        self._seen_columns.add(names)
         known = _COLUMNS[self.task]
         for name in sorted(names - set(known)):
             hint = nearest(name, known)
             if hint.startswith("did you mean") and not _NUMBERED_NEGATIVE.fullmatch(name):
-                self.problem(place, f"column '{name}' is not known ({hint}, negative_1 …)")
+                self._problems.add(f"{where}: column '{name}' is not known ({hint}, negative_1 …)")
 
 
 def _triple(row: Row, problems: list[str]) -> Triple:
@@ -245,85 +225,17 @@ def _label(row: Row, problems: list[str]) -> float:
     return float(value)
 
 
-Problem = Callable[[Place, str], None]
-
-
-def _read(path: Path, problem: Problem) -> Iterator[tuple[object, Place]]:
-    """Rows of one file with their places; a line that is no row at all is reported and left out."""
-    if not path.exists():
-        raise DataError(f"{path}: does not exist; expected training data")
+def _read(path: Path) -> Iterator[tuple[str, Row | BadRecord]]:
+    """Rows of one file, each with its place."""
     if path.is_dir():
         yield from _read_datasets(path)
         return
-    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if kind == ".parquet":
-        yield from _read_parquet(path)
-    elif kind in (".jsonl", ".csv", ".tsv"):
-        # What is not UTF-8 turns into surrogates, which the check of each text then reports with its line.
-        reader = gzip.open if path.suffix == ".gz" else open
-        try:
-            with reader(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-                if kind == ".jsonl":
-                    yield from _read_jsonl(path, lines, problem)
-                else:
-                    yield from _read_csv(path, lines, "," if kind == ".csv" else "\t", problem)
-        except (OSError, EOFError, zlib.error) as broken:
-            raise DataError(f"{path}: cannot be read: {broken}") from broken
-    else:
-        raise DataError(
-            f"{path}: is of no known format; expected .jsonl, .csv or .tsv (also .gz), .parquet, "
-            "or a folder that datasets saved"
-        )
+    with Input(str(path)) as source:
+        for record in source.all_columns():
+            yield record.where, record if isinstance(record, BadRecord) else record.fields
 
 
-def _read_jsonl(path: Path, lines: TextIO, problem: Problem) -> Iterator[tuple[object, Place]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = Place(str(path), number)
-        try:
-            yield json.loads(line), place
-        except (json.JSONDecodeError, RecursionError) as broken:
-            problem(place, f"is not valid JSON: {broken}")
-
-
-def _read_csv(path: Path, lines: TextIO, delimiter: str, problem: Problem) -> Iterator[tuple[object, Place]]:
-    # The module's limit of 128 KiB a cell is a setting of the whole process.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        width = len(reader.fieldnames or ())
-        for row in reader:
-            place = Place(str(path), reader.line_num)
-            cells = width + len(row.get(None, ())) - sum(value is None for value in row.values())
-            if cells != width:
-                problem(place, f"expected {width} cells, got {cells}")
-            else:
-                yield row, place
-    except csv.Error as broken:
-        problem(Place(str(path), reader.line_num), f"cannot be split into cells: {broken}")
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[object, Place]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as missing:
-        raise MissingExtraError("pyarrow", "parquet", "Reading parquet") from missing
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, Place(str(path), number)
-    except (pyarrow.ArrowException, OSError) as broken:
-        raise DataError(f"{path}: cannot be read as parquet: {broken}") from broken
-
-
-def _read_datasets(path: Path) -> Iterator[tuple[object, Place]]:
+def _read_datasets(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
     except ImportError as missing:
@@ -337,7 +249,7 @@ def _read_datasets(path: Path) -> Iterator[tuple[object, Place]]:
             raise DataError(f"{path}: has no split 'train' ({', '.join(found)}); name the folder of a split instead")
         found = found["train"]
     for number, row in enumerate(found, start=1):
-        yield row, Place(str(path), number)
+        yield f"{path}:{number}", row
 
 
 def sha256_of(path: str | Path) -> str:

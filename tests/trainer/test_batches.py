@@ -27,7 +27,7 @@ def preprocessor(**changes):
 
 
 def data_of(examples):
-    return TrainingData("embed" if isinstance(examples[0], Triple) else "rerank", examples, [], ())
+    return TrainingData("embed" if isinstance(examples[0], Triple) else "rerank", examples, ())
 
 
 def clash(one, two):
@@ -143,5 +143,5 @@ def test_collate_pairs_for_a_reranker():
 
 
 def test_a_text_without_tokens_is_named():
-    with pytest.raises(DataError, match=r"training data: '\\t': gives no token at all"):
+    with pytest.raises(DataError, match=r"training data: '\\t': gives no token; expected at least one"):
         Collator(preprocessor(), chunk_tokens=64)([Triple("alpha", "\t")])
