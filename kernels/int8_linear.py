@@ -1,17 +1,21 @@
-"""The op `int8_linear`: y = x @ W + b with 8-bit operands, one activation scale per token, one weight scale per channel.
+"""The op `int8_linear`: y = x @ W + b in 8 bits, with one activation scale per token and one weight scale per channel.
 
     W ≈ scale_w[out] * (Wq - 128)                                     Wq uint8 [in, out], symmetric about 128
     x ≈ centre[t] + scale_x[t] * (xq - 128)                           xq uint8 [tokens, in], each token by itself
     y = scale_x[t] * scale_w[out] * (xq - 128) @ (Wq - 128) + centre[t] * column_sum[out] + b
 
-The product is of integers and exact (|sum| <= 127 * 127 * in < 2**31 for in <= 133,000), so that y differs from x @ W only
-by the two roundings. Every token is quantised by its own range: what else is in the batch does not change it. The centre
-makes use of all 255 steps where a token's values lie off zero. Its share of the product is a multiple of the column sums of
-the *rounded* weight: with those of the weight before rounding, the rounding errors would meet x - centre instead of x, and
-where an outlier pulls the centre away from the bulk that is the larger of the two (cosine .980 instead of .999 on MiniLM).
+The product is of integers and exact (|sum| <= 128 * 127 * in < 2**31 for in <= 132,000), so that y differs from
+x @ W + b only by the two roundings, and by those of a few float32 operations:
 
-Both operands are unsigned because without VNNI x86 multiplies u8 by s8 with a saturating 16-bit sum (vpmaddubsw), which is
-not exact; u8 by u8 is computed in 32 bits everywhere.
+    |difference| <= sum_in (|x| * scale_w / 2 + |W| * scale_x / 2 + scale_x * scale_w / 4)
+
+Every token is quantised by its own range: what else is in the batch does not change it. The centre makes use of all 255
+steps where a token's values lie off zero. Its share of the product is a multiple of the column sums of the *rounded*
+weight: with those of the weight before rounding, the rounding errors would meet x - centre instead of x, and where an
+outlier pulls the centre away from the bulk that is the larger of the two (cosine .980 instead of .999 on MiniLM).
+
+Both operands are unsigned because without VNNI x86 multiplies u8 by s8 with a saturating 16-bit sum (vpmaddubsw), which
+is not exact; u8 by u8 is computed in 32 bits everywhere.
 """
 
 from __future__ import annotations
@@ -56,6 +60,10 @@ class Int8Rows(NamedTuple):
     values: NDArray[np.int8]
     scale: NDArray[np.float32]
 
+    def dequantize(self) -> NDArray[np.float32]:
+        """[rows, dim] float32: the table that the integers stand for; off by at most scale / 2."""
+        return self.values.astype(np.float32) * self.scale
+
 
 def quantize_weight(weight: NDArray[np.floating]) -> Int8Weight:
     """Round a weight [in, out] to 8 bits, each output channel by its largest magnitude.
@@ -64,10 +72,10 @@ def quantize_weight(weight: NDArray[np.floating]) -> Int8Weight:
         ValueError: the weight is not two-dimensional, or holds NaN or infinity.
     """
     wide = _finite_matrix(weight)
-    scale = np.maximum(np.abs(wide).max(axis=0) / LEVELS, SMALLEST_SCALE)
+    scale = _scale(wide, axis=0)
     steps = np.rint(wide / scale)
-    column_sum = steps.sum(axis=0) * scale
-    return Int8Weight((steps + ZERO_POINT).astype(np.uint8), scale.astype(np.float32), column_sum.astype(np.float32))
+    column_sum = (steps.sum(axis=0) * scale[0]).astype(np.float32)
+    return Int8Weight((steps + ZERO_POINT).astype(np.uint8), scale[0], column_sum)
 
 
 def quantize_rows(table: NDArray[np.floating]) -> Int8Rows:
@@ -77,8 +85,8 @@ def quantize_rows(table: NDArray[np.floating]) -> Int8Rows:
         ValueError: the table is not two-dimensional, or holds NaN or infinity.
     """
     wide = _finite_matrix(table)
-    scale = np.maximum(np.abs(wide).max(axis=1, keepdims=True) / LEVELS, SMALLEST_SCALE)
-    return Int8Rows(np.rint(wide / scale).astype(np.int8), scale.astype(np.float32))
+    scale = _scale(wide, axis=1)
+    return Int8Rows(np.rint(wide / scale).astype(np.int8), scale)
 
 
 def int8_linear(
@@ -92,7 +100,7 @@ def int8_linear(
         bias: [out] float32, or None.
 
     Returns:
-        [..., out] float32.
+        [..., out] float32. A token that holds NaN or infinity gives NaN, and no other token does.
     """
     high, low = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
     centre = (high + low) * np.float32(0.5)
@@ -101,6 +109,11 @@ def int8_linear(
     product = steps @ (weight.values.astype(np.int64) - ZERO_POINT)
     y = product.astype(np.float32) * weight.scale * scale + centre * weight.column_sum
     return y if bias is None else y + bias
+
+
+def _scale(wide: NDArray[np.float64], axis: int) -> NDArray[np.float32]:
+    """Step width along an axis, which is kept. In float32 before anything is rounded by it: what is stored is used."""
+    return np.maximum(np.abs(wide).max(axis=axis, keepdims=True) / LEVELS, SMALLEST_SCALE).astype(np.float32)
 
 
 def _finite_matrix(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
