@@ -150,8 +150,6 @@ class Embedder:
             raise UsageError(f"dimensions: expected 1 to {self.contract.dimension}, got {dimensions}")
         if precision not in ("float32", "int8", "binary"):
             raise UsageError(f"precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
-        if on_invalid not in ("raise", "nan"):
-            raise UsageError(f"on_invalid: expected 'raise' or 'nan', got {on_invalid!r}")
         if on_invalid == "nan" and precision != "float32":
             raise UsageError(f"on_invalid='nan' needs precision='float32': {precision} has no NaN")
         if normalize is False and self.contract.normalize:

@@ -73,7 +73,13 @@ class Session:
 
         Returns:
             [len(items), dimension] or [len(items)] float32.
+
+        Raises:
+            InvalidItemsError: lists every item that cannot be used.
+            UsageError: `on_invalid` is neither.
+            EngineError: the engine failed.
         """
+        _check_on_invalid(on_invalid)
         if on_invalid == "raise":
             _raise_for([found for i, item in enumerate(items) if isinstance(found := check(i, item), ItemError)], items)
         results = self._empty(len(items))
@@ -88,6 +94,7 @@ class Session:
 
     async def arun(self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid) -> NDArray[np.float32]:
         """As `run`, in common batches with all other requests that wait at the time."""
+        _check_on_invalid(on_invalid)
         encoded = await asyncio.to_thread(encode, items)
         rows, valid, invalid = _split(encoded, 0)
         if on_invalid == "raise":
@@ -131,6 +138,11 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
     return items if isinstance(items, list | tuple) else list(items)
+
+
+def _check_on_invalid(on_invalid: str) -> None:
+    if on_invalid not in ("raise", "nan"):
+        raise UsageError(f"on_invalid: expected 'raise' or 'nan', got {on_invalid!r}")
 
 
 def _split(encoded: Sequence[Encoded | ItemError], start: int) -> tuple[list[int], list[Encoded], list[ItemError]]:

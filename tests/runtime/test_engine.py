@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rtx.runtime.contract import Contract
+from rtx.runtime.engine import Budget, run_batch, run_items
+from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+
+
+class CountingEngine:
+    """Embeds an item as (its first token, its number of tokens) and keeps the shapes of all batches."""
+
+    name = "counting"
+
+    def __init__(self, change: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda rows: rows) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.change = change
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        self.shapes.append(batch["input_ids"].shape)
+        first = batch["input_ids"].max(axis=1)
+        return self.change(np.stack([first, batch["attention_mask"].sum(axis=1)], axis=1).astype(np.float32))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def preprocessor(embed_contract: Contract, toy_tokenizer: str) -> TextPreprocessor:
+    return TextPreprocessor(dataclasses.replace(embed_contract, dimension=2), toy_tokenizer)
+
+
+def items(*lengths: int) -> list[Encoded]:
+    return [Encoded([index + 1] * length, [0] * length) for index, length in enumerate(lengths)]
+
+
+def test_items_run_by_length_and_come_back_in_order(preprocessor: TextPreprocessor):
+    engine = CountingEngine()
+    results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1), Budget(max_batch_tokens=18, max_batch_items=9))
+    assert results.tolist() == [[1, 2], [2, 9], [3, 3], [4, 9], [5, 1]]
+    assert results.dtype == np.float32
+    assert engine.shapes == [(2, 9), (3, 3)]
+
+
+def test_no_items_run_nothing(preprocessor: TextPreprocessor, rerank_contract: Contract, toy_tokenizer: str):
+    engine = CountingEngine()
+    assert run_items(engine, preprocessor, [], Budget()).shape == (0, 2)
+    assert run_items(engine, TextPreprocessor(rerank_contract, toy_tokenizer), [], Budget()).shape == (0,)
+    assert engine.shapes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda rows: rows[:1], "[1, 2] float32"),
+        (lambda rows: rows[:, :1], "[3, 1] float32"),
+        (lambda rows: rows[:, 0], "[3] float32"),
+        (lambda rows: rows.astype(np.float16), "[3, 2] float16"),
+        (lambda rows: rows.astype(np.float64), "[3, 2] float64"),
+    ],
+)
+def test_what_the_contract_does_not_say_is_an_error(preprocessor: TextPreprocessor, change: object, got: str):
+    engine, three = CountingEngine(change), items(4, 4, 4)  # type: ignore[arg-type]
+    for run in (run_batch, functools.partial(run_items, budget=Budget())):
+        with pytest.raises(EngineError) as caught:
+            run(engine, preprocessor, three)
+        assert str(caught.value) == f"counting: expected [3, 2] float32 from the engine, got {got}"
+
+
+@pytest.mark.parametrize("name", ["max_batch_tokens", "max_batch_items"])
+def test_a_budget_of_nothing_is_refused(name: str):
+    with pytest.raises(UsageError, match=f"^{name}: expected at least 1, got 0$"):
+        Budget(**{name: 0})
