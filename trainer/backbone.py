@@ -37,8 +37,6 @@ from rtx.trainer.layout import Layout
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 # What torch's allocator for the CPU guarantees.
 _ALIGNMENT_BYTES = 64
-# Buffers that older versions of transformers saved and newer ones compute.
-_COMPUTED = (".position_ids", ".inv_freq")
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _check_weights(backbone: Any, info: Mapping[str, Any], source: Source, layou
 
     def inside(key: str) -> bool:
         """Whether a weight belongs to the transformer itself, and not to a head of some task."""
-        return key.removeprefix(prefix).partition(".")[0] in inner_names and not key.endswith(_COMPUTED)
+        return key.removeprefix(prefix).partition(".")[0] in inner_names
 
     def needed(key: str) -> bool:
         # The pooler is BERT's own pooling: an embedder never runs it, and a new classifier trains it.

@@ -281,6 +281,15 @@ def test_a_low_precision_backbone_gives_float32(tiny_checkpoint: Tiny, task: str
     np.testing.assert_allclose(found, expected, atol=16 * 2.0**-8)
 
 
+def test_a_whole_model_in_low_precision_gives_float32(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint("bert", dense=(8,), normalize=False)
+    model = RetrievalModel.load(folder)
+    expected = embed(model, TEXTS)
+    found = embed(model.to(torch.bfloat16), TEXTS)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=16 * 2.0**-8)
+
+
 def test_a_batch_that_cannot_run_is_an_engine_error(tiny_checkpoint: Tiny) -> None:
     model = RetrievalModel.load(tiny_checkpoint("bert"))
     ids = np.full((1, 2), 10**6, dtype=np.int64)
@@ -364,6 +373,23 @@ def test_a_legacy_limit_beyond_the_positions_is_cut_to_them(tiny_checkpoint: Tin
     model = RetrievalModel.load(folder)
     assert model.contract.max_tokens == 64
     assert np.isfinite(embed(model, ["a " * 200])).all()
+
+
+def test_a_causal_reranker_without_a_padding_token_takes_the_tokenizers(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen3", "rerank")
+    folder = changed(source, tmp_path / "unpadded", config_json={"pad_token_id": None})
+    np.testing.assert_array_equal(score(RetrievalModel.load(folder), PAIRS), score(RetrievalModel.load(source), PAIRS))
+
+
+def test_without_a_padding_token_the_end_token_pads(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("modernbert")
+    end = changed(source, tmp_path / "end", tokenizer_config_json={"pad_token": None, "eos_token": "[SEP]"})
+    model = RetrievalModel.load(end)
+    assert model.contract.pad_token_id == model.tokenizer.convert_tokens_to_ids("[SEP]")
+    np.testing.assert_allclose(embed(model, TEXTS), embed(RetrievalModel.load(source), TEXTS), atol=TOLERANCE)
+    neither = changed(source, tmp_path / "neither", tokenizer_config_json={"pad_token": None})
+    with pytest.raises(CheckpointError, match="neither a padding token nor an end token to pad with"):
+        RetrievalModel.load(neither)
 
 
 def test_the_layout_with_the_transformer_in_a_folder_of_its_own(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
