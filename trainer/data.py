@@ -7,6 +7,7 @@ Every bad row is named by file and line; nothing is trained on before all of the
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, overload
 
 from rtx.runtime.contract import Task
-from rtx.runtime.errors import DataError, ItemError, MissingExtraError, nearest
+from rtx.runtime.errors import DataError, ItemError, MissingExtraError
 from rtx.runtime.evalset import Problems
 from rtx.runtime.records import BadRecord, Input
 from rtx.runtime.text import check_text
@@ -160,11 +161,11 @@ class _Builder:
         if names in self._seen_columns:
             return
         self._seen_columns.add(names)
-        known = _COLUMNS[self.task]
-        for name in sorted(names - set(known)):
-            hint = nearest(name, known)
-            if hint.startswith("did you mean") and not _NUMBERED_NEGATIVE.fullmatch(name):
-                self._problems.add(f"{where}: column '{name}' is not known ({hint}, negative_1 …)")
+        for name in sorted(names - {*_COLUMNS[self.task]}):
+            # So close that it is no column of another meaning, as query_id or document_id would be.
+            close = difflib.get_close_matches(name.lower(), _COLUMNS[self.task], n=1, cutoff=0.88)
+            if close and not _NUMBERED_NEGATIVE.fullmatch(name):
+                self._problems.add(f"{where}: column '{name}' is not known; did you mean '{close[0]}'?")
 
 
 def _triple(row: Row, problems: list[str]) -> Triple:

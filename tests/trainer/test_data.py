@@ -142,11 +142,18 @@ def test_labels_are_numbers_from_0_to_1(label, shown):
         TrainingData.from_rows([{"query": "q", "document": "d", "label": label}], task="rerank")
 
 
-def test_a_misspelt_column_is_not_left_out_in_silence(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p", "negatve": "n", "id": 1}] * 3)
+@pytest.mark.parametrize("name", ["negatve", "Negative", "negative1", "negativs"])
+def test_a_misspelt_column_is_not_left_out_in_silence(tmp_path, name):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p", name: "n"}] * 3)
     message = problems_of([path])
-    assert message.count("column 'negatve' is not known (did you mean 'negative'?") == 1
-    assert "'id'" not in message
+    assert message.startswith(f"training data: 1 problem:\n  {path}:1: column '{name}' is not known; did you mean 'neg")
+
+
+def test_columns_of_another_meaning_are_left_out():
+    row = {"query": "q", "positive": "p", "id": 1.5, "query_id": 2, "positive_id": 3, "negative_ids": [4], "title": "t"}
+    assert TrainingData.from_rows([row], task="embed").examples == [Triple("q", "p")]
+    pair = {"query": "q", "document": "d", "label": 1, "document_id": 5, "label_source": "web"}
+    assert TrainingData.from_rows([pair], task="rerank").examples == [Pair("q", "d", 1.0)]
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rtx.runtime.cli import main
+from rtx.runtime.errors import CheckpointError
+from rtx.trainer.config import FinetuneConfig
+from rtx.trainer.model import RetrievalModel
+from rtx.trainer.train import Trainer
+
+WORDS = ["how", "are", "what", "code", "list", "file", "model", "text", "query", "the", "with", "that"]
+
+
+def rows(count=24):
+    return [
+        {
+            "query": f"{WORDS[i % 12]} {i}",
+            "positive": f"{WORDS[(i + 5) % 12]} {i} {WORDS[i // 12]}",
+            "negative": f"the {i}",
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with training data, an evaluation set and candidates, as the working directory."""
+    write_jsonl(tmp_path / "pairs.jsonl", rows())
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    write_jsonl(beir / "corpus.jsonl", [{"_id": f"d{i}", "text": row["positive"]} for i, row in enumerate(rows())])
+    write_jsonl(beir / "queries.jsonl", [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows())])
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(24))
+    (beir / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    ranked = [{"query-id": f"q{i}", "corpus-ids": [f"d{(i + k) % 24}" for k in range(5)]} for i in range(24)]
+    write_jsonl(tmp_path / "first.jsonl", ranked)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint):
+    return str(tiny_checkpoint("bert"))
+
+
+def rtx(line, **options):
+    words = shlex.split(line)
+    for name, value in options.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return CliRunner().invoke(main, ["finetune", *words])
+
+
+def embed(base, line="", **options):
+    defaults = {"batch_size": 8, "epochs": 2, "threads": 1, "learning_rate": 1e-3}
+    return rtx(f"--task embed --train pairs.jsonl -o tuned {line}", model=base, **{**defaults, **options})
+
+
+def weights_of(folder):
+    return RetrievalModel.load(folder).state_dict()
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_embedder_from_the_command_line(work, base):
+    result = embed(base, eval="beir", max_tokens=32, log_steps=3)
+    assert result.exit_code == 0, result.output
+    model = RetrievalModel.load(work / "tuned")
+    assert model.contract == dataclasses.replace(RetrievalModel.load(base).contract, max_tokens=32)
+    assert not same(model.state_dict(), weights_of(base))
+    assert "24 queries with 24 given negatives from pairs.jsonl" in result.stderr
+    assert "step 3/6  loss " in result.stderr
+    assert "│ ndcg@10     │ 0." in result.stdout
+    assert "ndcg@10 changed by " in result.stdout
+    assert "tuned: weights of step " in result.stdout
+    assert sorted(path.name for path in work.iterdir()) == ["beir", "first.jsonl", "pairs.jsonl", "tuned"]
+    assert not (work / "tuned" / "checkpoints" / "final").exists()
+    card = (work / "tuned" / "README.md").read_text()
+    typed = ["--task", "embed", "--train", "pairs.jsonl", "--output", "tuned", "--model", base, "--batch-size", "8"]
+    typed += ["--epochs", "2.0", "--threads", "1", "--learning-rate", "0.001", "--eval", "beir"]
+    typed += ["--max-tokens", "32", "--log-steps", "3"]
+    assert f"\n{shlex.join(['rtx', 'finetune', *typed])}\n" in card
+
+
+def test_a_reranker_from_a_file_of_options(work, base):
+    (work / "run.toml").write_text(
+        f'task = "rerank"\nmodel = "{base}"\ntrain = ["pairs.jsonl"]\noutput = "judge"\neval = "beir"\n'
+        'candidates = "first.jsonl"\nmetric = "mrr@5"\nepochs = 9\nbatch_size = 16\nlearning_rate = 1e-3\nthreads = 1\n'
+    )
+    result = rtx("--config run.toml --epochs 1")
+    assert result.exit_code == 0, result.output
+    assert "48 pairs from pairs.jsonl" in result.stderr
+    assert "before training: mrr@5 " in result.stderr
+    model = RetrievalModel.load(work / "judge")
+    assert model.task == "rerank"
+    card = (work / "judge" / "README.md").read_text()
+    assert "pipeline_tag: text-ranking" in card
+    assert "ranking the first-stage candidates of each query" in card
+    assert "rtx finetune --config run.toml --epochs 1.0" in card
+
+
+def test_every_option_is_a_flag():
+    described = CliRunner().invoke(main, ["finetune", "--help"]).output
+    for item in dataclasses.fields(FinetuneConfig):
+        assert f"--{item.name.replace('_', '-')} " in described, item.name
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "message"),
+    [
+        ("--epoch 3", 2, "No such option '--epoch'. Did you mean '--epochs'?"),
+        ("--task embed", 2, "error: options: missing key 'output'; missing key 'model'; missing key 'train'"),
+        ("--task rank", 2, "'rank' is not one of 'embed', 'rerank'"),
+        ("--config none.toml", 2, "error: none.toml: cannot be read"),
+        ("--config bad.toml", 2, "error: bad.toml: unknown key 'batchsize' (did you mean 'batch_size'?"),
+        ("--task embed -m BASE --train none.jsonl -o o", 4, "error: none.jsonl: cannot be read: No such file"),
+        (
+            "--task embed -m BASE --train first.jsonl -o o",
+            4,
+            "error: training data: 24 problems:\n  first.jsonl:1: has no",
+        ),
+        ("--task embed -m none --train pairs.jsonl -o o", 5, "error: none"),
+        ("--task embed -m BASE --train pairs.jsonl -o o --eval none", 4, "error: none: is no evaluation set"),
+        ("--task embed -m BASE --train pairs.jsonl -o o --eval beir --metric ndgc", 2, "error: metric 'ndgc' does not"),
+        ("--task embed -m BASE --train pairs.jsonl -o o --max-tokens 65", 2, "error: max_tokens: expected at most 64"),
+        ("--task embed -m BASE --train pairs.jsonl -o beir", 2, "error: beir: is in the way: neither an empty folder"),
+        ("--task embed -m BASE --train beir/p.jsonl -o beir", 2, "error: beir: the output folder holds beir/p.jsonl"),
+        (
+            "--task embed -m BASE --train pairs.jsonl -o o --resume --overwrite",
+            2,
+            "error: resume and overwrite: choose",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(work, base, line, exit_code, message):
+    (work / "bad.toml").write_text('task = "embed"\nbatchsize = 3\n')
+    result = rtx(line.replace("BASE", base))
+    assert message in result.stderr
+    assert result.exit_code == exit_code
+    assert not (work / "o").exists()
+
+
+def test_a_finished_output_is_replaced_only_when_told(work, base):
+    assert embed(base, max_steps=1).exit_code == 0
+    first = weights_of(work / "tuned")
+    again = embed(base, max_steps=2)
+    assert (again.exit_code, again.stderr) == (2, "error: tuned: holds a finished model; --overwrite replaces it\n")
+    # Whatever is wrong is found before the old model goes.
+    assert embed(base, "--overwrite --train none.jsonl", max_steps=2).exit_code == 4
+    assert same(weights_of(work / "tuned"), first)
+    # A finished run has nothing left to do.
+    resumed = embed(base, "--resume", max_steps=1)
+    assert resumed.exit_code == 0
+    assert same(weights_of(work / "tuned"), first)
+    assert embed(base, "--overwrite", max_steps=2).exit_code == 0
+    assert not same(weights_of(work / "tuned"), first)
+
+
+def test_a_model_that_no_run_left_cannot_be_resumed(work, base):
+    RetrievalModel.load(base).save(work / "tuned")
+    result = embed(base, "--resume")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: tuned: holds a model, but no run that could be resumed (no checkpoints/run.json)\n"
+    )  # fmt: skip
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_gives_the_same_model(work, base, monkeypatch):
+    assert embed(base).exit_code == 0
+    expected = weights_of(work / "tuned")
+    (work / "tuned").rename(work / "unbroken")
+    step = Trainer.training_step
+
+    def interrupted(self, *arguments):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        result = embed(base, save_steps=2)
+    assert result.exit_code == 130
+    newest = os.path.join("tuned", "checkpoints", "step-4")
+    assert f"interrupted; newest checkpoint: {newest}\ncontinue with: rtx finetune --task embed" in result.stderr
+    assert result.stderr.endswith(" --resume\n")
+    blocked = embed(base)
+    assert (blocked.exit_code, blocked.stderr) == (
+        2,
+        "error: tuned: holds an unfinished run (step-4); --resume continues it, --overwrite starts over\n",
+    )
+    with pytest.raises(CheckpointError):
+        RetrievalModel.load(work / "tuned")
+    command = result.stderr.rpartition("continue with: rtx finetune ")[2]
+    resumed = rtx(command)
+    assert resumed.exit_code == 0
+    assert f"resuming from {newest}" in resumed.stderr
+    assert same(weights_of(work / "tuned"), expected)
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_an_output_that_is_half_there_is_no_model(work, base, monkeypatch, moved):
+    replace, left = os.replace, [moved]
+
+    def stops(source, target):
+        if "final" in str(source):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stops)
+        assert embed(base, max_steps=1).exit_code == 130
+    with pytest.raises(CheckpointError):
+        RetrievalModel.load(work / "tuned")
+    assert embed(base, "--resume", max_steps=1).exit_code == 0
+    assert same(weights_of(work / "tuned"), weights_of(work / "tuned" / "checkpoints" / "step-1"))
+
+
+@pytest.mark.usefixtures("work")
+def test_a_loss_that_explodes_ends_the_run(base):
+    result = embed(base, learning_rate=1e30, warmup_ratio=0.0, save_steps=1)
+    assert result.exit_code == 7
+    newest = os.path.join("tuned", "checkpoints", "step-1")
+    assert f"error: step 2: the loss is nan; last good checkpoint: {newest}." in result.stderr
+
+
+@pytest.mark.usefixtures("work")
+def test_a_model_that_became_worse_is_kept_with_a_warning(base):
+    result = embed(base, eval="beir", learning_rate=0.3, max_steps=4, eval_steps=4)
+    assert result.exit_code == 0
+    assert "warning: ndcg@10 is lower than before finetuning (0." in result.stderr
+    assert "weights of step 4 of 4" in result.stdout

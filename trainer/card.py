@@ -1,0 +1,198 @@
+"""The model card: README.md of a finetuned model, with front matter as the cards of Sentence Transformers have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from rtx.runtime.contract import Contract, Task
+from rtx.trainer.config import FinetuneConfig
+from rtx.trainer.data import Source
+from rtx.trainer.run import RunRecord
+from rtx.trainer.train import Outcome
+
+
+class Measured(NamedTuple):
+    """The evaluation set of a run."""
+
+    name: str
+    queries: int
+    documents: int
+    candidates: bool
+
+
+class _Kind(NamedTuple):
+    words: str
+    tags: tuple[str, ...]
+    pipeline: str
+    loss: str
+    result: str
+
+
+# Names as the hub and Sentence Transformers have them, so that their searches find the model.
+_KINDS: dict[Task, _Kind] = {
+    "embed": _Kind(
+        "a text embedder",
+        ("sentence-transformers", "sentence-similarity", "feature-extraction", "dense", "generated_from_trainer"),
+        "sentence-similarity",
+        "MultipleNegativesRankingLoss",
+        "information-retrieval",
+    ),
+    "rerank": _Kind(
+        "a reranker (cross-encoder)",
+        ("sentence-transformers", "cross-encoder", "reranker", "generated_from_trainer"),
+        "text-ranking",
+        "BinaryCrossEntropyLoss",
+        "cross-encoder-reranking",
+    ),
+}
+
+_USE: dict[Task, str] = {
+    "embed": """\
+```python
+from rtx.runtime import Embedder
+
+model = Embedder.open("{name}.rtx")
+queries = model.embed(["a question"], prompt="query")  # [1, {dimension}] float32
+documents = model.embed(["a text", "another text"], prompt="document")
+```
+
+The folder opens in sentence-transformers as it is:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["a question"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))
+```
+""",
+    "rerank": """\
+```python
+from rtx.runtime import Reranker
+
+model = Reranker.open("{name}.rtx")
+ranked = model.rank("a question", ["a text", "another text"], top_k=10)
+```
+
+The folder opens in sentence-transformers as it is:
+
+```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("{name}")
+ranked = model.rank("a question", ["a text", "another text"])
+```
+""",
+}
+
+
+def render_card(
+    config: FinetuneConfig,
+    outcome: Outcome,
+    *,
+    contract: Contract,
+    record: RunRecord,
+    sources: Sequence[Source],
+    examples: int,
+    measured: Measured | None,
+    command: str,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        config: the run's options.
+        outcome: what it came to.
+        contract: of the finetuned model.
+        record: hashes and versions.
+        sources, examples: the training data.
+        measured: the evaluation set, None if there was none.
+        command: as it was typed.
+    """
+    name, base = Path(config.output).resolve().name, Path(config.model).resolve().name
+    limits = f"It takes up to {contract.max_tokens} tokens"
+    if config.task == "embed":
+        limits += f" and gives vectors of {contract.dimension} dimensions, compared by {contract.similarity} similarity"
+    parts = [
+        f"---\n{_front_matter(config, outcome, name, base, examples, measured)}---\n",
+        f"# {name}\n",
+        f"{name} is {_KINDS[config.task].words}, finetuned from `{base}` with rtx. {limits}.\n",
+        *_results(outcome, measured),
+        f"## Use\n\n```bash\nrtx export {name} -o {name}.rtx\n```\n",
+        _USE[config.task].format(name=name, dimension=contract.dimension),
+        _prompts(contract),
+        "## Training data\n",
+        _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in sources]),
+        "## Training\n",
+        f"Loss: `{record.recipe['loss']}`. Started from `{base}`, sha256 of weights, tokenizer and contract "
+        f"`{record.inputs['model']}`.\n",
+        f"```bash\n{command}\n```\n",
+        _table(("option", "value"), [(k, str(v)) for k, v in config.recipe().items() if v is not None]),
+        _table(("version", ""), [(k, str(v)) for k, v in record.environment.items()]),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(
+    config: FinetuneConfig, outcome: Outcome, name: str, base: str, examples: int, measured: Measured | None
+) -> str:
+    kind = _KINDS[config.task]
+    results = None
+    if measured is not None:
+        results = [
+            EvalResult(
+                task_type=kind.result,
+                dataset_type="unknown",
+                dataset_name=measured.name,
+                metric_type=metric.replace("@", "_at_"),
+                metric_name=metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in outcome.after.items()
+        ]
+    data = ModelCardData(
+        base_model=base,
+        library_name="sentence-transformers",
+        pipeline_tag=kind.pipeline,
+        tags=[*kind.tags, f"dataset_size:{examples}", f"loss:{kind.loss}"],
+        metrics=[metric.replace("@", "_at_") for metric in outcome.after] or None,
+        model_name=name,
+        eval_results=results,
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _results(outcome: Outcome, measured: Measured | None) -> list[str]:
+    if measured is None or outcome.interval is None:
+        return []
+    ranked = "first-stage candidates of each query" if measured.candidates else "whole corpus"
+    low, high = outcome.interval
+    ndcg = next(metric for metric in outcome.after if metric.startswith("ndcg@"))
+    rows = [
+        (metric, f"{outcome.before[metric]:.4f}", f"{after:.4f}", f"{after - outcome.before[metric]:+.4f}")
+        for metric, after in outcome.after.items()
+    ]
+    return [
+        "## Results\n",
+        f"On the evaluation set `{measured.name}` ({measured.queries:,} queries, {measured.documents:,} documents), "
+        f"ranking the {ranked}, before finetuning and after {outcome.best_step} of {outcome.steps} steps:\n",
+        _table(("metric", "before", "after", "change"), rows),
+        f"95 % bootstrap interval of the change in {ndcg} over the queries: {low:+.4f} to {high:+.4f}.\n",
+    ]
+
+
+def _prompts(contract: Contract) -> str:
+    prompts = {name: text for name, text in contract.prompts.items() if text}
+    if not prompts:
+        return ""
+    return "Prompts that go before a text:\n\n" + _table(("name", "text"), [(k, f"`{v}`") for k, v in prompts.items()])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -1,0 +1,117 @@
+"""`rtx finetune`: its flags are the fields of FinetuneConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rtx.trainer.config import FinetuneConfig, Option, TrainingArguments, options
+from rtx.trainer.run import RunFolder
+
+if TYPE_CHECKING:
+    from rtx.trainer.train import Outcome
+
+INTERRUPTED = 130
+
+
+def _flags() -> list[click.Option]:
+    """One flag a field, the run's own fields first."""
+    inherited = {item.name for item in dataclasses.fields(TrainingArguments)} - {"output"}
+    hints = typing.get_type_hints(FinetuneConfig)
+    fields = sorted(dataclasses.fields(FinetuneConfig), key=lambda item: item.name in inherited)
+    described = options(FinetuneConfig)
+    return [_flag(item, hints[item.name], described[item.name]) for item in fields]
+
+
+def _flag(item: dataclasses.Field[Any], hint: Any, option: Option) -> click.Option:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(argument for argument in arguments if argument is not type(None))
+    repeated = typing.get_origin(hint) is tuple
+    kind: Any = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else str if repeated else hint
+    name = _spelling(item.name)
+    words = option.help
+    if item.default not in (dataclasses.MISSING, None):
+        words += f"  [default: {str(item.default).lower() if hint is bool else item.default}]"
+    return click.Option(
+        [item.name, f"{name}/--no-{name[2:]}" if hint is bool else name, *([option.short] if option.short else [])],
+        type=kind,
+        multiple=repeated,
+        # None for all, so that a flag which was not given leaves the file's value alone.
+        default=None,
+        help=words,
+    )
+
+
+def _spelling(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _command(config: str | None, given: Mapping[str, Any]) -> str:
+    """The command line that these flags make."""
+    words = ["rtx", "finetune", *(["--config", config] if config is not None else [])]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(_spelling(name if value else f"no_{name}"))
+        else:
+            for single in value if isinstance(value, tuple) else (value,):
+                words += [_spelling(name), str(single)]
+    return shlex.join(words)
+
+
+@click.command(params=_flags())
+@click.option(
+    "--config", type=click.Path(dir_okay=False), help="TOML file with any of these options; flags win over it."
+)
+@click.option(
+    "--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder, if there is one."
+)
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
+def finetune(config: str | None, resume: bool, overwrite: bool, **flags: Any) -> None:
+    """Finetune an embedder or a reranker on your own data.
+
+    \b
+    rtx finetune --task embed --model BASE --train pairs.jsonl --eval beir/ -o tuned/
+    rtx finetune --config run.toml --seed 7
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    run = FinetuneConfig.read(config, given)
+    command = _command(config, given)
+    try:
+        # torch takes seconds to import: a misspelt option should not.
+        from rtx.trainer.finetune import finetune as train
+
+        outcome = train(run, resume=resume, overwrite=overwrite, command=command)
+    except KeyboardInterrupt:
+        newest = RunFolder(run.output).newest()
+        click.echo(
+            f"\ninterrupted; newest checkpoint: {newest or 'none yet'}\ncontinue with: {command} --resume", err=True
+        )
+        raise SystemExit(INTERRUPTED) from None
+    _show(outcome, run.output)
+
+
+def _show(outcome: Outcome, output: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if outcome.after:
+        table = Table("metric")
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
+        for metric, after in outcome.after.items():
+            before = outcome.before[metric]
+            table.add_row(metric, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        console.print(table)
+        if outcome.interval is not None:
+            ndcg = next(metric for metric in outcome.after if metric.startswith("ndcg@"))
+            low, high = outcome.interval
+            console.print(f"{ndcg} changed by {low:+.4f} to {high:+.4f} (95 % interval over the queries)", markup=False)
+    console.print(f"{output}: weights of step {outcome.best_step} of {outcome.steps}", markup=False, soft_wrap=True)

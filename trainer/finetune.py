@@ -1,0 +1,166 @@
+"""A whole run of `rtx finetune`: read, train, and put the finished model where it belongs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from rtx.runtime.errors import UsageError
+from rtx.runtime.folder import replace_folder
+from rtx.trainer.card import Measured, render_card
+from rtx.trainer.config import FinetuneConfig
+from rtx.trainer.data import TrainingData, Triple
+from rtx.trainer.evaluation import Evaluator
+from rtx.trainer.losses import bce, info_nce
+from rtx.trainer.model import RetrievalModel
+from rtx.trainer.progress import Progress
+from rtx.trainer.run import RunFolder
+from rtx.trainer.train import Outcome, Trainer
+
+# Without it no loader takes the folder for a model, so it is the last file that goes in and the first that goes out.
+_LAST_FILE = "config.json"
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "rtx finetune",
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train, and write the model with its card to `config.output`.
+
+    Args:
+        config: the run.
+        resume: continue the run that began in the output folder; begin it if there is none.
+        overwrite: remove what an earlier run left there.
+        command: for the card, as it was typed.
+        progress: where to report; None for standard error.
+
+    Raises:
+        UsageError: options that do not fit, or an output folder that holds something else.
+        DataError: training data or an evaluation set that cannot be used.
+        CheckpointError: the model cannot be read.
+        TrainingError: the run cannot go on.
+    """
+    progress = progress or Progress()
+    run = RunFolder(config.output)
+    check_output(config, resume=resume, overwrite=overwrite)
+    data = TrainingData.read(config.train, task=config.task)
+    evaluator = None
+    if config.eval is not None:
+        evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
+    # A reranker may start with a new head.
+    torch.manual_seed(config.seed)
+    model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
+    # Only now, with everything read, does anything go.
+    if overwrite:
+        _remove(run)
+    loss = functools.partial(info_nce, scale=config.scale) if config.task == "embed" else bce
+    trainer = Trainer(model, config, train_dataset=data, loss=loss, evaluator=evaluator, progress=progress)
+    progress.say(_summary(data, trainer))
+    outcome = trainer.train(resume=resume)
+    record = run.read()
+    assert record is not None
+    measured = None
+    if evaluator is not None:
+        evalset = evaluator.evalset
+        measured = Measured(
+            evalset.name, len(evalset.queries), len(evalset.corpus), candidates=evaluator.candidates is not None
+        )
+    card = render_card(
+        config,
+        outcome,
+        contract=model.contract,
+        record=record,
+        sources=data.sources,
+        examples=len(data),
+        measured=measured,
+        command=command,
+    )
+    _publish(model, card, run)
+    if outcome.after and outcome.after[config.metric] < outcome.before[config.metric]:
+        progress.say(
+            f"warning: {config.metric} is lower than before finetuning "
+            f"({outcome.before[config.metric]:.4f} → {outcome.after[config.metric]:.4f})"
+        )
+    return outcome
+
+
+def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> None:
+    """
+    Raises:
+        UsageError: the output folder holds what neither option allows for, or something that the run reads.
+    """
+    run = RunFolder(config.output)
+    output = run.output
+    if resume and overwrite:
+        raise UsageError("resume and overwrite: choose one")
+    folder = output.resolve()
+    for path in (config.model, config.eval, config.candidates, *config.train):
+        if path is not None and folder in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UsageError(f"{output}: the output folder holds {path}, which the run reads; choose another")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    begun, finished = run.read() is not None, (output / _LAST_FILE).is_file()
+    if not begun and not finished:
+        raise UsageError(f"{output}: is in the way: neither an empty folder nor one that a run left")
+    if overwrite or (resume and begun):
+        return
+    if resume:
+        raise UsageError(f"{output}: holds a model, but no run that could be resumed (no checkpoints/run.json)")
+    if finished:
+        raise UsageError(f"{output}: holds a finished model; --overwrite replaces it")
+    newest = run.newest()
+    raise UsageError(
+        f"{output}: holds an unfinished run ({newest.name if newest else 'no checkpoint yet'}); "
+        "--resume continues it, --overwrite starts over"
+    )
+
+
+def _remove(run: RunFolder) -> None:
+    if run.output.exists():
+        (run.output / _LAST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(run.output)
+
+
+def _summary(data: TrainingData, trainer: Trainer) -> str:
+    text = f"{len(data):,} {'pairs' if data.task == 'rerank' else 'queries'}"
+    if negatives := sum(len(example.negatives) for example in data.examples if isinstance(example, Triple)):
+        text += f" with {negatives:,} given negatives"
+    text += f" from {', '.join(source.name for source in data.sources)}"
+    if left_out := len(data) - sum(map(len, trainer.sampler.plan(0))):
+        text += f"; {left_out:,} left out of an epoch, as too many others share their text"
+    return text
+
+
+def _publish(model: RetrievalModel, card: str, run: RunFolder) -> None:
+    """Put the model beside its checkpoints. A folder with them cannot be replaced in one go, so the files go in one by
+    one, and until the last of them is there, none of them is taken for a model."""
+    staged = run.path / "final"
+    with replace_folder(staged) as folder:
+        model.write(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    (run.output / _LAST_FILE).unlink(missing_ok=True)
+    names = [item.name for item in staged.iterdir() if item.name != _LAST_FILE]
+    for name in names:
+        if (run.output / name).is_dir():
+            shutil.rmtree(run.output / name)
+        os.replace(staged / name, run.output / name)
+    _sync(run.output)
+    os.replace(staged / _LAST_FILE, run.output / _LAST_FILE)
+    _sync(run.output)
+    staged.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
