@@ -62,14 +62,13 @@ class Source:
         """
         if Path(name).is_dir():
             return cls(name, Path(name))
-        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        if Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise CheckpointError(f"{name}: no such folder")
         try:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as broken:
-            reason = str(broken).strip().split("\n")[0]
             raise CheckpointError(
-                f"{name}: neither a folder nor a repository that can be fetched: {reason}"
+                f"{name}: neither a folder nor a repository that can be fetched: {_summary(broken)}"
             ) from broken
         return cls(name, folder, folder.name)
 
@@ -122,7 +121,7 @@ def load_backbone(
                 options["attn_implementation"] = attn_implementation
             backbone, info = loader.from_pretrained(source.name, **options, output_loading_info=True)
     except _LOADING_ERRORS as broken:
-        raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {broken}") from broken
+        raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
     _check_weights(backbone, info, source, layout)
     _align(backbone)
     return backbone.eval()
@@ -177,6 +176,12 @@ def _check_weights(backbone: Any, info: Mapping[str, Any], source: Source, layou
         )
 
 
+def _summary(error: BaseException, limit_characters: int = 400) -> str:
+    """The beginning of a message, on one line: transformers may add a report or advice of many."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit_characters else f"{text[:limit_characters]}…"
+
+
 def _starts_new(layout: Layout) -> bool:
     return layout.task == "embed" or layout.new_classifier
 
@@ -200,7 +205,7 @@ def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = 
                 source.name, **{**layout.tokenizer_kwargs, **location}
             )
     except (*_LOADING_ERRORS, ImportError) as broken:
-        raise CheckpointError(f"{where}: no tokenizer that transformers can load: {broken}") from broken
+        raise CheckpointError(f"{where}: no tokenizer that transformers can load: {_summary(broken)}") from broken
     files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
     if not any(source.find(str(Path(layout.backbone_folder) / name)) for name in files):
         raise CheckpointError(f"{where}: the tokenizer is missing; expected one of {', '.join(files)}")
