@@ -119,7 +119,9 @@ def load_backbone(
             options = {**layout.model_kwargs, **location, "config": config, "dtype": dtype}
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
-            backbone, info = loader.from_pretrained(source.name, **options, output_loading_info=True)
+            # Weights of another shape are told with the other ones that do not fit, by _check_weights.
+            options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            backbone, info = loader.from_pretrained(source.name, **options)
     except _LOADING_ERRORS as broken:
         raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
     _check_weights(backbone, info, source, layout)
@@ -163,7 +165,9 @@ def _check_weights(backbone: Any, info: Mapping[str, Any], source: Source, layou
 
     missing = sorted(key for key in info["missing_keys"] if not (_starts_new(layout) and not needed(key)))
     unexpected = sorted(key for key in info["unexpected_keys"] if inside(key))
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    mismatched = sorted(
+        f"{key} ({list(found)}, not {list(expected)})" for key, found, expected in info["mismatched_keys"]
+    )
     found = [
         f"{what}: {_shorten(keys)}"
         for what, keys in (("missing", missing), ("not of this model", unexpected), ("of another shape", mismatched))
