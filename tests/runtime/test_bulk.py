@@ -94,6 +94,13 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert list(map(str, totals.first)) == [f"{error['where']}: {error['error']}" for error in errors]
 
 
+def test_failures_of_a_part_keep_the_order_of_the_input(tmp_path: Path) -> None:
+    unembeddable = Record(1, "in:1", {"text": "unembeddable"})
+    run(tmp_path / "out.npy", [unembeddable, BadRecord(2, "in:2", "is no valid JSON")], Stub(tmp_path / "log"))
+    errors = [json.loads(line) for line in (tmp_path / "out.npy.errors.jsonl").read_text().splitlines()]
+    assert [error["where"] for error in errors] == ["in:1", "in:2"]
+
+
 def test_no_records_give_an_empty_array(tmp_path: Path) -> None:
     run(tmp_path / "out.npy", [], Stub(tmp_path / "log"))
     assert np.load(tmp_path / "out.npy").shape == (0, WIDTH)
@@ -129,9 +136,10 @@ def test_killed_at_every_step_a_run_goes_on_to_the_same_bytes(
         steps += 1
         if not _killed_at(steps, lambda output=output, stub=stub: run(output, items(14), stub)):
             break
+        if output.exists():  # it comes last
+            assert content(folder) == content(whole)
         if output.exists() and not (folder / f"{output.name}.partial" / "run.json").exists():
             # It was clearing up: nothing is left to do.
-            assert content(folder) == content(whole)
             with pytest.raises(UsageError, match="exists; pass --overwrite"):
                 run(output, items(14), stub)
             continue
