@@ -170,7 +170,13 @@ def svg_bars(bars: Sequence[Bar], *, title: str, x_label: str) -> Html:
 
 
 def svg_dots(
-    spans: Sequence[Span], *, title: str, x_label: str, reference: float | None = None, from_zero: bool = False
+    spans: Sequence[Span],
+    *,
+    title: str,
+    x_label: str,
+    reference: float | None = None,
+    from_zero: bool = False,
+    min_span: float = 0.0,
 ) -> Html:
     """A dot plot: for each subject a thin line with its marks, e.g. percentiles, or a difference with its interval.
 
@@ -180,11 +186,13 @@ def svg_dots(
         x_label: quantity and unit.
         reference: where a vertical line stands, e.g. 0 for "no difference"; always inside the axis.
         from_zero: start the axis at zero.
+        min_span: the axis covers at least so much, so that noise does not look like a difference.
     """
     values = [mark.value for span in spans for mark in span.marks]
     values += [reference] if reference is not None else []
     values += [0.0] if from_zero else []
-    margin = (max(values) - min(values)) * 0.04 or 1.0
+    spread = max(values) - min(values)
+    margin = max(0.04 * spread, (min_span - spread) / 2) or 1.0
     ticks = nice_ticks(0.0 if from_zero else min(values) - margin, max(values) + margin, 5)
     x = _linear(ticks[0], ticks[-1], 22.0, _WIDTH - 22)
     step = 48.0

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +28,9 @@ from string import Template
 from typing import Literal
 
 COLORS = 8
+
+# Controls, surrogates and non-characters: no page may hold them, even escaped, and data sets do.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Tone = Literal["", "good", "bad"]
 
@@ -148,8 +152,7 @@ def text(content: str) -> Html:
     """Text made safe to stand in markup or in a quoted attribute; Html stays as it is."""
     if isinstance(content, Html):
         return content
-    # Characters that no page may hold, even escaped: data sets do hold them.
-    return Html(html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in content)))
+    return Html(html.escape(_FORBIDDEN.sub("\ufffd", content)))
 
 
 def number(value: float | None, *, digits: int = 3, signed: bool = False) -> str:
@@ -158,8 +161,9 @@ def number(value: float | None, *, digits: int = 3, signed: bool = False) -> str
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
-    return f"{value:{'+' if signed else ''},.{decimals}f}".replace("-", "−")
+    rounded = float(f"{value:.{digits - 1}e}")  # 9.999 has one decimal less than 9.99
+    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(rounded))) if rounded else 0))
+    return f"{value + 0.0:{'+' if signed else ''},.{decimals}f}".replace("-", "−")  # -0.0 + 0.0 is 0.0
 
 
 def assign_colors(subjects: Sequence[str], *, neutral: str = "PyTorch") -> dict[str, int]:

@@ -1,0 +1,120 @@
+"""From the start of a process to its first result, and the most memory that it took: measured on a process of its own.
+
+`measure` starts this module as a program, which opens the model as any user would and runs what it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rtx.runtime.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start.
+
+    Attributes:
+        first_result_s: from just before the process is started to the arrival of its first result.
+        peak_rss_bytes: most resident memory at its end; None where the system does not tell.
+    """
+
+    first_result_s: float
+    peak_rss_bytes: int | None
+
+
+def measure(
+    path: str,
+    *,
+    variant: str | None = None,
+    threads: int | None = None,
+    first: Sequence[Any],
+    further: Sequence[Any] = (),
+) -> Start:
+    """Start a process that opens a model, runs `first`, then `further`, and ends.
+
+    Args:
+        path: a bundle, or a checkpoint for PyTorch.
+        variant: of the bundle; None for its default.
+        threads: of one run; None for all cores.
+        first: the first call's items, texts or pairs of them.
+        further: items that are run afterwards, for the peak of memory under load.
+
+    Raises:
+        EngineError: the process failed; with the last lines that it wrote.
+    """
+    request = {"path": path, "variant": variant, "threads": threads, "first": first}
+    # -P: what lies in the working directory is not importable by the process, as in any installed program.
+    command = [sys.executable, "-P", "-m", "rtx.runtime.coldstart"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        start = time.monotonic()
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                _send(process.stdin, request)
+                answer = process.stdout.readline()
+                elapsed_s = time.monotonic() - start
+                _send(process.stdin, further)
+                process.stdin.close()
+                last = process.stdout.readline()
+            except BrokenPipeError:
+                answer = last = ""
+                with suppress(BrokenPipeError):  # what could not be sent is still in the buffer
+                    process.stdin.close()
+        if process.returncode != 0 or not answer or not last:
+            log.seek(0)
+            raise EngineError(f"{path}: a process that opens it failed:\n{log.read()[-2000:].strip()}")
+        return Start(elapsed_s, json.loads(last)["peak_rss_bytes"])
+
+
+def peak_rss_bytes() -> int | None:
+    """Most resident memory of this process so far; None where the system does not tell."""
+    try:
+        # Not ru_maxrss: on Linux a process inherits the peak of the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _send(stream: IO[str], message: object) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+def _main() -> None:
+    """The process: reads a request and then items, a line each, and answers each with a line."""
+    from rtx.runtime.cli import open_model
+    from rtx.runtime.embedder import Embedder
+
+    request = json.loads(sys.stdin.readline())
+    with open_model(request["path"], variant=request["variant"], threads=request["threads"]) as model:
+        run = model.embed if isinstance(model, Embedder) else model.score
+        run(request["first"])
+        _send(sys.stdout, {})
+        further = json.loads(sys.stdin.readline())
+        if further:
+            run(further)
+        _send(sys.stdout, {"peak_rss_bytes": peak_rss_bytes()})
+
+
+if __name__ == "__main__":
+    _main()
