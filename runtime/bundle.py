@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from rtx.runtime.backends.onnx import OnnxEngine
-from rtx.runtime.engine import Engine
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
@@ -85,7 +83,7 @@ class Bundle:
         """
         return Golden.from_bytes(self.read(GOLDEN_FILE, verify=verify))
 
-    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> Engine:
+    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> OnnxEngine:
         """Load a variant.
 
         Raises:
@@ -132,16 +130,15 @@ class Bundle:
             return f"{file} cannot be read: {broken.strerror}"
         return None if digest == entry.sha256 else f"{file} was changed after it was written (its hash does not fit)"
 
-    def damaged(self) -> Iterator[str]:
-        """What is wrong with each file that is missing or changed, and each file that does not belong."""
-        for file in sorted(self.manifest.files):
-            if problem := self.check(file):
-                yield problem
+    def damaged(self) -> dict[str, str]:
+        """The files that are missing or changed, and what is wrong with each."""
+        return {file: problem for file in sorted(self.manifest.files) if (problem := self.check(file))}
+
+    def unlisted(self) -> list[str]:
+        """The files of the folder that do not belong to the bundle."""
         known = {*self.manifest.files, MANIFEST_FILE}
-        for path in sorted(self.path.rglob("*")):
-            file = path.relative_to(self.path).as_posix()
-            if path.is_file() and file not in known:
-                yield f"{file} is not listed in {MANIFEST_FILE}"
+        files = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if not path.is_dir())
+        return sorted(file for file in files if file not in known)
 
 
 def _is_checkpoint(folder: Path) -> bool:

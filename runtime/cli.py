@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,14 +48,9 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        target, _, extra = _COMMANDS[cmd_name]
-        module, attribute = target.split(":")
-        try:
+        module, attribute = _COMMANDS[cmd_name].target.split(":")
+        with _naming_the_extra(cmd_name):
             return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-        except ModuleNotFoundError as missing:
-            if not extra or (missing.name or "").startswith("rtx"):
-                raise
-            raise MissingExtraError(missing.name or "?", extra, f"rtx {cmd_name}") from missing
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -68,10 +65,29 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _naming_the_extra(ctx):
+                return super().invoke(ctx)
         except RtxError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+@contextmanager
+def _naming_the_extra(command: str | click.Context) -> Iterator[None]:
+    """Turn the absence of a package into the name of the extra that brings it, for a command that has one.
+
+    Args:
+        command: its name, or the context that will know it by the time it has been found.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        name = command if isinstance(command, str) else command.invoked_subcommand or ""
+        extra = _COMMANDS[name].extra if name in _COMMANDS else ""
+        package = (missing.name or "").split(".")[0]
+        if not extra or package in ("", "rtx"):
+            raise
+        raise MissingExtraError(package, extra, f"rtx {name}") from missing
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

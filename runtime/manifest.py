@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.npz"
 TOKENIZER_FILE = "tokenizer.json"
+# Under this key of its metadata a graph holds the contract too, for whoever has the graph alone.
+CONTRACT_KEY = "rtx.contract"
 
 
 @dataclass(frozen=True, kw_only=True)

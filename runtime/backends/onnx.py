@@ -22,6 +22,10 @@ class OnnxEngine:
         threads: threads of one run; None for the cores that this process may use.
         name: what error messages call the graph.
 
+    Attributes:
+        input_names: of the graph.
+        metadata: what who wrote the graph noted in it.
+
     Raises:
         UsageError: `threads` is less than 1.
         MissingExtraError: onnxruntime is not installed.
@@ -54,6 +58,7 @@ class OnnxEngine:
         except Exception as broken:  # onnxruntime raises classes of its own that share no base but Exception
             raise EngineError(f"{name}: ONNX Runtime {ort.__version__} cannot load the graph: {broken}") from broken
         self.input_names = tuple(node.name for node in self._session.get_inputs())
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         outputs = [node.name for node in self._session.get_outputs()]
         if output not in outputs:
             raise EngineError(f"{name}: the graph has no output '{output}' (it has {', '.join(outputs)})")

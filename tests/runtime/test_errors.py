@@ -33,7 +33,7 @@ def defined() -> dict[str, type[RtxError]]:
 
 def test_the_tree_in_the_docstring_is_the_tree_of_the_classes():
     actual = {name: (cls.__bases__[0].__name__, cls.exit_code, cls.http_status) for name, cls in defined().items()}
-    assert len(actual) == 11
+    assert "RtxError" in actual
     assert drawn() == actual
 
 

@@ -1,0 +1,253 @@
+"""`rtx info`: what is in a bundle or a checkpoint, or what this machine can run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import open_model
+from rtx.runtime.errors import install_command
+from rtx.runtime.machine import describe_machine
+from rtx.runtime.manifest import MANIFEST_FILE
+
+_DISTRIBUTION = "rtx-retrieval"
+_REPORT_FILE = "report.json"
+# name[extras] ... ; extra == "name"
+_REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
+_ONLY_FOR = {
+    "embed": ("pooling", "dimension", "normalize", "similarity", "include_prompt"),
+    "rerank": ("activation",),
+}
+
+
+@click.command()
+@click.argument("path", metavar="[BUNDLE|CHECKPOINT]", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def info(path: Path | None, as_json: bool) -> None:
+    """Show what is in a bundle or a checkpoint; without either, what this machine can run.
+
+    Of a bundle: its contract, its variants with their size and how closely they agree with PyTorch, the variants that
+    did not pass the gate, and where it comes from. Of a checkpoint: its contract. Of the machine: what decides how fast
+    int8 is, which optional packages are there, and which command installs a missing one.
+    """
+    if path is None:
+        found = describe_installation()
+    elif (path / MANIFEST_FILE).exists() or not path.is_dir():
+        found = describe_bundle(Bundle.open(path))
+    else:
+        with open_model(path) as model:
+            found = {"kind": "checkpoint", "path": str(path), "contract": model.contract.to_dict()}
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _show(found)
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """What a bundle's manifest and report say, for JSON.
+
+    Raises:
+        BundleError: the report is damaged.
+    """
+    manifest = bundle.manifest
+    report: dict[str, Any] = json.loads(bundle.read(_REPORT_FILE)) if _REPORT_FILE in manifest.files else {}
+    verdicts: dict[str, dict[str, Any]] = report.get("verdicts", {})
+    variants = {}
+    for name, variant in manifest.variants.items():
+        verdict = verdicts.get(name, {})
+        variants[name] = {
+            **dataclasses.asdict(variant),
+            "bytes": sum(manifest.files[file].bytes for file in (variant.file, *variant.external)),
+            "parity": verdict.get("parity"),
+            "ranking": verdict.get("ranking"),
+        }
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "name": manifest.name,
+        "format_version": manifest.format_version,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "contract": manifest.contract.to_dict(),
+        "default_variant": manifest.default_variant,
+        "variants": variants,
+        "rejected": manifest.rejected,
+        "provenance": dataclasses.asdict(manifest.provenance),
+    }
+
+
+def describe_installation() -> dict[str, Any]:
+    """This machine, the engines that it could run and the extras with their packages, for JSON."""
+    extras: dict[str, dict[str, Any]] = {}
+    for extra, (packages, includes) in optional_packages(metadata.requires(_DISTRIBUTION) or []).items():
+        versions = {package: _version(package) for package in packages}
+        extras[extra] = {"packages": versions, "includes": includes}
+
+    def complete(extra: str) -> bool:
+        entry = extras[extra]
+        return None not in entry["packages"].values() and all(map(complete, entry["includes"]))
+
+    for extra, entry in extras.items():
+        entry["install"] = None if complete(extra) else install_command(extra)
+    onnxruntime = _version("onnxruntime") or _version("onnxruntime-gpu")
+    return {
+        "kind": "machine",
+        "rtx": _version(_DISTRIBUTION),
+        "machine": dataclasses.asdict(describe_machine()),
+        "engines": {
+            "onnx": {"runs": "bundles", "package": "onnxruntime", "version": onnxruntime, "extra": "cpu"},
+            "torch": {"runs": "checkpoints", "package": "torch", "version": _version("torch"), "extra": "train"},
+        },
+        "extras": extras,
+    }
+
+
+def optional_packages(requirements: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """The packages of each extra of rtx, and the other extras that it includes.
+
+    Args:
+        requirements: as `importlib.metadata.requires` gives them.
+    """
+    extras: dict[str, tuple[list[str], list[str]]] = {}
+    for requirement in requirements:
+        if match := _REQUIREMENT.match(requirement):
+            package, included, extra = match.groups()
+            packages, includes = extras.setdefault(extra, ([], []))
+            if package == _DISTRIBUTION:
+                includes += [name.strip() for name in included.split(",")]
+            else:
+                packages.append(package)
+    return extras
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    if found["kind"] == "machine":
+        _show_machine(found)
+    elif found["kind"] == "bundle":
+        size = _size(found["bytes"])
+        _print_pairs(f"{found['name']}: a bundle of format version {found['format_version']}, {size}", {})
+        _print_variants(found)
+        _print_pairs("Contract", _contract_rows(found["contract"]))
+        provenance = dict(found["provenance"])
+        versions = provenance.pop("versions")
+        _print_pairs("Provenance", provenance | {"versions": ", ".join(f"{k} {v}" for k, v in versions.items())})
+    else:
+        _print_pairs(f"{found['path']}: a checkpoint", _contract_rows(found["contract"]))
+
+
+def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a contract that mean something for its task, in words."""
+    hidden = {field for task, fields in _ONLY_FOR.items() if task != contract["task"] for field in fields}
+    return {field: _in_words(value) for field, value in contract.items() if field not in hidden}
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {text!r}" for name, text in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _print_variants(found: Mapping[str, Any]) -> None:
+    rows = []
+    for name, variant in found["variants"].items():
+        parity, ranking = variant["parity"], variant["ranking"]
+        rows.append(
+            (
+                f"{name} (default)" if name == found["default_variant"] else name,
+                variant["precision"],
+                _size(variant["bytes"]),
+                f"{parity['min_cosine']:.6f}" if parity else "",
+                f"{parity['max_abs']:.1e}" if parity else "",
+                f"{ranking['difference']:+.4f}" if ranking else "",
+            )
+        )
+    closeness = "least cosine" if found["contract"]["task"] == "embed" else "least agreement"
+    columns = ("variant", "precision", "size", closeness, "largest difference", "NDCG@10")
+    _print_table("Variants, against PyTorch in fp32", columns, rows)
+    if found["rejected"]:
+        _print_pairs("Did not pass the gate", found["rejected"])
+
+
+def _show_machine(found: Mapping[str, Any]) -> None:
+    machine = found["machine"]
+    memory = machine["memory_bytes"]
+    _print_pairs(
+        f"rtx {found['rtx']} on this machine",
+        {
+            "CPU": machine["cpu"],
+            "cores": f"{machine['cores']} that this process may use",
+            "instructions": ", ".join(machine["instruction_sets"]) or "none that matter here",
+            "memory": _size(memory) if memory is not None else "unknown",
+            "system": machine["system"],
+            "Python": machine["versions"]["python"],
+        },
+    )
+    engines = [
+        (name, entry["runs"], entry["package"], entry["version"] or f"missing: {install_command(entry['extra'])}")
+        for name, entry in found["engines"].items()
+    ]
+    _print_table("Engines", ("engine", "runs", "package", "version"), engines)
+    extras = []
+    for extra, entry in found["extras"].items():
+        packages = [f"{package} {version or 'missing'}" for package, version in entry["packages"].items()]
+        if extra != "dev":
+            extras.append((extra, ", ".join([*entry["includes"], *packages]), entry["install"] or ""))
+    _print_table("Extras", ("extra", "packages and extras", "to install"), extras)
+
+
+def _print_pairs(title: str, pairs: Mapping[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(title, style="bold"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(Text(name), Text(value))
+    if pairs:
+        console.print(table)
+    console.print()
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(title, style="bold"))
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    console.print()
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"

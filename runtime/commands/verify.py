@@ -1,0 +1,46 @@
+"""`rtx verify`: is a bundle what was written?"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from rtx.runtime.errors import BundleError
+from rtx.runtime.verification import Finding, verify_bundle
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--variant", help="Run this variant only.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def verify(bundle: str, variant: str | None, threads: int | None, as_json: bool) -> None:
+    """Check BUNDLE: hashes, tokenizer, graphs, golden vectors.
+
+    Every file is compared with its hash, the tokenizer has to give the golden tokens, each graph has to fit the
+    contract and to give the golden outputs within the tolerance it was written with. The exit code is 5 if anything
+    fails, 0 otherwise.
+    """
+    findings = verify_bundle(bundle, variant=variant, threads=threads)
+    failed = sum(not finding.ok for finding in findings)
+    if as_json:
+        checks = [
+            {"check": found.check, "ok": found.ok, "measured": found.measured, "problems": found.problems}
+            for found in findings
+        ]
+        click.echo(json.dumps({"bundle": bundle, "ok": not failed, "checks": checks}, indent=2, ensure_ascii=False))
+    else:
+        _print(findings)
+        click.echo(f"{bundle}: " + (f"{failed} of {len(findings)} checks failed" if failed else "all checks hold"))
+    if failed:
+        raise click.exceptions.Exit(BundleError.exit_code)
+
+
+def _print(findings: list[Finding]) -> None:
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        state = click.style("ok    ", fg="green") if finding.ok else click.style("FAILED", fg="red", bold=True)
+        click.echo(f"{state}  {finding.check:<{width}}  {finding.measured}".rstrip())
+        for problem in finding.problems:
+            click.echo(f"        - {problem}")

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import main
+from rtx.runtime.commands.info import describe_installation, optional_packages
+from rtx.runtime.contract import Contract
+
+REQUIREMENTS = [
+    "numpy>=1.26",
+    'onnxruntime>=1.20; extra == "cpu"',
+    'torch>=2.9; extra == "train"',
+    "transformers<6,>=5; extra == 'train'",
+    'rtx-retrieval[cpu,train]; extra == "export"',
+    'onnx-ir>=0.1; python_version >= "3.11" and extra == "export"',
+    'rtx-retrieval[export]; extra == "demo"',
+]
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines as on a terminal that is wide enough for all of them."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["info", *map(str, arguments)])
+
+
+def lines_of(*arguments: object) -> list[str]:
+    """The lines that the command prints, with single spaces."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str]) -> None:
+    def version(package: str) -> str:
+        if package not in versions:
+            raise metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(metadata, "requires", lambda _: REQUIREMENTS)
+    monkeypatch.setattr(metadata, "version", version)
+
+
+# -- a bundle ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_shows_contract_variants_rejected_and_provenance(toy_bundle: Path):
+    lines = lines_of(toy_bundle)
+    manifest = Bundle.open(toy_bundle).manifest
+    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    assert lines[0] == f"toy: a bundle of format version 1, {size:.1f} MB"
+    assert {
+        "variant precision size least cosine largest difference NDCG@10",
+        "fp32 (default) fp32 0.0 MB 1.000000 9.0e-08",
+        "int8 int8 0.0 MB 0.999968 3.2e-03 -0.0012",
+        "fp16 NDCG@10 fell by 0.0100, more than 0.0050",
+        "task embed",
+        "inputs input_ids, attention_mask, token_type_ids",
+        "pad_token_id 0",
+        "pooling mean",
+        "normalize yes",
+        "prompts document: 'code: ', query: 'find code: '",
+        "default_prompt none",
+        "source toy",
+        "command rtx export toy -o toy.rtx",
+        "versions rtx 0.1.0",
+    } <= set(lines)
+    assert not any(line.startswith("activation") for line in lines)
+
+
+def test_a_reranker_shows_what_a_reranker_has(toy_reranker_bundle: Path):
+    lines = lines_of(toy_reranker_bundle)
+    assert {"task rerank", "activation identity", "prompts none", "max_tokens 64"} <= set(lines)
+    assert "variant precision size least agreement largest difference NDCG@10" in lines
+    assert not any(line.startswith(("pooling", "dimension", "normalize", "similarity")) for line in lines)
+
+
+def test_a_bundle_as_json(toy_bundle: Path):
+    result = run(toy_bundle, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    manifest = Bundle.open(toy_bundle).manifest
+    assert (found["kind"], found["name"], found["default_variant"]) == ("bundle", "toy", "fp32")
+    assert Contract.from_dict(found["contract"]) == manifest.contract
+    assert found["variants"]["int8"] == {
+        "file": "onnx/model_int8.onnx",
+        "precision": "int8",
+        "tolerance": {"min_cosine": 0.99, "max_abs": 0.05},
+        "external": [],
+        "bytes": manifest.files["onnx/model_int8.onnx"].bytes,
+        "parity": {"mean_cosine": 0.99998, "min_cosine": 0.999968, "max_abs": 0.0032, "worst": 3},
+        "ranking": {"k": 10, "difference": -0.0012, "interval": [-0.003, 0.0006], "confidence": 0.95},
+    }
+    assert found["rejected"] == manifest.rejected
+    assert found["provenance"] == dataclasses.asdict(manifest.provenance)
+
+
+def test_a_bundle_without_a_report_says_nothing_about_parity(toy_bundle: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(toy_bundle, tmp_path / "copy.rtx"))
+    manifest = Bundle.open(copy).manifest
+    files = {file: entry for file, entry in manifest.files.items() if file != "report.json"}
+    (copy / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files, rejected={}).to_bytes())
+    lines = lines_of(copy)
+    assert "int8 int8 0.0 MB" in lines
+    assert "Did not pass the gate" not in lines
+
+
+def test_markup_in_a_prompt_is_text(toy_bundle: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(toy_bundle, tmp_path / "copy.rtx"))
+    manifest = Bundle.open(copy).manifest
+    contract = dataclasses.replace(manifest.contract, prompts={"query": "[bold]x[/bold][/red]"})
+    (copy / "manifest.json").write_bytes(dataclasses.replace(manifest, contract=contract).to_bytes())
+    assert "prompts query: '[bold]x[/bold][/red]'" in lines_of(copy)
+
+
+@pytest.mark.parametrize("damage", ["report", "absent"])
+def test_a_bundle_that_cannot_be_read_exits_with_5(toy_bundle: Path, tmp_path: Path, damage: str):
+    copy = tmp_path / "copy.rtx"
+    message = f"error: {copy}: does not exist; expected a bundle folder\n"
+    if damage == "report":
+        shutil.copytree(toy_bundle, copy)
+        (copy / "report.json").write_bytes(b"{}")
+        message = f"error: {copy}: report.json was changed after it was written (its hash does not fit)\n"
+    result = run(copy)
+    assert (result.exit_code, result.stdout, result.stderr) == (5, "", message)
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_shows_python_engines_and_extras():
+    lines = lines_of()
+    assert lines[0] == f"rtx {metadata.version('rtx-retrieval')} on this machine"
+    assert f"Python {platform.python_version()}" in lines
+    assert f"onnx bundles onnxruntime {metadata.version('onnxruntime')}" in lines
+    assert f"cpu onnxruntime {metadata.version('onnxruntime')}" in lines
+    assert not any(line.startswith("dev ") for line in lines)
+
+
+def test_the_machine_as_json():
+    result = run("--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["kind"]) == (0, "machine")
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["versions"]["python"] == platform.python_version()
+    assert found["engines"]["onnx"]["version"] == metadata.version("onnxruntime")
+    assert found["extras"]["cpu"] == {
+        "packages": {"onnxruntime": metadata.version("onnxruntime")},
+        "includes": [],
+        "install": None,
+    }
+    assert {"cpu", "gpu", "parquet", "train", "export", "demo", "dev"} <= set(found["extras"])
+
+
+def test_missing_extras_name_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime": "1.20.0", "onnx-ir": "0.1.0", "torch": "2.9.0"})
+    found = describe_installation()
+    # transformers is missing: so is what includes it, though its own packages are there.
+    assert {extra: entry["install"] for extra, entry in found["extras"].items()} == {
+        "cpu": None,
+        "train": "pip install 'rtx-retrieval[train]'",
+        "export": "pip install 'rtx-retrieval[export]'",
+        "demo": "pip install 'rtx-retrieval[demo]'",
+    }
+    assert found["extras"]["train"]["packages"] == {"torch": "2.9.0", "transformers": None}
+    lines = lines_of()
+    assert "train torch 2.9.0, transformers missing pip install 'rtx-retrieval[train]'" in lines
+    assert "export cpu, train, onnx-ir 0.1.0 pip install 'rtx-retrieval[export]'" in lines
+
+
+def test_an_engine_that_cannot_run_says_what_would_bring_it(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch, {"rtx-retrieval": "0.1.0"})
+    lines = lines_of()
+    assert "onnx bundles onnxruntime missing: pip install 'rtx-retrieval[cpu]'" in lines
+    assert "torch checkpoints torch missing: pip install 'rtx-retrieval[train]'" in lines
+    installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime-gpu": "1.20.1"})
+    assert "onnx bundles onnxruntime 1.20.1" in lines_of()
+
+
+def test_optional_packages_are_read_off_the_requirements():
+    assert optional_packages(REQUIREMENTS) == {
+        "cpu": (["onnxruntime"], []),
+        "train": (["torch", "transformers"], []),
+        "export": (["onnx-ir"], ["cpu", "train"]),
+        "demo": ([], ["export"]),
+    }
+
+
+def test_no_engine_is_imported_to_tell_its_version():
+    modules: dict[str, Any] = {name: sys.modules.pop(name) for name in ("torch", "onnxruntime") if name in sys.modules}
+    try:
+        describe_installation()
+        assert not {"torch", "onnxruntime"} & set(sys.modules)
+    finally:
+        sys.modules.update(modules)
