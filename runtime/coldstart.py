@@ -1,6 +1,6 @@
 """From the start of a process to its first result, and the most memory that it took: measured on a process of its own.
 
-`measure` starts this module as a program, which opens the model as any user would and runs what it is sent.
+The process is the program `rtx.runtime.first_result`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from rtx.runtime.errors import EngineError
@@ -44,7 +43,7 @@ def measure(
 
     Args:
         path: a bundle, or a checkpoint for PyTorch.
-        variant: of the bundle; None for its default.
+        variant: of the bundle; None for a checkpoint, or for the bundle's default.
         threads: of one run; None for all cores.
         first: the first call's items, texts or pairs of them.
         further: items that are run afterwards, for the peak of memory under load.
@@ -54,7 +53,7 @@ def measure(
     """
     request = {"path": path, "variant": variant, "threads": threads, "first": first}
     # -P: what lies in the working directory is not importable by the process, as in any installed program.
-    command = [sys.executable, "-P", "-m", "rtx.runtime.coldstart"]
+    command = [sys.executable, "-P", "-m", "rtx.runtime.first_result"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         start = time.monotonic()
         with subprocess.Popen(
@@ -79,42 +78,6 @@ def measure(
         return Start(elapsed_s, json.loads(last)["peak_rss_bytes"])
 
 
-def peak_rss_bytes() -> int | None:
-    """Most resident memory of this process so far; None where the system does not tell."""
-    try:
-        # Not ru_maxrss: on Linux a process inherits the peak of the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _send(stream: IO[str], message: object) -> None:
     stream.write(json.dumps(message) + "\n")
     stream.flush()
-
-
-def _main() -> None:
-    """The process: reads a request and then items, a line each, and answers each with a line."""
-    from rtx.runtime.cli import open_model
-    from rtx.runtime.embedder import Embedder
-
-    request = json.loads(sys.stdin.readline())
-    with open_model(request["path"], variant=request["variant"], threads=request["threads"]) as model:
-        run = model.embed if isinstance(model, Embedder) else model.score
-        run(request["first"])
-        _send(sys.stdout, {})
-        further = json.loads(sys.stdin.readline())
-        if further:
-            run(further)
-        _send(sys.stdout, {"peak_rss_bytes": peak_rss_bytes()})
-
-
-if __name__ == "__main__":
-    _main()

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtx.runtime.coldstart import measure, peak_rss_bytes
+from rtx.runtime.coldstart import measure
 from rtx.runtime.errors import EngineError
+from rtx.runtime.first_result import peak_rss_bytes
 
 
 def test_a_start_gives_its_time_and_its_own_peak_of_memory(toy_bundle: Path) -> None:
@@ -23,7 +24,14 @@ def test_a_start_gives_its_time_and_its_own_peak_of_memory(toy_bundle: Path) -> 
 
 
 def test_pairs_are_run_by_a_reranker(toy_reranker_bundle: Path) -> None:
-    assert measure(str(toy_reranker_bundle), threads=1, first=[("sort", "sort the list")]).first_result_s > 0
+    assert (
+        measure(str(toy_reranker_bundle), variant="fp32", threads=1, first=[("sort", "sort the list")]).first_result_s
+        > 0
+    )
+
+
+def test_without_a_variant_it_is_what_opens(toy_bundle: Path) -> None:
+    assert measure(str(toy_bundle), threads=1, first=["sort"]).first_result_s > 0
 
 
 def test_a_process_that_fails_is_an_error_with_what_it_said(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_pairs_count_both_sides(reranker: TextPreprocessor) -> None:
         assert len(call) == DOCUMENTS_PER_QUERY
         assert len({query for query, _ in call}) == 1
         assert len({document for _, document in call}) == DOCUMENTS_PER_QUERY
+    first, second = ({document for _, document in call} for call in work.queries[:2])
+    assert not first & second
 
 
 def test_given_texts_are_what_is_run(embedder: TextPreprocessor, reranker: TextPreprocessor) -> None:
