@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import click
 
-from rtx.export.pipeline import VARIANTS, ExportOptions, Outcome, VariantName, check_target, export_bundle
+from rtx.export.gate import MAX_NDCG_DROP, Verdict
+from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
+from rtx.export.variants import VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
@@ -27,6 +30,10 @@ from rtx.runtime.evalset import load_evalset
     show_default=True,
     help="Variant to export; may be given several times.",
 )
+@click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Limit on length, special tokens included; default: the model's."
+)
 @click.option("--eval", "eval_dir", type=click.Path(path_type=Path), help="Evaluation set in the BEIR layout.")
 @click.option("--split", default="test", show_default=True, help="Which qrels of the evaluation set.")
 @click.option(
@@ -34,14 +41,28 @@ from rtx.runtime.evalset import load_evalset
     type=click.Path(path_type=Path),
     help="For a reranker: the documents to order for each query (jsonl, or a TREC run).",
 )
-@click.option("--max-ndcg-drop", type=float, default=0.005, show_default=True, help="NDCG@10 a variant may lose.")
-@click.option("--min-cosine", type=float, help="Least cosine to PyTorch of fp16 and int8; default by precision.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime while measuring; default: all cores.")
+@click.option(
+    "--max-ndcg-drop",
+    type=click.FloatRange(0, 1),
+    default=MAX_NDCG_DROP,
+    show_default=True,
+    help="NDCG@10 a variant may lose.",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(0, 1),
+    help="Least cosine to PyTorch of fp16 and int8; default: by precision.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime while measuring; default: all cores."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(
     checkpoint: str,
     output: Path,
     variants: tuple[str, ...],
+    dimensions: int | None,
+    max_tokens: int | None,
     eval_dir: Path | None,
     split: str,
     candidates: Path | None,
@@ -61,16 +82,27 @@ def export(
     evalset = load_evalset(eval_dir, split=split) if eval_dir is not None else None
     options = ExportOptions(
         variants=tuple(cast(VariantName, name) for name in dict.fromkeys(variants)),
+        dimensions=dimensions,
+        max_tokens=max_tokens,
         evalset=evalset,
         candidates=read_candidates(candidates, evalset) if candidates is not None and evalset is not None else None,
         max_ndcg_drop=max_ndcg_drop,
         min_cosine=min_cosine,
         threads=threads,
         overwrite=overwrite,
-        command=shlex.join(["rtx", *sys.argv[1:]]),
+        command=shlex.join(["rtx", *_without_folders(sys.argv[1:])]),
     )
     outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
     _print(outcome, output)
+
+
+def _without_folders(arguments: Sequence[str]) -> list[str]:
+    """What is recorded of a command in a bundle that others get: names, not where they lie on this machine."""
+    recorded = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        recorded.append(option + equals + (Path(value).name if Path(value).is_absolute() else value))
+    return recorded
 
 
 def _print(outcome: Outcome, output: Path) -> None:
@@ -90,12 +122,13 @@ def _print(outcome: Outcome, output: Path) -> None:
         ndcg = outcome.reference.metrics["ndcg@10"]
         table.add_row("PyTorch", "", "", "", f"{ndcg:.4f}", "", "", "", "reference")
     for name, verdict in outcome.verdicts.items():
-        cells = [f"{verdict.parity.min_cosine:.5f}", f"{verdict.parity.max_abs:.0e}"]
-        cells.append(f"{verdict.invariance.max_abs:.0e}")
+        cells = _cells(verdict)
         if (ranking := verdict.ranking) is not None:
             low, high = ranking.interval
             cells += [f"{ranking.other:.4f}", f"{ranking.difference:+.4f}", f"{low:+.4f} {high:+.4f}"]
             cells.append(f"{ranking.overlap:.3f}")
+        elif outcome.reference is not None:
+            cells += ["–"] * 4
         written = name in outcome.manifest.variants
         gate = ("default" if name == outcome.manifest.default_variant else "passed") if written else "left out"
         table.add_row(name, *cells, gate)
@@ -104,3 +137,13 @@ def _print(outcome: Outcome, output: Path) -> None:
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    if verdict.parity is None or verdict.invariance is None:
+        return ["–"] * 3
+    return [
+        f"{verdict.parity.min_cosine:.5f}",
+        f"{verdict.parity.max_abs:.0e}",
+        f"{verdict.invariance.max_abs:.0e}",
+    ]

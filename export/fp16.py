@@ -1,44 +1,92 @@
 """fp16 variant: linear layers, attention products and embeddings in half precision, for GPUs.
 
-Norms, softmax, rotary tables, pooling, head and scoring stay float32: sums of squares overflow fp16's 65504, and scores
-that tie in half precision reorder rankings.
+Half precision begins where the backbone looks up embeddings or multiplies by a weight, and goes on through everything
+that is computed from there. These stay float32:
+
+    norms, and sums and powers elsewhere     squares overflow the largest fp16, 65504
+    softmax                                  its sums lose the small terms
+    positions, angles, masks until used      fp16 holds whole numbers up to 2048 only
+    pooling, head, classifier, activation    scores that tie in half precision reorder rankings
 """
 
 from __future__ import annotations
 
-import warnings
-
+import numpy as np
 import onnx_ir as ir
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from numpy.typing import NDArray
 
-from rtx.export.graph import classes, is_norm, is_scoring
+from rtx.export.edit import Editor
+from rtx.export.graph import constant_matrix, is_norm, is_scoring
 
-# Attention masks are the most negative float32, which fp16 does not have; exp(-30000) is 0 all the same.
-_LARGEST = 3e4
-_FP32_OPERATORS = ("Softmax", "ReduceSum", "ReduceMean", "ReduceL2", "Pow", "Sqrt", "Cos", "Sin", "Exp", "Range")
+# A mask is the most negative float32, or -inf: in fp16 it would be -inf, and a row that is masked all over NaN.
+# exp(-30000) is 0 all the same.
+_MASK = -3e4
+_LARGEST = float(np.finfo(np.float16).max)
+_FP32_OPERATORS = ("Softmax", "ReduceSum", "ReduceMean", "ReduceL2", "CumSum", "Pow", "Sqrt", "Exp", "Cast")
+_READS_WEIGHT = ("Gather", "MatMul", "Gemm")
 
 
-def to_fp16(model: ir.Model) -> ir.Model:
-    """A copy of a plain graph in half precision; inputs and outputs stay as they are.
+def to_fp16(model: ir.Model) -> None:
+    """Bring a plain graph to half precision in place; inputs and outputs stay as they are.
 
     Args:
         model: what `rtx.export.graph.export_graph` made.
     """
-    keep = [
-        str(node.name)
-        for node in model.graph
-        if is_scoring(node) or is_norm(node) or any("Rotary" in name for name in classes(node))
-    ]
-    with warnings.catch_warnings():
-        # It says for each tiny weight that it becomes zero or subnormal; the gate measures what that does.
-        warnings.simplefilter("ignore")
-        converted = convert_float_to_float16(
-            ir.to_proto(model),
-            max_finite_val=_LARGEST,
-            keep_io_types=True,
-            disable_shape_infer=False,
-            op_block_list=list(_FP32_OPERATORS),
-            node_block_list=keep,
-        )
-    half: ir.Model = ir.from_proto(converted)
-    return half
+    converter = _Converter(Editor(model.graph, "fp16"))
+    for node in list(model.graph):
+        converter.convert(node)
+    converter.editor.drop_unused()
+
+
+class _Converter:
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self._half: set[ir.Value] = set()
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def convert(self, node: ir.Node) -> None:
+        """Bring a node whose predecessors are done to its precision."""
+        if not is_scoring(node):
+            self._bound_masks(node)
+        half = self._belongs_in_half(node)
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+                continue
+            wanted = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+            if value.dtype != wanted:
+                node.replace_input_with(index, self._cast(node, value, wanted))
+        if half:
+            for output in node.outputs:
+                if output.dtype == ir.DataType.FLOAT:
+                    self._half.add(output)
+                    output.type = ir.TensorType(ir.DataType.FLOAT16)
+
+    def _belongs_in_half(self, node: ir.Node) -> bool:
+        if is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS:
+            return False
+        reads_weight = node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
+        return reads_weight or any(value in self._half for value in node.inputs)
+
+    def _bound_masks(self, node: ir.Node) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+                continue
+            if value.const_value.size == 1 and value.const_value.numpy().item() < _MASK:
+                content = np.full(tuple(value.const_value.shape.numpy()), _MASK, dtype=np.float32)
+                node.replace_input_with(index, self._constant(value, "bounded", content))
+
+    def _cast(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if value.const_value is not None:
+            content = np.clip(value.const_value.numpy(), -_LARGEST, _LARGEST).astype(np.float16)
+            return self._constant(value, "fp16", content)
+        if (value, dtype) not in self._casts:
+            self._casts[value, dtype] = self.editor.insert(
+                node, "Cast", value, attributes={"to": dtype}, dtype=dtype, shape=value.shape
+            )
+        return self._casts[value, dtype]
+
+    def _constant(self, value: ir.Value, kind: str, content: NDArray[np.generic]) -> ir.Value:
+        name = f"{value.name}_{kind}"
+        if name not in self.editor.graph.initializers:
+            self.editor.constant(name, content)
+        return self.editor.graph.initializers[name]

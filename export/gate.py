@@ -10,6 +10,7 @@ A check that fails has a sentence that says by how much; a variant with any such
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.export.golden import golden_items, make_golden
+from rtx.export.variants import Precision
+from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Task
-from rtx.runtime.engine import Budget, Engine, run_items
-from rtx.runtime.evaluation import Comparison
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget, Engine, run_batch, run_items
+from rtx.runtime.errors import EngineError
+from rtx.runtime.evalset import EvalSet
+from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation, Golden, deviation
 from rtx.runtime.manifest import Tolerance
+from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.trainer.model import RetrievalModel
 
-Precision = str
+MAX_NDCG_DROP = 0.005
+"""NDCG@10 that a variant may lose against PyTorch, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +85,18 @@ class Verdict:
 
     Attributes:
         name: of the variant.
-        parity: golden outputs against PyTorch.
-        invariance: items in batches and with padding against the same items alone, on the variant itself.
-        ranking: against PyTorch on the evaluation set; None without one.
+        limits: what it was held to.
+        parity: golden outputs against PyTorch; None if it could not be run.
+        invariance: items in batches and with padding against the same items alone, on the variant itself; None if it
+            could not be run.
+        ranking: against PyTorch on the evaluation set; None without one, or if it could not be run.
         failures: a sentence each; empty if it passed.
     """
 
     name: str
-    parity: Deviation
-    invariance: Deviation
+    limits: Limits
+    parity: Deviation | None
+    invariance: Deviation | None
     ranking: Comparison | None
     failures: tuple[str, ...]
 
@@ -92,15 +105,80 @@ class Verdict:
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
-        """As report.json holds it."""
+        """As report.json holds it; a number that is not finite is None."""
         return {
             "name": self.name,
             "passed": self.passed,
             "failures": list(self.failures),
-            "parity": dataclasses.asdict(self.parity),
-            "invariance": dataclasses.asdict(self.invariance),
+            "limits": dataclasses.asdict(self.limits),
+            "parity": _plain(self.parity),
+            "invariance": _plain(self.invariance),
             "ranking": self.ranking.to_dict() if self.ranking is not None else None,
         }
+
+
+class Gate:
+    """Holds variants against a model in PyTorch, whose side of every comparison is measured here, once.
+
+    Args:
+        model: the reference, in float32.
+        evalset: where ranking quality is measured; None leaves that check out.
+        candidates: for a reranker with an evaluation set, the documents to order, by query id.
+        max_ndcg_drop: NDCG@10 that a variant may lose.
+        min_cosine: least cosine to PyTorch of a variant that is not fp32; None for its precision's own.
+
+    Raises:
+        ExportError: the tokenizer gives no token for any golden item.
+    """
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        *,
+        evalset: EvalSet | None = None,
+        candidates: Candidates | None = None,
+        max_ndcg_drop: float = MAX_NDCG_DROP,
+        min_cosine: float | None = None,
+    ) -> None:
+        self.preprocessor = model.preprocessor
+        self._evalset = evalset
+        self._candidates = candidates
+        self.max_ndcg_drop = max_ndcg_drop
+        self._min_cosine = min_cosine
+        engine = model.engine()
+        self.golden: Golden = make_golden(self.preprocessor, engine, *golden_items(model.contract, evalset))
+        self.reference: Evaluation | None = self._rank(engine) if evalset is not None else None
+
+    def limits(self, precision: Precision) -> Limits:
+        """What a variant of this precision is held to."""
+        found = limits(precision, self.preprocessor.contract.task, float(np.abs(self.golden.outputs).max()))
+        if self._min_cosine is None or precision == "fp32":
+            return found
+        return dataclasses.replace(found, parity=dataclasses.replace(found.parity, min_cosine=self._min_cosine))
+
+    def judge(self, name: str, precision: Precision, engine: Engine) -> Verdict:
+        """Run all checks on a variant."""
+        held_to = self.limits(precision)
+        ranking = None
+        try:
+            alone = run_items(engine, self.preprocessor, self.golden.tokens, Budget(max_batch_items=1))
+            elsewhere = surroundings(engine, self.preprocessor, self.golden.tokens)
+            if self.reference is not None and self._evalset is not None and np.isfinite(alone).all():
+                ranking = compare(self.reference, self._rank(engine), self._evalset)
+        except EngineError as broken:
+            return self.refuse(name, precision, f"cannot be run: {broken}")
+        return judge(name, held_to, alone, elsewhere, self.golden, ranking, max_ndcg_drop=self.max_ndcg_drop)
+
+    def refuse(self, name: str, precision: Precision, reason: str) -> Verdict:
+        """The verdict on a variant that cannot be checked."""
+        return Verdict(name, self.limits(precision), None, None, None, (reason,))
+
+    def _rank(self, engine: Engine) -> Evaluation:
+        assert self._evalset is not None
+        if self.preprocessor.contract.task == "embed":
+            return evaluate_embedder(Embedder(self.preprocessor, engine), self._evalset)
+        assert self._candidates is not None
+        return evaluate_reranker(Reranker(self.preprocessor, engine), self._evalset, self._candidates)
 
 
 def judge(
@@ -111,24 +189,21 @@ def judge(
     golden: Golden,
     ranking: Comparison | None = None,
     *,
-    max_ndcg_drop: float = 0.005,
+    max_ndcg_drop: float = MAX_NDCG_DROP,
 ) -> Verdict:
     """Hold what a variant gave against its limits.
 
     Args:
         name: of the variant.
         limits: of its precision.
-        alone: its outputs for the golden items, each run alone.
-        elsewhere: [surroundings, ...]: its outputs for the same items in other surroundings.
+        alone: [items, ...]: its outputs for the golden items, each run alone.
+        elsewhere: [surroundings, items, ...]: its outputs for the same items in other surroundings.
         golden: what PyTorch made of them.
         ranking: its rankings on an evaluation set against those of PyTorch.
         max_ndcg_drop: NDCG@10 that it may lose.
     """
     parity = deviation(alone, golden.outputs)
-    invariance = max(
-        (deviation(outputs, alone) for outputs in elsewhere),
-        key=lambda found: (np.isnan(found.max_abs), found.max_abs),
-    )
+    invariance = deviation(np.concatenate(elsewhere), np.concatenate([alone] * len(elsewhere)))
     failures = []
     if not parity.within(limits.parity):
         failures.append(_failure("differs from PyTorch", parity, limits.parity, golden))
@@ -136,10 +211,10 @@ def judge(
         failures.append(_failure("depends on the batch", invariance, limits.invariance, golden))
     if ranking is not None and not ranking.difference >= -max_ndcg_drop:
         failures.append(
-            f"loses ranking quality: NDCG@10 {ranking.difference:+.4f} against PyTorch "
+            f"loses ranking quality: NDCG@{ranking.k} {ranking.difference:+.4f} against PyTorch "
             f"(95 % interval {ranking.interval[0]:+.4f} to {ranking.interval[1]:+.4f}), allowed is -{max_ndcg_drop:g}"
         )
-    return Verdict(name, parity, invariance, ranking, tuple(failures))
+    return Verdict(name, limits, parity, invariance, ranking, tuple(failures))
 
 
 def surroundings(engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
@@ -148,11 +223,11 @@ def surroundings(engine: Engine, preprocessor: TextPreprocessor, items: Sequence
     Returns:
         [3, len(items), ...] float32.
     """
-    mixed = [engine.run(preprocessor.collate(items[start : start + 4])) for start in range(0, len(items), 4)]
-    sorted_ = run_items(engine, preprocessor, items, Budget())
+    mixed = [run_batch(engine, preprocessor, items[start : start + 4]) for start in range(0, len(items), 4)]
+    similar = run_items(engine, preprocessor, items, Budget())
     longest = preprocessor.contract.max_tokens
     padded = [engine.run(_padded(preprocessor, item, min(len(item.ids) + 7, longest))) for item in items]
-    return np.stack([np.concatenate(mixed), sorted_, np.concatenate(padded)])
+    return np.stack([np.concatenate(mixed), similar, np.concatenate(padded)])
 
 
 def _padded(preprocessor: TextPreprocessor, item: Encoded, length: int) -> Batch:
@@ -162,8 +237,15 @@ def _padded(preprocessor: TextPreprocessor, item: Encoded, length: int) -> Batch
 
 
 def _failure(what: str, found: Deviation, limit: Tolerance, golden: Golden) -> str:
+    worst = golden.items[found.worst % len(golden.items)]
     return (
         f"{what}: least cosine {found.min_cosine:.6f} (at least {limit.min_cosine:.6f}), "
-        f"largest difference {found.max_abs:.2e} (at most {limit.max_abs:.2e}); "
-        f"worst item: {str(golden.items[found.worst])[:60]!r}"
+        f"largest difference {found.max_abs:.2e} (at most {limit.max_abs:.2e}); worst item: {str(worst)[:60]!r}"
     )
+
+
+def _plain(found: Deviation | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    # JSON has no NaN.
+    return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(found).items()}

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget, Engine, run_items
-from rtx.runtime.errors import ItemError
+from rtx.runtime.errors import ExportError, ItemError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden, tokenize
 from rtx.runtime.text import Encoded, TextPreprocessor
 
-# Empty, one letter, control characters, scripts, right to left, code, numbers, a long word, a text past every limit.
+# Empty, one letter, control characters, scripts, right to left, code, numbers, a long word, long texts.
 _TEXTS = (
     "",
     "a",
@@ -32,13 +33,16 @@ _TEXTS = (
     "The filter is cleaned once a month. Press the button for three seconds until the light turns green.",
     "Retrieval quality is measured as NDCG at ten over held-out queries. " * 4,
     "The pump delivers twelve litres a minute at two bar; the motor draws four amperes. " * 12,
-    "A sentence that is longer than any limit says the same again and again. " * 600,
 )
+# One more goes past the limit on length, or, where attention over that many tokens would fill the memory, near to here.
+_LONG = "A sentence that is longer than any limit says the same again and again. "
+_WORDS_OF_LONG = 14
+_LONG_TOKENS = 1500
 _QUERY = "how long is the warranty?"
 _FROM_EVALSET = 16
 
 
-def golden_items(task: str, evalset: EvalSet | None) -> tuple[list[object], list[str | None]]:
+def golden_items(contract: Contract, evalset: EvalSet | None) -> tuple[list[object], list[str | None]]:
     """Items and the name of the prompt of each: built-in texts, then queries and documents of an evaluation set.
 
     For a reranker each text is the document of a pair, and the query of one more where it is short.
@@ -49,14 +53,15 @@ def golden_items(task: str, evalset: EvalSet | None) -> tuple[list[object], list
         chosen = random.Random(0)
         queries = chosen.sample(sorted(evalset.queries.values()), min(_FROM_EVALSET, len(evalset.queries)))
         documents = chosen.sample(sorted(evalset.corpus.values()), min(_FROM_EVALSET, len(evalset.corpus)))
-    if task == "rerank":
-        pairs: list[object] = [(_QUERY, text) for text in _TEXTS]
+    built_in = (*_TEXTS, _LONG * (1 + min(contract.max_tokens, _LONG_TOKENS) // _WORDS_OF_LONG))
+    if contract.task == "rerank":
+        pairs: list[object] = [(_QUERY, text) for text in built_in]
         pairs += [(text, _TEXTS[14]) for text in _TEXTS[:8]]
         pairs += list(zip(queries, documents, strict=False))
         return pairs, [None] * len(pairs)
-    texts = [*_TEXTS, *queries, *documents]
+    texts = [*built_in, *queries, *documents]
     # The built-in texts take each kind of prompt in turn.
-    prompts = [(None, "query", "document")[index % 3] for index in range(len(_TEXTS))]
+    prompts = [(None, "query", "document")[index % 3] for index in range(len(built_in))]
     return list(texts), [*prompts, *["query"] * len(queries), *["document"] * len(documents)]
 
 
@@ -66,10 +71,15 @@ def make_golden(
     """Run items through the reference engine, each alone.
 
     An item that gives no token (an empty text where the tokenizer adds no special token) is left out.
+
+    Raises:
+        ExportError: no item gives a token.
     """
     encoded = tokenize(preprocessor, items, prompts)
     kept = [index for index, item in enumerate(encoded) if not isinstance(item, ItemError)]
     tokens: list[Encoded] = [item for item in encoded if not isinstance(item, ItemError)]
+    if not tokens:
+        raise ExportError("the tokenizer gives no token for any golden text; the model cannot be held against anything")
     outputs = run_items(reference, preprocessor, tokens, Budget(max_batch_items=1))
     return Golden(
         tuple(items[index] for index in kept),

@@ -14,22 +14,20 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from rtx.runtime.errors import RtxError
+from rtx.runtime.errors import ExportError
 from rtx.trainer.model import RetrievalModel
 
 # Opset 23 has an Attention operator that TensorRT-RTX and ONNX Runtime do not take in every form.
 OPSET = 20
 CONTRACT_KEY = "rtx.contract"
-BACKBONE = "model.backbone"
-# Where the transformer ends and the score begins in the classification models of transformers.
-_SCORING = tuple(f"{BACKBONE}.{name}" for name in ("classifier", "score", "pooler", "head"))
+_BACKBONE = "model.backbone"
+# Where the transformer ends and the score begins in the classification models of transformers: what these modules do,
+# and what the classification model itself does between them.
+_SCORING = ("classifier", "pre_classifier", "score", "pooler", "head")
+_CLASSIFICATION_MODEL = "ForSequenceClassification"
 # What the exporter notes at each node: where it comes from. Read while variants are derived, not written to disk, since
 # it holds paths of this machine.
 _NOTES = "pkg.torch.onnx."
-
-
-class ExportError(RtxError):
-    """The graph could not be made; exit code of the tree's root."""
 
 
 class _Exported(nn.Module):
@@ -104,7 +102,17 @@ def export_graph(model: RetrievalModel) -> ir.Model:
     graph = cast(ir.Model, program.model)
     graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
     graph.producer_name = "rtx"
+    _complete_notes(graph)
     return graph
+
+
+def _complete_notes(model: ir.Model) -> None:
+    """A node that the exporter's own optimiser made has no notes: it belongs where its result goes."""
+    for node in reversed(list(model.graph)):
+        if not _note(node, "name_scopes"):
+            reader = next((use.node for output in node.outputs for use in output.uses()), None)
+            if reader is not None:
+                node.metadata_props.update(reader.metadata_props)
 
 
 def strip_notes(model: ir.Model) -> None:
@@ -120,25 +128,22 @@ def strip_notes(model: ir.Model) -> None:
         del model.graph.metadata_props[key]
 
 
-def scopes(node: ir.Node) -> list[str]:
-    """Names of the modules that a node comes from, outermost first: "model", "model.backbone", ..."""
-    return _note(node, "name_scopes")
-
-
-def classes(node: ir.Node) -> list[str]:
-    """Class names of the modules that a node comes from, outermost first."""
-    return [name.rpartition(".")[2] for name in _note(node, "class_hierarchy")[:-1]]
+def module_of(node: ir.Node) -> str:
+    """The module that a node comes from, as `RetrievalModel.named_modules` calls it; "" for the model itself."""
+    return next((name for name in reversed(_modules(node)) if name), "").partition(".")[2]
 
 
 def is_scoring(node: ir.Node) -> bool:
     """Whether a node belongs to pooling, head or classifier, which stay float32 in every variant."""
-    names = scopes(node)
-    return BACKBONE not in names or any(name in _SCORING for name in names)
+    modules, kinds = _modules(node), _classes(node)
+    if _BACKBONE not in modules or kinds[-1].endswith(_CLASSIFICATION_MODEL):
+        return True
+    return any(name.rpartition(".")[2] in _SCORING for name in modules)
 
 
 def is_norm(node: ir.Node) -> bool:
     """Whether a node belongs to a LayerNorm, RMSNorm or the like."""
-    return node.op_type == "LayerNormalization" or any(name.endswith("Norm") for name in classes(node))
+    return node.op_type == "LayerNormalization" or any(name.endswith("Norm") for name in _classes(node))
 
 
 def constant_matrix(value: ir.Value | None) -> ir.Value | None:
@@ -149,13 +154,36 @@ def constant_matrix(value: ir.Value | None) -> ir.Value | None:
     return value if len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT else None
 
 
+def _modules(node: ir.Node) -> list[str]:
+    """Names of the modules that a node comes from, outermost first: "", "model", "model.backbone", ..."""
+    return _note(node, "name_scopes")[:-1]
+
+
+def _classes(node: ir.Node) -> list[str]:
+    """Class names of the modules that a node comes from, outermost first."""
+    return [name.rpartition(".")[2] for name in _note(node, "class_hierarchy")[:-1]]
+
+
 def _note(node: ir.Node, key: str) -> list[str]:
     return cast(list[str], ast.literal_eval(node.metadata_props.get(_NOTES + key, "[]")))
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the remarks of exporters and optimisers, which mean nothing to who exports a model."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextlib.contextmanager
 def _exporting(model: RetrievalModel) -> Iterator[None]:
-    """Attention written out, no gradients, and the exporter's remarks kept off the screen."""
+    """Evaluation mode, attention written out, no gradients."""
     # Written out it is MatMul, Softmax, MatMul; the fused form exports with a check for NaN in every layer, which costs
     # time and hides the pattern from graph optimisers.
     config: Any = model.backbone.config
@@ -163,13 +191,9 @@ def _exporting(model: RetrievalModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     model.backbone.set_attn_implementation("eager")
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad():
             yield
     finally:
-        logging.disable(previous)
         model.backbone.set_attn_implementation(chosen)
         model.train(was_training)

@@ -12,140 +12,150 @@ the whole tensor instead: a token then depends on what else is in the batch, and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rtx.export.graph import constant_matrix, is_scoring, scopes
+from rtx.export.edit import Editor
+from rtx.export.graph import constant_matrix, is_scoring, module_of
 from rtx.kernels.int8_linear import LEVELS, SMALLEST_SCALE, ZERO_POINT, quantize_rows, quantize_weight
+from rtx.runtime.errors import ExportError
+
+# Operators that take a weight as a factor, or bring one into shape for it.
+_PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv", "Transpose")
 
 
 def quantize_int8(model: ir.Model) -> list[str]:
     """Quantise a plain graph in place.
 
-    Every MatMul in the backbone by a constant matrix becomes an int8 linear layer, and the word embeddings int8 rows.
+    Every product in the backbone by a constant matrix becomes an int8 linear layer, and the word embeddings int8 rows.
 
     Args:
         model: what `rtx.export.graph.export_graph` made.
 
     Returns:
-        Names of the modules whose weights are now int8.
+        Names of the modules whose weights are now int8, as `RetrievalModel.named_modules` calls them.
+
+    Raises:
+        ExportError: a weight holds NaN or infinity, or is used in a way that is not known here.
     """
-    graph = model.graph
-    builder = _Builder(graph)
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
-    done: list[str] = []
-    for node in list(graph):
-        if node.op_type == "MatMul" and not is_scoring(node) and (weight := constant_matrix(node.inputs[1])):
-            done.append(scopes(node)[-2])
-            builder.replace_linear(node, weight)
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    quantizer = _Quantizer(Editor(model.graph, "int8"))
+    done: dict[str, None] = {}
+    for node in list(model.graph):
+        if is_scoring(node):
+            continue
+        if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
+            quantizer.replace_linear(node, weight)
         elif node.op_type == "Gather" and node.inputs[1] is ids and (table := constant_matrix(node.inputs[0])):
-            done.append(scopes(node)[-2])
-            builder.replace_embedding(node, table)
-    builder.drop_unused()
-    return done
+            quantizer.replace_embedding(node, table)
+        else:
+            continue
+        done[module_of(node)] = None
+    quantizer.editor.drop_unused()
+    _refuse_left_out(model.graph)
+    return list(done)
 
 
-class _Tokens:
+def _refuse_left_out(graph: ir.Graph) -> None:
+    """A layer that stays float32 unnoticed would make the variant larger and slower than it says."""
+    left = {
+        f"{module_of(node)} ({node.op_type})": None
+        for node in graph
+        if node.op_type in _PRODUCTS and not is_scoring(node) and any(constant_matrix(value) for value in node.inputs)
+    }
+    if left:
+        raise ExportError(f"int8: layers that are written in a way that is not known here: {', '.join(left)}")
+
+
+class _Tokens(NamedTuple):
     """A quantised activation: shared by all layers that read it, as query, key and value do."""
 
-    def __init__(self, values: ir.Value, scale: ir.Value, centre: ir.Value) -> None:
-        self.values = values
-        self.scale = scale
-        self.centre = centre
+    values: ir.Value
+    scale: ir.Value
+    centre: ir.Value
 
 
-class _Builder:
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+class _Quantizer:
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
         self._tokens: dict[ir.Value, _Tokens] = {}
-        self._weights: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._weights: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._constants: dict[str, ir.Value] = {}
-        self._count = 0
 
     def replace_linear(self, node: ir.Node, weight: ir.Value) -> None:
+        """MatMul(x, weight), or Gemm(x, weight, bias)."""
+        insert = self.editor.insert
+        given = node.attributes
+        if given.get_float("alpha", 1.0) != 1.0 or given.get_float("beta", 1.0) != 1.0 or given.get_int("transA", False):
+            raise ExportError(f"int8: {module_of(node)}: a Gemm that scales or transposes its input is not supported")
         x = node.inputs[0]
         assert x is not None
         tokens = self._quantize_tokens(node, x)
-        values, scale, column_sum = self._quantize_weight(weight)
-        zero = self._constant("uint8_zero_point", np.array(ZERO_POINT, dtype=np.uint8))
-        product = self._node(node, "MatMulInteger", tokens.values, values, zero, zero)
-        real = self._node(node, "Cast", product, attributes={"to": ir.DataType.FLOAT})
-        scaled = self._node(node, "Mul", self._node(node, "Mul", real, scale), tokens.scale)
-        shift = self._node(node, "Mul", tokens.centre, column_sum)
-        self._replace(node, self._node(node, "Add", scaled, shift))
+        values, scale, column_sum = self._quantize_weight(node, weight, bool(given.get_int("transB", False)))
+        zero = self._zero_point()
+        product = insert(node, "MatMulInteger", tokens.values, values, zero, zero, dtype=ir.DataType.INT32)
+        real = insert(node, "Cast", product, attributes={"to": ir.DataType.FLOAT})
+        scaled = insert(node, "Mul", insert(node, "Mul", real, scale), tokens.scale)
+        result = insert(node, "Add", scaled, insert(node, "Mul", tokens.centre, column_sum))
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            result = insert(node, "Add", result, node.inputs[2])
+        self.editor.replace(node, result)
 
     def replace_embedding(self, node: ir.Node, table: ir.Value) -> None:
-        assert table.const_value is not None
-        rows = quantize_rows(table.const_value.numpy())
+        """Gather(table, ids)."""
+        insert, constant = self.editor.insert, self.editor.constant
+        rows = quantize_rows(_content(node, table))
         ids = node.inputs[1]
-        values = self._node(node, "Gather", self._initializer(f"{table.name}_int8", rows.values), ids)
-        scale = self._node(node, "Gather", self._initializer(f"{table.name}_scale", rows.scale), ids)
-        real = self._node(node, "Cast", values, attributes={"to": ir.DataType.FLOAT})
-        self._replace(node, self._node(node, "Mul", real, scale))
-
-    def drop_unused(self) -> None:
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses() and value not in self.graph.outputs:
-                del self.graph.initializers[name]
+        values = insert(node, "Gather", constant(f"{table.name}_int8", rows.values), ids, dtype=ir.DataType.INT8)
+        scale = insert(node, "Gather", constant(f"{table.name}_scale", rows.scale), ids)
+        real = insert(node, "Cast", values, attributes={"to": ir.DataType.FLOAT})
+        self.editor.replace(node, insert(node, "Mul", real, scale))
 
     def _quantize_tokens(self, node: ir.Node, x: ir.Value) -> _Tokens:
         if x not in self._tokens:
-            axes = self._constant("last_axis", np.array([-1], dtype=np.int64))
-            high = self._node(node, "ReduceMax", x, axes, attributes={"keepdims": 1})
-            low = self._node(node, "ReduceMin", x, axes, attributes={"keepdims": 1})
-            half = self._constant("half", np.array(0.5, dtype=np.float32))
-            centre = self._node(node, "Mul", self._node(node, "Add", high, low), half)
-            step = self._constant("half_step", np.array(0.5 / LEVELS, dtype=np.float32))
-            width = self._node(node, "Mul", self._node(node, "Sub", high, low), step)
-            smallest = self._constant("smallest_scale", np.array(SMALLEST_SCALE, dtype=np.float32))
-            scale = self._node(node, "Max", width, smallest)
-            steps = self._node(node, "Div", self._node(node, "Sub", x, centre), scale)
-            # QuantizeLinear with scale 1 rounds half to even and saturates.
-            one = self._constant("one", np.array(1.0, dtype=np.float32))
-            zero = self._constant("uint8_zero_point", np.array(ZERO_POINT, dtype=np.uint8))
-            self._tokens[x] = _Tokens(self._node(node, "QuantizeLinear", steps, one, zero), scale, centre)
+            insert, constant = self.editor.insert, self._constant
+            axes = constant("last_axis", np.array([-1], dtype=np.int64))
+            high = insert(node, "ReduceMax", x, axes, attributes={"keepdims": 1})
+            low = insert(node, "ReduceMin", x, axes, attributes={"keepdims": 1})
+            centre = insert(node, "Mul", insert(node, "Add", high, low), constant("half", np.float32(0.5)))
+            width = insert(node, "Mul", insert(node, "Sub", high, low), constant("half_step", np.float32(0.5 / LEVELS)))
+            scale = insert(node, "Max", width, constant("smallest_scale", np.float32(SMALLEST_SCALE)))
+            steps = insert(node, "Div", insert(node, "Sub", x, centre), scale)
+            # With a scale of 1 it rounds half to even, adds the zero point and saturates.
+            one = constant("one", np.float32(1.0))
+            values = insert(node, "QuantizeLinear", steps, one, self._zero_point(), dtype=ir.DataType.UINT8)
+            self._tokens[x] = _Tokens(values, scale, centre)
         return self._tokens[x]
 
-    def _quantize_weight(self, weight: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        if weight not in self._weights:
-            assert weight.const_value is not None
-            quantized = quantize_weight(weight.const_value.numpy())
-            self._weights[weight] = (
-                self._initializer(f"{weight.name}_int8", quantized.values),
-                self._initializer(f"{weight.name}_scale", quantized.scale),
-                self._initializer(f"{weight.name}_column_sum", quantized.column_sum),
+    def _quantize_weight(
+        self, node: ir.Node, weight: ir.Value, transposed: bool
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        if (weight, transposed) not in self._weights:
+            content = _content(node, weight)
+            quantized = quantize_weight(content.T if transposed else content)
+            name = f"{weight.name}_transposed" if transposed else weight.name
+            self._weights[weight, transposed] = (
+                self.editor.constant(f"{name}_int8", quantized.values),
+                self.editor.constant(f"{name}_scale", quantized.scale),
+                self.editor.constant(f"{name}_column_sum", quantized.column_sum),
             )
-        return self._weights[weight]
+        return self._weights[weight, transposed]
 
-    def _node(
-        self, before: ir.Node, op_type: str, *inputs: ir.Value | None, attributes: dict[str, object] | None = None
-    ) -> ir.Value:
-        self._count += 1
-        node = ir.node(
-            op_type,
-            inputs=list(inputs),
-            attributes=attributes,  # type: ignore[arg-type]
-            name=f"int8_{self._count}_{op_type}",
-        )
-        node.outputs[0].name = f"int8_{self._count}"
-        node.metadata_props.update(before.metadata_props)
-        self.graph.insert_before(before, node)
-        return node.outputs[0]
+    def _zero_point(self) -> ir.Value:
+        return self._constant("zero_point", np.uint8(ZERO_POINT))
 
-    def _replace(self, node: ir.Node, value: ir.Value) -> None:
-        old = node.outputs[0]
-        value.shape, value.type = old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, value)
-        self.graph.remove(node, safe=True)
-
-    def _constant(self, name: str, content: NDArray[np.generic]) -> ir.Value:
+    def _constant(self, name: str, content: np.generic | NDArray[np.generic]) -> ir.Value:
         if name not in self._constants:
-            self._constants[name] = self._initializer(f"int8_{name}", content)
+            self._constants[name] = self.editor.constant(f"int8_{name}", np.asarray(content))
         return self._constants[name]
 
-    def _initializer(self, name: str, content: NDArray[np.generic]) -> ir.Value:
-        tensor = ir.tensor(content, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+
+def _content(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+    assert weight.const_value is not None
+    content = weight.const_value.numpy()
+    if not np.isfinite(content).all():
+        raise ExportError(f"int8: {module_of(node)}: the weight holds NaN or infinity")
+    return content

@@ -8,65 +8,28 @@ last file, so that a folder left behind by a kill is no bundle.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import hashlib
-import importlib.metadata
-import json
-import math
-import platform
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
-import onnx_ir as ir
 
-from rtx.export.fp16 import to_fp16
-from rtx.export.fused import fuse
-from rtx.export.gate import Limits, Verdict, judge, limits, surroundings
-from rtx.export.golden import golden_items, make_golden
-from rtx.export.graph import ExportError, export_graph, strip_notes
-from rtx.export.int8 import quantize_int8
-from rtx.export.interop import write_side_files
-from rtx.export.report import render_report
+from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
+from rtx.export.graph import export_graph
+from rtx.export.variants import FILES, VARIANTS, VariantName, derive, precision_of, remove, save
+from rtx.export.write import write_bundle
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.candidates import Candidates
-from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import Budget, Engine, run_items
-from rtx.runtime.errors import GateError, UsageError
+from rtx.runtime.engine import Budget, run_items
+from rtx.runtime.errors import EngineError, ExportError, GateError, UsageError
 from rtx.runtime.evalset import EvalSet
-from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
+from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.golden import Golden
-from rtx.runtime.manifest import (
-    FORMAT_VERSION,
-    GOLDEN_FILE,
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
-    FileEntry,
-    Manifest,
-    Provenance,
-    Variant,
-)
-from rtx.runtime.reranker import Reranker
-from rtx.runtime.text import TextPreprocessor
+from rtx.runtime.manifest import MANIFEST_FILE, Manifest
 from rtx.trainer.model import RetrievalModel
 
-VariantName = Literal["fp32", "fp16", "int8", "fused"]
-VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
-
-_FILES: dict[VariantName, str] = {
-    "fp32": "onnx/model.onnx",
-    "fp16": "onnx/model_fp16.onnx",
-    "int8": "onnx/model_int8.onnx",
-    "fused": "onnx/model_fused.onnx",
-}
-_PACKAGES = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy")
-# Protobuf messages end at 2 GiB; from here on weights lie in a file of their own.
-_EXTERNAL_FROM_BYTES = 1_900_000_000
 _SPEED_ROUNDS = 5
 _SPEED_ITEMS = 32
 # Differences below this are noise on a shared machine.
@@ -85,6 +48,8 @@ class ExportOptions:
 
     Attributes:
         variants: names, of VARIANTS.
+        dimensions: keep the first so many of an embedder's (Matryoshka); None for the checkpoint's own.
+        max_tokens: limit on length, special tokens included; None for the checkpoint's own.
         evalset: where ranking quality is measured; None leaves that check out.
         candidates: for a reranker, the documents to order, by query id; None with an evaluation set is an error.
         max_ndcg_drop: NDCG@10 that a variant may lose against PyTorch.
@@ -93,22 +58,31 @@ class ExportOptions:
         threads: of ONNX Runtime, for ranking and speed.
         overwrite: replace a bundle that is there.
         command: for the record.
+
+    Raises:
+        UsageError: a value is out of range.
     """
 
     variants: tuple[VariantName, ...] = ("fp32",)
+    dimensions: int | None = None
+    max_tokens: int | None = None
     evalset: EvalSet | None = None
     candidates: Candidates | None = None
-    max_ndcg_drop: float = 0.005
+    max_ndcg_drop: float = MAX_NDCG_DROP
     min_cosine: float | None = None
     threads: int | None = None
     overwrite: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
-        if not self.variants:
-            raise UsageError(f"variants: expected at least one of {', '.join(VARIANTS)}")
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown or not self.variants:
+            given = ", ".join(unknown) or "none"
+            raise UsageError(f"variants: expected at least one of {', '.join(VARIANTS)}, got {given}")
         if not 0 <= self.max_ndcg_drop <= 1:
             raise UsageError(f"max_ndcg_drop: expected 0 to 1, got {self.max_ndcg_drop}")
+        if self.min_cosine is not None and not 0 <= self.min_cosine <= 1:
+            raise UsageError(f"min_cosine: expected 0 to 1, got {self.min_cosine}")
 
 
 @dataclass(frozen=True)
@@ -122,12 +96,14 @@ class Outcome:
     """
 
     manifest: Manifest
-    verdicts: dict[str, Verdict]
+    verdicts: dict[VariantName, Verdict]
     reference: Evaluation | None
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
     """Export a checkpoint.
+
+    The plain fp32 graph is made and judged whether asked for or not, since every variant is derived from it.
 
     Args:
         source: folder or hub name of the checkpoint.
@@ -143,31 +119,37 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
     """
     check_target(target, overwrite=options.overwrite)
     notify(f"loading {source}")
-    model = RetrievalModel.load(source)
-    if model.task == "rerank" and options.evalset is not None and options.candidates is None:
-        raise UsageError("measuring a reranker needs candidates: the documents to order for each query")
+    model = _load(source, options)
     with replace_folder(target, marker=MANIFEST_FILE) as folder:
-        gate = _Gate(model, options, notify)
-        notify("exporting the graph")
-        graph = export_graph(model)
-        (folder / "onnx").mkdir()
-        names: dict[VariantName, None] = dict.fromkeys(("fp32", *options.variants))
-        for name in names:
-            notify(f"{name}: deriving")
-            _save(_derive(name, graph), folder / _FILES[name])
-            gate.judge(name, folder / _FILES[name])
-            if name == "fp32" and not gate.verdicts["fp32"].passed:
-                raise GateError(_refusal({"fp32": gate.verdicts["fp32"]}))
-        passed = [name for name in options.variants if gate.verdicts[name].passed]
+        notify("PyTorch: golden outputs" + (f" and ranking of {options.evalset.name}" if options.evalset else ""))
+        gate = Gate(
+            model,
+            evalset=options.evalset,
+            candidates=options.candidates,
+            max_ndcg_drop=options.max_ndcg_drop,
+            min_cosine=options.min_cosine,
+        )
+        verdicts = _make_variants(model, gate, folder, options, notify)
+        passed = [name for name in options.variants if verdicts[name].passed]
         if not passed:
-            raise GateError(_refusal({name: gate.verdicts[name] for name in options.variants}))
-        for name in names:
+            raise GateError(_refusal([verdicts[name] for name in options.variants]))
+        for name in verdicts:
             if name not in passed:
-                _remove(folder / _FILES[name])
+                remove(folder / FILES[name])
         notify("comparing speed")
-        seconds = gate.measure_speed(passed)
-        manifest = _write_rest(folder, target.name, source, model, options, gate, seconds)
-    return Outcome(manifest, gate.verdicts, gate.reference)
+        seconds = _measure_speed(gate, {name: folder / FILES[name] for name in passed}, options.threads)
+        manifest = write_bundle(
+            folder,
+            model,
+            gate,
+            verdicts,
+            name=target.name.removesuffix(".rtx"),
+            source=source,
+            command=options.command,
+            seconds=seconds,
+            default_variant=choose_default(seconds),
+        )
+    return Outcome(manifest, verdicts, gate.reference)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -180,198 +162,64 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{target}: there is a bundle already; --overwrite replaces it")
 
 
-class _Gate:
-    """The checks with all they need, and what they found so far."""
-
-    def __init__(self, model: RetrievalModel, options: ExportOptions, notify: Notify) -> None:
-        self.options = options
-        self.notify = notify
-        self.preprocessor = TextPreprocessor(model.contract, model.preprocessor.tokenizer_json)
-        self.verdicts: dict[str, Verdict] = {}
-        self.limits: dict[str, Limits] = {}
-        self.engines: dict[str, Engine] = {}
-        self.reference: Evaluation | None = None
-        notify("PyTorch: golden outputs")
-        items, prompts = golden_items(model.task, options.evalset)
-        self.golden: Golden = make_golden(self.preprocessor, model.engine(), items, prompts)
-        if options.evalset is not None:
-            notify(f"PyTorch: ranking {len(options.evalset.queries)} queries of {options.evalset.name}")
-            self.reference = self._rank(model.engine())
-
-    def judge(self, name: VariantName, file: Path) -> None:
-        options = self.options
-        output = self.preprocessor.contract.output
-        engine = OnnxEngine(file, output=output, threads=options.threads, name=name)
-        self.notify(f"{name}: parity and invariance")
-        tokens = self.golden.tokens
-        held_to = limits(_precision(name), self.preprocessor.contract.task, float(np.abs(self.golden.outputs).max()))
-        if options.min_cosine is not None and _precision(name) != "fp32":
-            parity = dataclasses.replace(held_to.parity, min_cosine=options.min_cosine)
-            held_to = dataclasses.replace(held_to, parity=parity)
-        alone = run_items(engine, self.preprocessor, tokens, Budget(max_batch_items=1))
-        elsewhere = surroundings(engine, self.preprocessor, tokens)
-        ranking: Comparison | None = None
-        if self.reference is not None:
-            assert options.evalset is not None
-            self.notify(f"{name}: ranking {len(options.evalset.queries)} queries of {options.evalset.name}")
-            ranking = compare(self.reference, self._rank(engine), options.evalset)
-        self.limits[name] = held_to
-        self.engines[name] = engine
-        self.verdicts[name] = judge(
-            name, held_to, alone, elsewhere, self.golden, ranking, max_ndcg_drop=options.max_ndcg_drop
-        )
-
-    def measure_speed(self, names: list[VariantName]) -> dict[VariantName, float]:
-        """Median seconds of a pass over the golden items, the variants in turn in each round."""
-        items = self.golden.tokens[:_SPEED_ITEMS]
-        seconds: dict[VariantName, list[float]] = {name: [] for name in names}
-        for _ in range(_SPEED_ROUNDS):
-            for name in names:
-                start = time.perf_counter()
-                run_items(self.engines[name], self.preprocessor, items, Budget())
-                seconds[name].append(time.perf_counter() - start)
-        return {name: float(np.median(times)) for name, times in seconds.items()}
-
-    def _rank(self, engine: Engine) -> Evaluation:
-        options = self.options
-        assert options.evalset is not None
-        if self.preprocessor.contract.task == "embed":
-            return evaluate_embedder(Embedder(self.preprocessor, engine), options.evalset)
-        assert options.candidates is not None
-        return evaluate_reranker(Reranker(self.preprocessor, engine), options.evalset, options.candidates)
-
-
-def _derive(name: VariantName, plain: ir.Model) -> ir.Model:
-    """A variant of the plain graph, which stays as it is."""
-    if name == "fp16":
-        if _bytes(plain) > _EXTERNAL_FROM_BYTES:
-            raise ExportError("fp16: graphs of more than 2 GiB cannot be converted yet; leave --precision fp16 out")
-        return to_fp16(plain)
-    variant = plain.clone()
-    if name == "int8":
-        quantize_int8(variant)
-    elif name == "fused":
-        fuse(variant)
-    return variant
-
-
-def _precision(name: VariantName) -> Literal["fp32", "fp16", "int8"]:
-    return "fp32" if name == "fused" else name
-
-
-def _bytes(graph: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
-
-
-def _save(graph: ir.Model, path: Path) -> None:
-    strip_notes(graph)
-    external = f"{path.name}.data" if _bytes(graph) > _EXTERNAL_FROM_BYTES else None
-    ir.save(graph, path, external_data=external)
-
-
-def _external(path: Path) -> list[Path]:
-    beside = path.with_name(f"{path.name}.data")
-    return [beside] if beside.exists() else []
-
-
-def _remove(path: Path) -> None:
-    for file in (path, *_external(path)):
-        file.unlink()
-
-
-def _write_rest(
-    folder: Path,
-    name: str,
-    source: str,
-    model: RetrievalModel,
-    options: ExportOptions,
-    gate: _Gate,
-    seconds: dict[VariantName, float],
-) -> Manifest:
-    """Everything beside the graphs; the manifest last."""
-    write_side_files(model, folder)
-    (folder / TOKENIZER_FILE).write_text(gate.preprocessor.tokenizer_json, encoding="utf-8")
-    (folder / GOLDEN_FILE).write_bytes(gate.golden.to_bytes())
-    variants = {
-        variant: Variant(
-            file=_FILES[variant],
-            precision=_precision(variant),
-            tolerance=gate.limits[variant].parity,
-            external=tuple(f"onnx/{path.name}" for path in _external(folder / _FILES[variant])),
-        )
-        for variant in seconds
-    }
-    provenance = Provenance(
-        source=Path(source).name,
-        source_sha256=hash_checkpoint(source),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=options.command,
-        versions=_versions(),
-    )
-    report = {
-        "provenance": dataclasses.asdict(provenance),
-        "golden_items": len(gate.golden.items),
-        "limits": {variant: dataclasses.asdict(found) for variant, found in gate.limits.items()},
-        "verdicts": {variant: verdict.to_dict() for variant, verdict in gate.verdicts.items()},
-        "reference": gate.reference.to_dict() if gate.reference is not None else None,
-        "max_ndcg_drop": options.max_ndcg_drop,
-        "seconds": seconds,
-        "bytes": {variant: (folder / found.file).stat().st_size for variant, found in variants.items()},
-    }
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(name, report), encoding="utf-8")
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        name=name,
-        contract=model.contract,
-        variants=dict(variants),
-        default_variant=choose_default(seconds),
-        files={
-            path.relative_to(folder).as_posix(): FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-        provenance=provenance,
-        rejected={
-            variant: "; ".join(verdict.failures) for variant, verdict in gate.verdicts.items() if verdict.failures
-        },
-    )
-    (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
-    return manifest
-
-
 def choose_default(seconds: Mapping[VariantName, float]) -> VariantName:
     """The fastest variant, or one that is closer to PyTorch and hardly slower."""
     limit = min(seconds.values()) * (1 + _SPEED_NOISE)
-    return next(variant for variant in ("fp32", "fused", "fp16", "int8") if seconds.get(variant, math.inf) <= limit)
+    return next(name for name in VARIANTS if name in seconds and seconds[name] <= limit)
 
 
-def hash_checkpoint(source: str) -> str:
-    """SHA-256 over the names and contents of a checkpoint folder's files; of the name, for one on the hub."""
-    folder = Path(source)
-    total = hashlib.sha256()
-    if not folder.is_dir():
-        return hashlib.sha256(source.encode()).hexdigest()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and "checkpoints" not in relative.parts:
-            total.update(f"{relative.as_posix()}\0{_sha256(path)}\n".encode())
-    return total.hexdigest()
+def _load(source: str, options: ExportOptions) -> RetrievalModel:
+    model = RetrievalModel.load(source)
+    if model.task == "rerank" and options.dimensions is not None:
+        raise UsageError(f"dimensions: {source} is a reranker, which gives scores and no vectors")
+    if model.task == "rerank" and options.evalset is not None and options.candidates is None:
+        raise UsageError("measuring a reranker needs candidates: the documents to order for each query")
+    settings = {"max_tokens": options.max_tokens, "truncate_dim": options.dimensions}
+    model.configure(**{name: value for name, value in settings.items() if value is not None})
+    return model
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _make_variants(
+    model: RetrievalModel, gate: Gate, folder: Path, options: ExportOptions, notify: Notify
+) -> dict[VariantName, Verdict]:
+    """Write each variant into the bundle's folder and judge it as it lies there."""
+    notify("exporting the graph")
+    plain = export_graph(model)
+    (folder / "onnx").mkdir()
+    verdicts: dict[VariantName, Verdict] = {}
+    for name in dict.fromkeys(("fp32", *options.variants)):
+        file, precision = folder / FILES[name], precision_of(name)
+        notify(f"{name}: deriving and judging")
+        try:
+            save(derive(name, plain), file)
+            engine = OnnxEngine(file, output=model.contract.output, threads=options.threads, name=name)
+        except (ExportError, EngineError) as broken:
+            verdicts[name] = gate.refuse(name, precision, str(broken))
+        else:
+            with contextlib.closing(engine):
+                verdicts[name] = gate.judge(name, precision, engine)
+        if not verdicts["fp32"].passed:
+            raise GateError(_refusal([verdicts["fp32"]]))
+    return verdicts
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "rtx-retrieval": importlib.metadata.version("rtx-retrieval"),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
-    }
+def _measure_speed(gate: Gate, files: Mapping[VariantName, Path], threads: int | None) -> dict[VariantName, float]:
+    """Median seconds of a pass over the golden items, the variants in turn in each round."""
+    output = gate.preprocessor.contract.output
+    items = gate.golden.tokens[:_SPEED_ITEMS]
+    seconds: dict[VariantName, list[float]] = {name: [] for name in files}
+    with contextlib.ExitStack() as stack:
+        engines = {name: OnnxEngine(file, output=output, threads=threads, name=name) for name, file in files.items()}
+        for engine in engines.values():
+            stack.callback(engine.close)
+        for _ in range(_SPEED_ROUNDS):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                run_items(engine, gate.preprocessor, items, Budget())
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
-def _refusal(verdicts: dict[str, Verdict]) -> str:
-    reasons = [f"  {name}: {failure}" for name, verdict in verdicts.items() for failure in verdict.failures]
+def _refusal(verdicts: Sequence[Verdict]) -> str:
+    reasons = [f"  {verdict.name}: {failure}" for verdict in verdicts for failure in verdict.failures]
     return "no variant passed the gate, nothing was written:\n" + "\n".join(reasons)

@@ -94,11 +94,11 @@ def _parity(verdicts: Mapping[str, Any]) -> Html:
     rows = [
         [
             variant,
-            f"{found['parity']['mean_cosine']:.6f}",
-            f"{found['parity']['min_cosine']:.6f}",
-            f"{found['parity']['max_abs']:.1e}".translate(_MINUS),
-            f"{found['invariance']['min_cosine']:.6f}",
-            f"{found['invariance']['max_abs']:.1e}".translate(_MINUS),
+            _decimals(found["parity"], "mean_cosine"),
+            _decimals(found["parity"], "min_cosine"),
+            _power(found["parity"], "max_abs"),
+            _decimals(found["invariance"], "min_cosine"),
+            _power(found["invariance"], "max_abs"),
         ]
         for variant, found in verdicts.items()
     ]
@@ -178,6 +178,22 @@ def _worst(ranked: Mapping[str, Any]) -> Html:
         return section("Queries that lost most", paragraph("None lost anything."))
     columns = [Column("query", left=True), Column("PyTorch"), Column("variant")]
     return section("Queries that lost most", table(columns, rows, label="Queries that lost most"))
+
+
+def _decimals(found: Mapping[str, float | None] | None, name: str) -> str:
+    return _formatted(found, name, ".6f")
+
+
+def _power(found: Mapping[str, float | None] | None, name: str) -> str:
+    return _formatted(found, name, ".1e")
+
+
+def _formatted(found: Mapping[str, float | None] | None, name: str, form: str) -> str:
+    """A dash for a variant that could not be run, NaN for a number that is not finite."""
+    if found is None:
+        return "–"
+    value = found[name]
+    return "NaN" if value is None else f"{value:{form}}".translate(_MINUS)
 
 
 def _join(names: list[str]) -> str:

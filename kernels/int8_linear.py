@@ -107,13 +107,14 @@ def int8_linear(
     scale = np.maximum((high - low) * np.float32(0.5 / LEVELS), np.float32(SMALLEST_SCALE))
     steps = np.clip(np.rint((x - centre) / scale), -LEVELS - 1, LEVELS).astype(np.int64)
     product = steps @ (weight.values.astype(np.int64) - ZERO_POINT)
-    y = product.astype(np.float32) * weight.scale * scale + centre * weight.column_sum
+    y: NDArray[np.float32] = product.astype(np.float32) * weight.scale * scale + centre * weight.column_sum
     return y if bias is None else y + bias
 
 
 def _scale(wide: NDArray[np.float64], axis: int) -> NDArray[np.float32]:
     """Step width along an axis, which is kept. In float32 before anything is rounded by it: what is stored is used."""
-    return np.maximum(np.abs(wide).max(axis=axis, keepdims=True) / LEVELS, SMALLEST_SCALE).astype(np.float32)
+    step: NDArray[np.float64] = np.abs(wide).max(axis=axis, keepdims=True) / LEVELS
+    return np.maximum(step, SMALLEST_SCALE).astype(np.float32)
 
 
 def _finite_matrix(matrix: NDArray[np.floating]) -> NDArray[np.float64]:

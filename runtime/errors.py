@@ -10,7 +10,8 @@
     │   └── CheckpointError        exit  5   HTTP 503   … a checkpoint
     ├── EngineError                exit  6   HTTP 503   a graph that could not be loaded or run
     ├── TrainingError              exit  7   HTTP 500   a training run that cannot go on
-    └── MissingExtraError          exit  8   HTTP 501   an optional dependency that is not installed
+    ├── MissingExtraError          exit  8   HTTP 501   an optional dependency that is not installed
+    └── ExportError                exit  9   HTTP 500   a model of which no graph can be made
 
 A message names the item, says what was wrong with it and what was expected. `assert` is for our own bugs only.
 """
@@ -109,6 +110,11 @@ class MissingExtraError(RtxError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
         return type(self), (self.module, self.extra, self.purpose)
+
+
+class ExportError(RtxError):
+    exit_code = 9
+    http_status = 500
 
 
 def install_command(extra: str) -> str:

@@ -1,0 +1,138 @@
+"""What lies in a bundle beside the graphs: tokenizer, golden set, files for other tools, reports, manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from rtx.export.gate import Gate, Verdict
+from rtx.export.interop import write_side_files
+from rtx.export.report import render_report
+from rtx.export.variants import FILES, VariantName, external_files, precision_of
+from rtx.runtime.manifest import (
+    FORMAT_VERSION,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    FileEntry,
+    Manifest,
+    Provenance,
+    Variant,
+)
+from rtx.trainer.backbone import Source
+from rtx.trainer.model import RetrievalModel
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def write_bundle(
+    folder: Path,
+    model: RetrievalModel,
+    gate: Gate,
+    verdicts: Mapping[VariantName, Verdict],
+    *,
+    name: str,
+    source: str,
+    command: str,
+    seconds: Mapping[VariantName, float],
+    default_variant: VariantName,
+) -> Manifest:
+    """Write everything beside the graphs, the manifest last.
+
+    Args:
+        folder: holds the graphs that passed, and nothing else.
+        model: that they were made from.
+        gate: that they passed.
+        verdicts: on all variants.
+        name: of the bundle.
+        source: folder or hub name of the checkpoint.
+        command: for the record.
+        seconds: of one pass over the golden items, for each variant that is in the bundle.
+        default_variant: the one that is opened where none is named.
+    """
+    write_side_files(model, folder)
+    (folder / TOKENIZER_FILE).write_text(gate.preprocessor.tokenizer_json, encoding="utf-8")
+    (folder / GOLDEN_FILE).write_bytes(gate.golden.to_bytes())
+    provenance = Provenance(
+        source=checkpoint_name(source),
+        source_sha256=hash_checkpoint(source),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions=_versions(),
+    )
+    variants: dict[str, Variant] = {
+        variant: Variant(
+            file=FILES[variant],
+            precision=precision_of(variant),
+            tolerance=verdicts[variant].limits.parity,
+            external=tuple(f"onnx/{path.name}" for path in external_files(folder / FILES[variant])),
+        )
+        for variant in seconds
+    }
+    report = {
+        "provenance": dataclasses.asdict(provenance),
+        "golden_items": len(gate.golden.items),
+        "verdicts": {variant: verdict.to_dict() for variant, verdict in verdicts.items()},
+        "reference": gate.reference.to_dict() if gate.reference is not None else None,
+        "max_ndcg_drop": gate.max_ndcg_drop,
+        "seconds": dict(seconds),
+        "bytes": {variant: _bytes(folder, found) for variant, found in variants.items()},
+    }
+    content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / "report.json").write_text(content, encoding="utf-8")
+    (folder / "report.html").write_text(render_report(name, report), encoding="utf-8")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        contract=model.contract,
+        variants=variants,
+        default_variant=default_variant,
+        files={
+            path.relative_to(folder).as_posix(): FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+        provenance=provenance,
+        rejected={variant: "; ".join(found.failures) for variant, found in verdicts.items() if found.failures},
+    )
+    (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def checkpoint_name(source: str) -> str:
+    """A checkpoint's name on the hub, or its folder's without the path, which is nobody else's business."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def hash_checkpoint(source: str) -> str:
+    """SHA-256 over the names and contents of a checkpoint's files, but for those of an unfinished training run."""
+    folder = Source.open(source).folder
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and "checkpoints" not in relative.parts:
+            total.update(f"{relative.as_posix()}\0{_sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _bytes(folder: Path, variant: Variant) -> int:
+    return sum((folder / file).stat().st_size for file in (variant.file, *variant.external))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "rtx-retrieval": importlib.metadata.version("rtx-retrieval"),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in _PACKAGES},
+    }
