@@ -120,6 +120,7 @@ def fitting_count(
 
 def _stat(values: Sequence[float], baseline: Sequence[float]) -> Stat:
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-    ratios = [value / base for value, base in zip(values, baseline, strict=False)]
+    # A stage can take no time that the clock sees: there is no ratio to that.
+    ratios = [value / base for value, base in zip(values, baseline, strict=False) if base]
     ratio_low, ratio, ratio_high = np.percentile(ratios, (25, 50, 75)).tolist() if ratios else (None, None, None)
     return Stat(median, low, high, ratio, ratio_low, ratio_high, tuple(values))

@@ -26,6 +26,7 @@ from rtx.runtime.coldstart import Start
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import BundleError, CheckpointError, UsageError
 from rtx.runtime.evalset import EvalSet, write_evalset
+from rtx.runtime.evaluation import Evaluation, evaluate_embedder
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, Manifest
 from rtx.runtime.schema import parse
 from rtx.runtime.text import Batch, TextPreprocessor
@@ -91,6 +92,7 @@ def test_stages_add_up_to_the_time_of_an_item(result: BenchResult) -> None:
         for turn in range(2):
             total_ms = sum(subject.stats[name].rounds[turn] for name in _STAGES)
             assert total_ms == pytest.approx(1000 / subject.stats["throughput_per_s"].rounds[turn])
+            assert all(subject.stats[name].rounds[turn] > 0 for name in _STAGES)
 
 
 def test_quality_is_measured_and_compared_with_the_baseline(result: BenchResult) -> None:
@@ -101,6 +103,30 @@ def test_quality_is_measured_and_compared_with_the_baseline(result: BenchResult)
     assert 0 < fp32.metrics["ndcg@10"] <= 1
     assert int8.comparison is not None
     assert int8.comparison.difference == pytest.approx(int8.metrics["ndcg@10"] - fp32.metrics["ndcg@10"])
+
+
+@pytest.mark.usefixtures("starts")
+def test_a_variant_that_ranks_worse_is_a_loss_and_its_queries_are_named(
+    toy_bundle: Path, quick: BenchOptions, evalset: EvalSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(embedder: Embedder, given: EvalSet) -> Evaluation:
+        found = evaluate_embedder(embedder, given)
+        lost = embedder.engine.name.endswith("int8")
+        return dataclasses.replace(found, ndcg=np.array([0.0, 0.0, 1.0]) if lost else np.ones(3))
+
+    monkeypatch.setattr(bench_module, "evaluate_embedder", evaluate)
+    result = bench(toy_bundle, quick, judgements=Judgements(evalset))
+    quality = result.subjects[1].quality
+    assert quality is not None
+    assert quality.comparison is not None
+    assert quality.comparison.difference == pytest.approx(-2 / 3)
+    assert result_rows(result)["Quality"][0].cells[1].note.startswith("−0.6667 (")
+    by_default = dataclasses.replace(result, default_variant="int8")
+    assert "Its NDCG@10 is 0.3333, 0.6667 below fp32 (95 % interval −1.0000 to 0.0000)." in headline(by_default)
+    words = " ".join(ElementTree.fromstring(bench_page(result)).itertext())
+    assert "What int8 ranks differently" in words
+    assert "2 of 3 queries fell, 0 improved." in words
+    assert "reset the device" in words
 
 
 def test_size_is_that_of_graph_and_tokenizer(result: BenchResult, toy_bundle: Path) -> None:
@@ -231,8 +257,11 @@ def test_a_damaged_file_is_found_before_anything_is_timed(rewritten: Callable[..
 def checkpoint(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that opens as the toy's own checkpoint would: with its fp32 graph in the place of PyTorch."""
     folder = tmp_path / "toy"
-    (folder / "onnx").mkdir(parents=True)
-    for name, size in (("model.safetensors", 1000), ("tokenizer.json", 10), ("onnx/model.onnx", 5000)):
+    sizes = {"model.safetensors": 1000, "tokenizer.json": 10, "2_Dense/model.safetensors": 200}
+    # Other formats of the same weights, and the state of a training run, are not what a user of the model needs.
+    sizes |= {"pytorch_model.bin": 3000, "onnx/model.onnx": 5000, "checkpoint-10/model.safetensors": 7000}
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x" * size)
     bundle = Bundle.open(toy_bundle)
     monkeypatch.setattr(
@@ -250,7 +279,7 @@ def test_pytorch_is_the_baseline_and_starts_twice(
     assert result.baseline == "PyTorch"
     assert [s.name for s in result.subjects] == ["PyTorch", "fp32", "int8"]
     pytorch, fp32, _ = result.subjects
-    assert pytorch.size_bytes == 1010  # weights and tokenizer, not the ONNX file beside them
+    assert pytorch.size_bytes == 1210
     assert len(pytorch.stats["cold_start_s"].rounds) == 2
     assert len(fp32.stats["cold_start_s"].rounds) == 3
     assert [variant for variant, _ in starts].count(None) == 3

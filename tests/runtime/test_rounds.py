@@ -56,6 +56,12 @@ def test_a_number_that_the_baseline_has_in_fewer_rounds_or_not_at_all() -> None:
     assert stats["b"]["own"].ratio is None
 
 
+def test_there_is_no_ratio_to_nothing() -> None:
+    stats = summarize({"a": {"x": [0.0, 2.0], "y": [0.0]}, "b": {"x": [1.0, 1.0], "y": [1.0]}}, baseline="a")
+    assert stats["b"]["x"].ratio == 0.5
+    assert stats["b"]["y"].ratio is None
+
+
 @pytest.mark.parametrize(
     ("cost_s", "expected"),
     [
