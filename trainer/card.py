@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rtx.runtime.contract import Contract, Task
 from rtx.trainer.config import FinetuneConfig
-from rtx.trainer.data import Source
+from rtx.trainer.data import TrainingData
 from rtx.trainer.run import RunRecord
 from rtx.trainer.train import Outcome
 
@@ -95,10 +95,10 @@ def render_card(
     config: FinetuneConfig,
     outcome: Outcome,
     *,
+    base: str,
     contract: Contract,
     record: RunRecord,
-    sources: Sequence[Source],
-    examples: int,
+    data: TrainingData,
     measured: Measured | None,
     command: str,
 ) -> str:
@@ -107,18 +107,19 @@ def render_card(
     Args:
         config: the run's options.
         outcome: what it came to.
+        base: name of the model it started from.
         contract: of the finetuned model.
         record: hashes and versions.
-        sources, examples: the training data.
+        data: what it was trained on.
         measured: the evaluation set, None if there was none.
         command: as it was typed.
     """
-    name, base = Path(config.output).resolve().name, Path(config.model).resolve().name
+    name = Path(config.output).resolve().name
     limits = f"It takes up to {contract.max_tokens} tokens"
     if config.task == "embed":
         limits += f" and gives vectors of {contract.dimension} dimensions, compared by {contract.similarity} similarity"
     parts = [
-        f"---\n{_front_matter(config, outcome, name, base, examples, measured)}---\n",
+        f"---\n{_front_matter(config, outcome, name, base, len(data), measured)}---\n",
         f"# {name}\n",
         f"{name} is {_KINDS[config.task].words}, finetuned from `{base}` with rtx. {limits}.\n",
         *_results(outcome, measured),
@@ -126,7 +127,7 @@ def render_card(
         _USE[config.task].format(name=name, dimension=contract.dimension),
         _prompts(contract),
         "## Training data\n",
-        _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in sources]),
+        _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in data.sources]),
         "## Training\n",
         f"Loss: `{record.recipe['loss']}`. Started from `{base}`, sha256 of weights, tokenizer and contract "
         f"`{record.inputs['model']}`.\n",

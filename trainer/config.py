@@ -89,10 +89,18 @@ class TrainingArguments:
     weight_decay: Annotated[float, Option("AdamW's weight decay; biases and norms have none.", at_least=0)] = 0.01
     max_grad_norm: Annotated[float, Option("Clip the gradient to this L2 norm; 0 does not clip.", at_least=0)] = 1.0
     bf16: Annotated[bool, Option("Run forward passes in bfloat16; weights, loss and optimizer stay float32.")] = False
+    dropout: Annotated[
+        float | None,
+        Option("Dropout in the transformer; by default the checkpoint's own. 0 is faster.", at_least=0, at_most=0.9),
+    ] = None
     chunk_tokens: Annotated[
-        int,
-        Option("Padded tokens of a forward pass: a batch is sorted by length and run in such chunks.", at_least=1),
-    ] = 2048
+        int | None,
+        Option(
+            "Padded tokens of a forward pass: a batch is sorted by length and run in such chunks; by default 1024 on a "
+            "CPU and 16384 elsewhere.",
+            at_least=1,
+        ),
+    ] = None
     threads: Annotated[int | None, Option("CPU threads of PyTorch; by default PyTorch decides.", at_least=1)] = None
     workers: Annotated[
         int, Option("Processes that tokenise ahead; 0 tokenises between steps.", at_least=0, weights=False)

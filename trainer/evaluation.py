@@ -10,6 +10,7 @@ from typing import Self
 
 from rtx.runtime.candidates import Candidates, read_candidates
 from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import UsageError, nearest
 from rtx.runtime.evalset import EvalSet, load_evalset
 from rtx.runtime.evaluation import Evaluation, Progress, evaluate_embedder, evaluate_reranker
@@ -17,6 +18,8 @@ from rtx.runtime.reranker import Reranker
 from rtx.trainer.model import RetrievalModel
 
 _K, _DEPTH = 10, 100
+# The runtime's default is made for a CPU; elsewhere, large batches keep the device busy.
+_BUDGET = Budget(max_batch_tokens=16384, max_batch_items=512)
 # What is measured at the usual cutoffs; another cutoff moves all metrics but MAP there.
 _USUAL = ("ndcg@10", "mrr@10", "map@100", "recall@10", "recall@100", "accuracy@1", "accuracy@10")
 
@@ -81,12 +84,13 @@ class Evaluator:
             UsageError: a reranker, and there are no candidates.
             EngineError: the model's output is not finite.
         """
+        budget = None if model.device.type == "cpu" else _BUDGET
         if model.task == "embed":
-            embedder = Embedder(model.preprocessor, model.engine())
+            embedder = Embedder(model.preprocessor, model.engine(), budget=budget)
             return evaluate_embedder(embedder, self.evalset, k=self._k, depth=self._depth, progress=progress)
         if self.candidates is None:
             raise UsageError(f"'{self.evalset.name}': a reranker is measured on candidates; none were given")
-        reranker = Reranker(model.preprocessor, model.engine())
+        reranker = Reranker(model.preprocessor, model.engine(), budget=budget)
         return evaluate_reranker(
             reranker, self.evalset, self.candidates, k=self._k, depth=self._depth, progress=progress
         )

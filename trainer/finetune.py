@@ -76,10 +76,11 @@ def finetune(
     card = render_card(
         config,
         outcome,
+        # A name on the hub is no path here.
+        base=Path(config.model).resolve().name if Path(config.model).exists() else config.model,
         contract=model.contract,
         record=record,
-        sources=data.sources,
-        examples=len(data),
+        data=data,
         measured=measured,
         command=command,
     )

@@ -97,7 +97,7 @@ class RunFolder:
             version = content.pop("format")
             if version == _FORMAT:
                 return RunRecord(**content)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as broken:
             raise ArtifactError(f"{file}: is damaged: {broken}") from broken

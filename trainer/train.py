@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
@@ -36,6 +36,8 @@ from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder, RunRecord
 
 _DEFAULT_LOSS: dict[Task, Loss] = {"embed": info_nce, "rerank": bce}
+# A CPU is fastest while a chunk fits its cache; elsewhere, few large chunks keep the device busy.
+_CHUNK_TOKENS_CPU, _CHUNK_TOKENS = 1024, 16384
 _SCHEDULES: dict[Schedule, str] = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -105,13 +107,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=_loop_arguments(arguments, self.run.path, evaluator),
-            data_collator=Collator(model.preprocessor, chunk_tokens=arguments.chunk_tokens),
             train_dataset=cast(Dataset[Any], train_dataset),
             # Only asked whether it is there: `evaluate` below does the work.
             eval_dataset=evaluator,
             callbacks=[self.progress],
         )
         self.remove_callback(PrinterCallback)
+        on_cpu = self.args.device.type == "cpu"
+        chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
+        self.data_collator = Collator(model.preprocessor, chunk_tokens=chunk_tokens)
+        if arguments.dropout is not None:
+            set_dropout(model, arguments.dropout)
 
     def train(self, *, resume: bool = False) -> Outcome:
         """Train to the end. The model then has the best weights that were evaluated; without evaluator, the last.
@@ -285,6 +291,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint, task=self.model.task, dtype=next(self.model.backbone.parameters()).dtype
         )
         self.model.load_state_dict(saved.state_dict())
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Change the dropout of a loaded model; what is saved of its configuration stays as it was."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        # Some attention layers keep the number alone and hand it to a fused kernel.
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
 
 
 def describe_loss(loss: Loss) -> str:

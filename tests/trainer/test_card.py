@@ -9,7 +9,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.metrics import Interval
 from rtx.trainer.card import Measured, render_card
 from rtx.trainer.config import FinetuneConfig
-from rtx.trainer.data import Source
+from rtx.trainer.data import Source, TrainingData, Triple
 from rtx.trainer.run import RunRecord
 from rtx.trainer.train import Outcome
 
@@ -39,7 +39,9 @@ RECORD = RunRecord(
     environment={"torch": "2.13.0", "threads": 2},
     before={},
 )
-SOURCES = (Source("pairs.jsonl", 3900, "beef" * 16), Source("mined.csv", 12, "f00d" * 16))
+DATA = TrainingData(
+    "embed", [Triple("q", "p")] * 3912, (Source("pairs.jsonl", 3900, "beef" * 16), Source("mined.csv", 12, "f00d" * 16))
+)
 MEASURED = Measured("manuals", 500, 3012, candidates=False)
 COMMAND = "rtx finetune --config run.toml"
 
@@ -48,10 +50,10 @@ def card(config=CONFIG, outcome=OUTCOME, contract=CONTRACT, measured=MEASURED):
     return render_card(
         config,
         outcome,
+        base="base",
         contract=contract,
         record=RECORD,
-        sources=SOURCES,
-        examples=3912,
+        data=DATA,
         measured=measured,
         command=COMMAND,
     )

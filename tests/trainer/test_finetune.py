@@ -135,6 +135,7 @@ def test_every_option_is_a_flag():
         ("--task embed -m BASE --train pairs.jsonl -o o --eval none", 4, "error: none: is no evaluation set"),
         ("--task embed -m BASE --train pairs.jsonl -o o --eval beir --metric ndgc", 2, "error: metric 'ndgc' does not"),
         ("--task embed -m BASE --train pairs.jsonl -o o --max-tokens 65", 2, "error: max_tokens: expected at most 64"),
+        ("--task embed -m BASE --train pairs.jsonl -o first.jsonl", 2, "error: first.jsonl: is in the way"),
         ("--task embed -m BASE --train pairs.jsonl -o beir", 2, "error: beir: is in the way: neither an empty folder"),
         ("--task embed -m BASE --train beir/p.jsonl -o beir", 2, "error: beir: the output folder holds beir/p.jsonl"),
         (

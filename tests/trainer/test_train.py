@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +21,12 @@ from rtx.runtime.errors import ArtifactError, TrainingError, UsageError
 from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.reranker import Reranker
 from rtx.trainer import losses
+from rtx.trainer.batches import Collator
 from rtx.trainer.config import TrainingArguments
-from rtx.trainer.data import TrainingData
+from rtx.trainer.data import TrainingData, Triple
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.progress import Progress
-from rtx.trainer.train import Trainer, describe_loss
+from rtx.trainer.train import Trainer, describe_loss, set_dropout
 
 WORDS = ["how", "are", "what", "code", "list", "file", "model", "text", "query", "the", "with", "that"]
 
@@ -148,13 +151,29 @@ def test_the_loss_of_a_batch_is_that_of_its_texts_one_by_one(checkpoint, tmp_pat
 
 def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(checkpoint, tmp_path):
     found = []
-    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        built = trainer(checkpoint, tmp_path / name, seed=seed, evaluator=NormEvaluator())
-        torch.rand(len(name) * 7)  # whatever happened before in the process
+    for run, seed in enumerate([1, 1, 2]):
+        built = trainer(checkpoint, tmp_path / str(run), seed=seed, evaluator=NormEvaluator())
+        torch.rand(run)  # whatever happened before in the process
         found.append((built.train(), weights_of(built.model)))
     assert found[0][0] == found[1][0] != found[2][0]
     assert same(found[0][1], found[1][1])
     assert not same(found[0][1], found[2][1])
+
+
+def test_each_epoch_has_its_own_batches_and_a_resumed_one_goes_on_with_them(checkpoint, tmp_path):
+    def seen(built, **options):
+        batches, collate = [], built.data_collator
+        built.data_collator = lambda examples: batches.append(examples) or collate(examples)
+        built.train(**options)
+        return batches
+
+    first = trainer(checkpoint, tmp_path, save_steps=6, keep_checkpoints=2)
+    planned = [[first.train_dataset[row] for row in batch] for epoch in range(3) for batch in first.sampler.plan(epoch)]
+    assert seen(first) == planned
+    assert planned[:4] != planned[4:8] != planned[8:]
+    shutil.rmtree(first.run.checkpoint(12))
+    # Step 6 is in the middle of the second epoch.
+    assert seen(trainer(checkpoint, tmp_path, save_steps=6), resume=True) == planned[6:]
 
 
 class FirstGradient(transformers.TrainerCallback):
@@ -168,10 +187,8 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch(reranker, tmp_
     found = []
     for batch_size, accumulated in [(16, 1), (4, 4)]:
         model, gradient = RetrievalModel.load(reranker), FirstGradient()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         options = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0.0}
+        options["dropout"] = 0.0
         built = trainer(model, tmp_path / str(batch_size), data=rows, epochs=1, **options)
         built.add_callback(gradient)
         assert built.train().steps == 1
@@ -358,12 +375,28 @@ def test_a_finished_run_that_is_resumed_measures_and_trains_nothing(checkpoint, 
     assert same(weights_of(again.model), weights_of(first.model))
 
 
+def test_a_finished_run_that_ended_within_an_epoch_takes_no_further_step(checkpoint, tmp_path):
+    first = trainer(checkpoint, tmp_path, max_steps=6)
+    expected = first.train()
+    again = trainer(checkpoint, tmp_path, max_steps=6)
+    assert again.train(resume=True) == expected
+    assert expected.steps == 6
+    assert same(weights_of(again.model), weights_of(first.model))
+
+
 def test_a_checkpoint_opens_as_a_model(checkpoint, tmp_path):
     built = trainer(checkpoint, tmp_path, max_steps=2)
     built.train()
     saved = RetrievalModel.load(tmp_path / "checkpoints" / "step-2")
     assert same(weights_of(saved), weights_of(built.model))
     assert saved.contract == built.model.contract
+
+
+def test_processes_that_tokenise_ahead_change_nothing(checkpoint, tmp_path):
+    alone, ahead = (trainer(checkpoint, tmp_path / str(n), workers=n, max_steps=6) for n in (0, 1))
+    assert alone.train() == ahead.train()
+    assert same(weights_of(alone.model), weights_of(ahead.model))
+    pickle.loads(pickle.dumps(ahead.data_collator))  # where processes are not forked
 
 
 def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(checkpoint, tmp_path):
@@ -408,6 +441,29 @@ def test_bf16_rounds_the_forward_pass_and_neither_the_weights_nor_the_evaluation
     assert first.losses[0][1] == pytest.approx(second.losses[0][1], rel=0.05)
     assert {weights.dtype for weights in rounded.model.parameters()} == {torch.float32}
     assert rounded.evaluator.exact
+
+
+@pytest.mark.parametrize(
+    "architecture", ["bert", "distilbert", "roberta", "mpnet", "modernbert", "deberta-v2", "qwen3"]
+)
+def test_without_dropout_training_sees_what_evaluation_sees(tiny_checkpoint, architecture):
+    model = RetrievalModel.load(tiny_checkpoint(architecture))
+    batch = Collator(model.preprocessor, chunk_tokens=999)([Triple("the code of a model", "text")])
+    chunk = batch["queries"]["chunks"][0]
+    with torch.no_grad():
+        expected = model(chunk)
+        set_dropout(model, 0.5)
+        assert not torch.equal(model.train()(chunk), expected)
+        set_dropout(model, 0.0)
+        # Attention may take another path in training, so the last bits may differ.
+        assert torch.allclose(model(chunk), expected, atol=1e-6)
+
+
+def test_dropout_is_an_option_and_changes_nothing_that_is_saved(checkpoint, tmp_path):
+    built = trainer(checkpoint, tmp_path, dropout=0.0, max_steps=1)
+    assert {module.p for module in built.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    built.model.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").read_text() == (checkpoint / "config.json").read_text()
 
 
 def test_data_for_another_task_is_an_error(checkpoint, tmp_path):
