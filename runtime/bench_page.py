@@ -195,8 +195,10 @@ def _scatter(result: BenchResult, colors: dict[str, int]) -> Html:
         speed = subject.stats["throughput_per_s"]
         quality = subject.quality.metrics["ndcg@10"] if subject.quality else subject.deviation.mean_cosine
         points.append(Point(subject.name, speed.median, quality, colors[subject.name], (speed.low, speed.high)))
-    svg = svg_scatter(points, title=f"{y_label} over throughput", x_label=f"{items}/s", y_label=y_label)
-    reads = f"{y_label} over {items}/s of the natural mix. Up and right is better; whiskers are quartiles."
+    title = f"{y_label} over throughput"
+    svg = svg_scatter(points, title=title, x_label=f"{items}/s", y_label=y_label, y_max=1.0)
+    named = y_label[0].upper() + y_label[1:]
+    reads = f"{named} over {items}/s of the natural mix. Up and right is better; whiskers are quartiles."
     return figure(svg, title="Quality against speed", note=reads)
 
 
@@ -236,7 +238,7 @@ def _stages(result: BenchResult, colors: dict[str, int]) -> Html:
 
     one = _items(result).removesuffix("s")
     svg = svg_bars([bar(s) for s in result.subjects], title="Where the time goes", x_label=f"ms a {one}")
-    reads = f"ms a {one} of the natural mix. Run is the engine with its copies in and out; less is better."
+    reads = f"Milliseconds a {one} of the natural mix. Run is the engine with its copies in and out; less is better."
     return figure(svg, title="Where the time goes", note=reads)
 
 

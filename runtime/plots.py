@@ -72,7 +72,15 @@ class Span:
     value: str = ""
 
 
-def svg_scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str, y_min_span: float = 0.01) -> Html:
+def svg_scatter(
+    points: Sequence[Point],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_min_span: float = 0.01,
+    y_max: float | None = None,
+) -> Html:
     """A scatter plot of few labelled points, x from zero.
 
     Args:
@@ -80,12 +88,14 @@ def svg_scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: s
         title: for who cannot see it.
         x_label, y_label: quantity and unit of the axes.
         y_min_span: the y axis covers at least so much, so that noise does not look like a difference.
+        y_max: the best value that there can be: the axis ends there.
     """
     left, right, top, bottom = 56.0, _WIDTH - 12, 34.0, 290.0
     ys = [value for p in points for value in (p.y, *(p.y_range or ()))]
     x_ticks = nice_ticks(0.0, max(value for p in points for value in (p.x, *(p.x_range or ()))) * 1.06, 5)
     middle, half = (min(ys) + max(ys)) / 2, max(max(ys) - min(ys), y_min_span) * 0.62
-    y_ticks = nice_ticks(middle - half, middle + half, 5)
+    high = middle + half if y_max is None else max(max(ys), min(middle + half, y_max))
+    y_ticks = nice_ticks(high - 2 * half, high, 5)
     x, y = _linear(x_ticks[0], x_ticks[-1], left, right), _linear(y_ticks[0], y_ticks[-1], bottom, top)
     drawn = [_y_axis(y_ticks, y, left, right, y_label), _x_axis(x_ticks, x, bottom, x_label)]
     obstacles = [(x(p.x) - 8, y(p.y) - 8, x(p.x) + 8, y(p.y) + 8) for p in points]

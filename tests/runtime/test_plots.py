@@ -90,6 +90,17 @@ def test_a_scatter_does_not_blow_up_small_differences() -> None:
     assert 0 < y[1] - y[0] < 10
 
 
+def test_a_scatter_ends_at_the_best_that_there_can_be() -> None:
+    points = [Point("a", 1.0, 1.0), Point("b", 2.0, 0.999)]
+    assert "1.0025" in _texts(svg_scatter(points, title="t", x_label="x", y_label="y"))
+    limited = _texts(svg_scatter(points, title="t", x_label="x", y_label="y", y_max=1.0))
+    assert {"0.9875", "1.0000"} <= set(limited)
+    assert "1.0025" not in limited
+    # Rounding can leave a cosine a little above 1: it is drawn inside all the same.
+    above = svg_scatter([Point("a", 1.0, 1.0000001)], title="t", x_label="x", y_label="y", y_max=1.0)
+    assert float(_classes(above, "circle", "f0")[0].attrib["cy"]) >= 30
+
+
 def test_labels_of_a_scatter_keep_clear_of_each_other() -> None:
     points = [Point("PyTorch", 50.0, 0.412), Point("fp32", 52.0, 0.412, 1), Point("fp16", 51.0, 0.4121, 2)]
     svg = svg_scatter(points, title="t", x_label="x", y_label="y")
