@@ -49,7 +49,7 @@ def deviation(outputs: NDArray[np.float32], golden: NDArray[np.float32]) -> Devi
         closeness = np.sum(_unit(a) * _unit(b), axis=1)
     else:
         closeness = 1.0 - difference / max(float(np.abs(b).max()), np.finfo(np.float32).tiny)
-    worst = int(np.argmin(np.where(np.isnan(closeness), -np.inf, closeness)))
+    worst = int(np.argmin(closeness))  # the first NaN, if there is one
     return Deviation(float(closeness.mean()), float(closeness[worst]), float(difference.max()), worst)
 
 

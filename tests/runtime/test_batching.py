@@ -55,6 +55,8 @@ def test_the_next_batch_by_hand():
     assert next_batch([10, 50, 11, 3, 10, 9], max_batch_tokens=44, max_batch_items=9) == [0, 4, 2, 5]
     assert next_batch([10, 50, 11, 3, 10, 9], max_batch_tokens=999, max_batch_items=2) == [0, 4]
     assert next_batch([10, 1], max_batch_tokens=5, max_batch_items=9) == [0]
+    # 14 is nearest and does not fit; 3 would, but is further away than what is left out.
+    assert next_batch([10, 14, 3], max_batch_tokens=20, max_batch_items=9) == [0]
 
 
 @given(LENGTHS.filter(bool), TOKENS, ITEMS)

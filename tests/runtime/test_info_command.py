@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,28 @@ def test_a_bundle_that_cannot_be_read_exits_with_5(toy_bundle: Path, tmp_path: P
         message = f"error: {copy}: report.json was changed after it was written (its hash does not fit)\n"
     result = run(copy)
     assert (result.exit_code, result.stdout, result.stderr) == (5, "", message)
+
+
+# -- a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_shows_its_contract(tiny_checkpoint: Callable[..., Path]):
+    folder = tiny_checkpoint("bert")
+    result = run(folder, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    contract = Contract.from_dict(found.pop("contract"))
+    assert found == {"kind": "checkpoint", "path": str(folder)}
+    assert (contract.task, contract.dimension, contract.pooling) == ("embed", 32, ("mean",))
+    lines = lines_of(folder)
+    assert lines[0] == f"{folder}: a checkpoint"
+    assert {"task embed", "dimension 32", "pooling mean"} <= set(lines)
+
+
+def test_a_folder_of_something_else_exits_with_5(tmp_path: Path):
+    result = run(tmp_path)
+    assert result.exit_code == 5
+    assert result.stderr.startswith(f"error: {tmp_path / 'config.json'}: missing; expected a Sentence Transformers ")
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_pair_alone_equals_the_pair_in_any_batch(
     pairs = [(QUERY, text) for text in DOCUMENTS] + [("", "x"), ("sort", "list")]
     alone = np.concatenate([Reranker(bundle.preprocessor(), engine).score([pair]) for pair in pairs])
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(st.integers(0, len(pairs) - 1), max_size=20), st.integers(1, 600), st.integers(1, 20))
     def check(order: list[int], tokens: int, items: int) -> None:
         budget = Budget(max_batch_tokens=tokens, max_batch_items=items)

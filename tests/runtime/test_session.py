@@ -1,0 +1,197 @@
+"""An open model shared by tasks and threads, and how it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from rtx.runtime.contract import Contract
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget
+from rtx.runtime.errors import EngineError
+from rtx.runtime.text import Batch, TextPreprocessor
+
+TEXTS = ["how do i reset the device?", "", "sort", "list the sort", "sort the list", "word " * 40]
+TIMEOUT_S = 30  # of a wait that ends at once unless something is broken
+
+
+class GatedEngine:
+    """Runs a batch when it is told to; items whose first token is `bad` fail."""
+
+    name = "gated"
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+        self.running = threading.Event()
+        self.allowed = threading.Event()
+        self.closed = False
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        self.running.set()
+        assert self.allowed.wait(TIMEOUT_S), "nobody let the engine run: the event loop stood still"
+        if (batch["input_ids"][:, 1] == self.bad).any():
+            raise EngineError("bad")
+        return np.tile(np.array([0.6, 0.8], dtype=np.float32), (len(batch["input_ids"]), 1))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def model(toy_bundle: Path) -> Iterator[Embedder]:
+    with Embedder.open(toy_bundle, threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def narrow(embed_contract: Contract) -> Contract:
+    """The contract of GatedEngine."""
+    return dataclasses.replace(embed_contract, dimension=2)
+
+
+@pytest.fixture
+def gated(narrow: Contract, toy_tokenizer: str) -> Iterator[tuple[Embedder, GatedEngine]]:
+    bad = Tokenizer.from_str(toy_tokenizer).token_to_id("broken")
+    engine = GatedEngine(bad)
+    with Embedder(TextPreprocessor(narrow, toy_tokenizer), engine, budget=Budget(max_batch_items=2)) as model:
+        yield model, engine
+        engine.allowed.set()
+
+
+def test_many_tasks_get_their_own_rows(model: Embedder):
+    expected = model.embed(TEXTS)
+
+    async def one(start: int) -> None:
+        order = [(start + step) % len(TEXTS) for step in range(start % 5 + 1)]
+        vectors = await model.aembed([TEXTS[index] for index in order])
+        np.testing.assert_allclose(vectors, expected[order], atol=1e-6)
+
+    async def many() -> None:
+        await asyncio.gather(*(one(start) for start in range(100)))
+
+    asyncio.run(many())
+    asyncio.run(many())  # an event loop of its own, the same model
+
+
+def test_many_threads_get_their_own_rows(model: Embedder):
+    expected = model.embed(TEXTS)
+
+    def one(start: int) -> None:
+        order = [(start + step) % len(TEXTS) for step in range(4)]
+        np.testing.assert_allclose(model.embed([TEXTS[index] for index in order]), expected[order], atol=1e-6)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(60)))
+
+
+def test_the_event_loop_goes_on_while_a_batch_runs(gated: tuple[Embedder, GatedEngine]):
+    model, engine = gated
+
+    async def both() -> NDArray[Any]:
+        task = asyncio.create_task(model.aembed(["sort"]))
+        while not engine.running.is_set():
+            await asyncio.sleep(0.001)
+        engine.allowed.set()
+        return await task
+
+    np.testing.assert_allclose(asyncio.run(both()), [[0.6, 0.8]])
+
+
+def test_the_event_loop_goes_on_while_texts_are_tokenised(narrow: Contract, toy_tokenizer: str):
+    ticked = threading.Event()
+
+    class Slow(TextPreprocessor):
+        def encode(self, *arguments: Any, **options: Any) -> Any:
+            assert ticked.wait(TIMEOUT_S), "the event loop stood still"
+            return super().encode(*arguments, **options)
+
+    async def both() -> NDArray[Any]:
+        engine = GatedEngine()
+        engine.allowed.set()
+        with Embedder(Slow(narrow, toy_tokenizer), engine) as model:
+            task = asyncio.create_task(model.aembed(["sort"]))
+            await asyncio.sleep(0.001)
+            ticked.set()
+            return await task
+
+    np.testing.assert_allclose(asyncio.run(both()), [[0.6, 0.8]])
+
+
+def test_a_cancelled_task_and_a_failed_batch_leave_the_others_alone(gated: tuple[Embedder, GatedEngine]):
+    model, engine = gated
+
+    async def several() -> list[Any]:
+        tasks = [asyncio.create_task(model.aembed(["sort"]))]
+        while not engine.running.is_set():
+            await asyncio.sleep(0.001)
+        scheduler = model._session._started()
+        for texts in (["list"], ["broken", "file"], ["tree", "list", "user"]):
+            tasks.append(asyncio.create_task(model.aembed(texts)))
+            waiting = len(scheduler._waiting)
+            while len(scheduler._waiting) < waiting + len(texts):
+                await asyncio.sleep(0.001)
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        engine.allowed.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, cancelled, failed, last = asyncio.run(several())
+    np.testing.assert_allclose(first, [[0.6, 0.8]])
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert isinstance(failed, EngineError)
+    np.testing.assert_allclose(last, [[0.6, 0.8]] * 3)
+
+
+# -- closing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_model_takes_no_more_work(toy_bundle: Path):
+    with Embedder.open(toy_bundle, threads=1) as model:
+        asyncio.run(model.aembed(["sort"]))
+    model.close()
+    with pytest.raises(EngineError, match=r"^toy\.rtx:fp32: the engine is closed$"):
+        model.embed(["sort"])
+    with pytest.raises(EngineError, match=r"^toy\.rtx:fp32: the model is closed; no further request is taken$"):
+        asyncio.run(model.aembed(["sort"]))
+
+
+def test_closing_cancels_those_who_wait(gated: tuple[Embedder, GatedEngine]):
+    model, engine = gated
+
+    async def several() -> list[Any]:
+        tasks = [asyncio.create_task(model.aembed(["sort"]))]
+        while not engine.running.is_set():
+            await asyncio.sleep(0.001)
+        tasks.append(asyncio.create_task(model.aembed(["list"])))
+        while not model._session._started()._waiting:
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(asyncio.to_thread(model.close))
+        assert isinstance((await asyncio.gather(tasks[1], return_exceptions=True))[0], asyncio.CancelledError)
+        assert not engine.closed  # a batch still runs on it
+        engine.allowed.set()
+        await closing
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, waiting = asyncio.run(several())
+    np.testing.assert_allclose(first, [[0.6, 0.8]])
+    assert isinstance(waiting, asyncio.CancelledError)
+    assert engine.closed
+
+
+def test_a_model_closed_before_its_first_request_starts_no_thread(gated: tuple[Embedder, GatedEngine]):
+    model, engine = gated
+    model.close()
+    with pytest.raises(EngineError, match=r"^gated: the model is closed; no further request is taken$"):
+        asyncio.run(model.aembed(["sort"]))
+    assert engine.closed
+    assert model._session._scheduler is None
