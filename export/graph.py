@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.metadata
 import json
 import logging
 import warnings
@@ -27,7 +28,7 @@ _SCORING = ("classifier", "pre_classifier", "score", "pooler", "head")
 _CLASSIFICATION_MODEL = "ForSequenceClassification"
 # What the exporter notes at each node: where it comes from. Read while variants are derived, not written to disk, since
 # it holds paths of this machine.
-_NOTES = "pkg.torch.onnx."
+_NOTES = "pkg.torch."
 
 
 class _Exported(nn.Module):
@@ -70,14 +71,14 @@ def export_graph(model: RetrievalModel) -> ir.Model:
         ExportError: torch.onnx cannot export this architecture.
     """
     contract = model.contract
-    # At least two rows and columns: torch.export takes a size of one for a constant.
-    tokens = min(8, contract.max_tokens)
-    example = torch.ones((2, tokens), dtype=torch.int64)
-    masked = example.clone()
-    masked[1, tokens // 2 :] = 0
-    inputs = {name: masked if name.endswith("mask") else example * 0 for name in contract.inputs}
+    # At least two rows and columns: torch.export takes a size of one for a constant. And a tensor for each input: it
+    # takes one that is given twice for one input.
+    tokens = max(2, min(8, contract.max_tokens))
+    mask = torch.ones((2, tokens), dtype=torch.int64)
+    mask[1, tokens // 2 :] = 0
+    inputs = {name: mask.clone() if name.endswith("mask") else torch.zeros_like(mask) for name in contract.inputs}
     inputs["input_ids"] = torch.randint(
-        0, model.backbone.config.vocab_size, example.shape, generator=torch.Generator().manual_seed(0)
+        0, model.backbone.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
     batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
     token_axis = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
@@ -96,12 +97,17 @@ def export_graph(model: RetrievalModel) -> ir.Model:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as broken:
-            kind = type(model.backbone).__name__
-            raise ExportError(f"torch.onnx cannot export {kind}: {str(broken).strip().splitlines()[0]}") from broken
+            # The exporter's own message is advice on debugging it; what went wrong is where it comes from.
+            cause: BaseException = broken
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            raise ExportError(f"torch.onnx cannot export {type(model.backbone).__name__}: {reason}") from broken
     assert program is not None
     graph = cast(ir.Model, program.model)
     graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
     graph.producer_name = "rtx"
+    graph.producer_version = importlib.metadata.version("rtx-retrieval")
     _complete_notes(graph)
     return graph
 
@@ -165,7 +171,7 @@ def _classes(node: ir.Node) -> list[str]:
 
 
 def _note(node: ir.Node, key: str) -> list[str]:
-    return cast(list[str], ast.literal_eval(node.metadata_props.get(_NOTES + key, "[]")))
+    return cast(list[str], ast.literal_eval(node.metadata_props.get(f"{_NOTES}onnx.{key}", "[]")))
 
 
 @contextlib.contextmanager

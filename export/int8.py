@@ -89,7 +89,11 @@ class _Quantizer:
         """MatMul(x, weight), or Gemm(x, weight, bias)."""
         insert = self.editor.insert
         given = node.attributes
-        if given.get_float("alpha", 1.0) != 1.0 or given.get_float("beta", 1.0) != 1.0 or given.get_int("transA", False):
+        if (
+            given.get_float("alpha", 1.0) != 1.0
+            or given.get_float("beta", 1.0) != 1.0
+            or given.get_int("transA", False)
+        ):
             raise ExportError(f"int8: {module_of(node)}: a Gemm that scales or transposes its input is not supported")
         x = node.inputs[0]
         assert x is not None

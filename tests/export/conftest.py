@@ -1,0 +1,104 @@
+"""Exported graphs of tiny models: each is exported once for all tests and workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from filelock import FileLock
+
+from rtx.export.graph import export_graph
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.golden import Deviation, deviation
+from rtx.runtime.text import Batch
+from rtx.trainer.model import RetrievalModel
+
+MODELS = [
+    (architecture, task)
+    for architecture in ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
+    for task in ("embed", "rerank")
+]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and its plain graph, which is the caller's own to change."""
+
+    model: RetrievalModel
+    graph: ir.Model
+
+    def engine(self) -> OnnxEngine:
+        """The graph in ONNX Runtime, once it is proven to be valid ONNX."""
+        proto = ir.to_proto(self.graph)
+        if all(node.domain == "" for node in self.graph.graph):
+            onnx.checker.check_model(proto, full_check=True)
+        return OnnxEngine(proto.SerializeToString(), output=self.model.contract.output, threads=1)
+
+    def batch(self, rows: int, tokens: int) -> Batch:
+        """Random tokens; every second row is half padding."""
+        contract, vocabulary = self.model.contract, int(self.model.backbone.config.vocab_size)
+        random = np.random.default_rng(rows * 1000 + tokens)
+        mask = np.ones((rows, tokens), dtype=np.int64)
+        mask[1::2, tokens // 2 + 1 :] = 0
+        if contract.padding_side == "left":
+            mask = mask[:, ::-1].copy()
+        ids = np.where(mask == 1, random.integers(5, vocabulary - 1, mask.shape), contract.pad_token_id)
+        count = mask.cumsum(axis=1)
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": np.where(mask * count * 2 > mask.sum(axis=1, keepdims=True), 1, 0),
+            "pooling_mask": mask * (count > min(tokens - 1, 2)),
+        }
+        return {name: arrays[name].astype(np.int64) for name in contract.inputs}
+
+    def batches(self) -> list[Batch]:
+        """One token, one row, odd sizes, padding, the longest row."""
+        longest = self.model.contract.max_tokens
+        return [self.batch(*shape) for shape in ((1, 1), (1, 2), (3, 7), (2, 33), (2, longest))]
+
+    def deviations(self) -> list[Deviation]:
+        """The graph against PyTorch, a batch each."""
+        engine, reference = self.engine(), self.model.engine()
+        return [deviation(engine.run(batch), reference.run(batch)) for batch in self.batches()]
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[..., Exported]:
+    """`exported(architecture, task, **layout)` gives a tiny model, arguments as `tiny_checkpoint`, and its graph."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    models: dict[str, RetrievalModel] = {}
+
+    def export(architecture: str, task: str = "embed", **layout: Any) -> Exported:
+        key = hashlib.sha256(repr((architecture, task, layout)).encode()).hexdigest()[:16]
+        if key not in models:
+            models[key] = RetrievalModel.load(tiny_checkpoint(architecture, task, **layout))
+        file = shared / f"{key}.onnx"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                ir.save(export_graph(models[key]), file)
+            return Exported(models[key], ir.load(file))
+
+    return export
+
+
+@pytest.fixture(scope="session", params=MODELS, ids="-".join)
+def architecture_and_task(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Of the session, so that tests of the same model follow each other."""
+    return request.param
+
+
+@pytest.fixture
+def each(architecture_and_task: tuple[str, str], exported: Callable[..., Exported]) -> Exported:
+    """Every architecture, as an embedder and as a reranker."""
+    return exported(*architecture_and_task)
