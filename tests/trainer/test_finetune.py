@@ -109,6 +109,9 @@ def test_a_reranker_from_a_file_of_options(work, base):
     assert "pipeline_tag: text-ranking" in card
     assert "ranking the first-stage candidates of each query" in card
     assert "rtx finetune --config run.toml --epochs 1.0" in card
+    # The head is new: it comes from the seed too.
+    assert rtx("--config run.toml --epochs 1 -o again").exit_code == 0
+    assert same(weights_of(work / "again"), weights_of(work / "judge"))
 
 
 def test_every_option_is_a_flag():
