@@ -36,7 +36,7 @@ from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder, RunRecord
 
 _DEFAULT_LOSS: dict[Task, Loss] = {"embed": info_nce, "rerank": bce}
-# A CPU is fastest while a chunk fits its cache; elsewhere, few large chunks keep the device busy.
+# Short chunks leave out padding, and on a CPU they cost little else; elsewhere, few large ones keep the device busy.
 _CHUNK_TOKENS_CPU, _CHUNK_TOKENS = 1024, 16384
 _SCHEDULES: dict[Schedule, str] = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
