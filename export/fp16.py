@@ -41,31 +41,29 @@ def to_fp16(model: ir.Model) -> None:
 class _Converter:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
-        self._half: set[ir.Value] = set()
+        # What is computed from weights, as against positions and masks.
+        self._hidden: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def convert(self, node: ir.Node) -> None:
         """Bring a node whose predecessors are done to its precision."""
         if not is_scoring(node):
             self._bound_masks(node)
-        half = self._belongs_in_half(node)
+        reads_weight = node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
+        is_hidden = reads_weight or any(value in self._hidden for value in node.inputs)
+        half = is_hidden and not (is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS)
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
                 continue
             wanted = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
             if value.dtype != wanted:
                 node.replace_input_with(index, self._cast(node, value, wanted))
-        if half:
-            for output in node.outputs:
-                if output.dtype == ir.DataType.FLOAT:
-                    self._half.add(output)
-                    output.type = ir.TensorType(ir.DataType.FLOAT16)
-
-    def _belongs_in_half(self, node: ir.Node) -> bool:
-        if is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS:
-            return False
-        reads_weight = node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
-        return reads_weight or any(value in self._half for value in node.inputs)
+        if is_hidden:
+            # Not the shapes of what is computed: positions are counted by them.
+            outputs = [output for output in node.outputs if output.dtype == ir.DataType.FLOAT]
+            self._hidden.update(outputs)
+            for output in outputs if half else ():
+                output.type = ir.TensorType(ir.DataType.FLOAT16)
 
     def _bound_masks(self, node: ir.Node) -> None:
         for index, value in enumerate(node.inputs):

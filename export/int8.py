@@ -8,6 +8,8 @@
 `rtx.kernels.int8_linear` has the arithmetic and the reference. The word embeddings become int8 rows with a scale each.
 Attention, norms, softmax, pooling and scoring stay float32. ONNX Runtime's own dynamic quantisation takes one scale for
 the whole tensor instead: a token then depends on what else is in the batch, and a quiet one beside a loud one is lost.
+
+Infinity in an activation stays visible in the result. NaN need not: ONNX leaves open what ReduceMax makes of it.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ def test_every_node_that_computes_is_known_by_its_module(each):
     modules = dict(each.model.named_modules())
     computing = [node for node in each.graph.graph if node.outputs[0].dtype == ir.DataType.FLOAT]
     assert len(computing) > 30
+    # Those that the exporter's optimiser made, as the Split of ModernBERT's gate, too.
+    assert all(node.metadata_props for node in each.graph.graph)
     assert {module_of(node) for node in computing} <= set(modules)
     norms = {module_of(node) for node in computing if is_norm(node)}
     expected = {
