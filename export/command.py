@@ -106,21 +106,26 @@ def _without_folders(arguments: Sequence[str]) -> list[str]:
 
 
 def _print(outcome: Outcome, output: Path) -> None:
-    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{output.name} against PyTorch fp32", title_justify="left", box=SIMPLE)
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(
+        title=f"{output.name} against PyTorch fp32",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("variant", no_wrap=True)
-    headings = ["least\ncosine", "max abs", "batch\nmax abs"]
+    headings = ["least\ncosine", "max\nabs", "batch\nabs"]
     if outcome.reference is not None:
         headings += ["NDCG@10", "change", "95 % interval", "top 10\nkept"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gate", no_wrap=True)
     if outcome.reference is not None:
-        ndcg = outcome.reference.metrics["ndcg@10"]
-        table.add_row("PyTorch", "", "", "", f"{ndcg:.4f}", "", "", "", "reference")
+        table.add_row("PyTorch", "", "", "", f"{outcome.reference.metrics['ndcg@10']:.4f}")
     for name, verdict in outcome.verdicts.items():
         cells = _cells(verdict)
         if (ranking := verdict.ranking) is not None:
@@ -129,14 +134,20 @@ def _print(outcome: Outcome, output: Path) -> None:
             cells.append(f"{ranking.overlap:.3f}")
         elif outcome.reference is not None:
             cells += ["–"] * 4
-        written = name in outcome.manifest.variants
-        gate = ("default" if name == outcome.manifest.default_variant else "passed") if written else "left out"
-        table.add_row(name, *cells, gate)
+        table.add_row(name, *cells, _gate(name, outcome))
     Console().print(table)
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
+
+
+def _gate(name: VariantName, outcome: Outcome) -> str:
+    if not outcome.verdicts[name].passed:
+        return "left out"
+    if name not in outcome.manifest.variants:
+        return "not asked"
+    return "default" if name == outcome.manifest.default_variant else "passed"
 
 
 def _cells(verdict: Verdict) -> list[str]:

@@ -64,6 +64,6 @@ def external_files(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a graph with its weights."""
+    """Remove a graph with its weights, as far as they are there."""
     for file in (path, *external_files(path)):
-        file.unlink()
+        file.unlink(missing_ok=True)

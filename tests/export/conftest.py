@@ -12,10 +12,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from filelock import FileLock
 
 from rtx.export.graph import export_graph
 from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Deviation, deviation
 from rtx.runtime.text import Batch
 from rtx.trainer.model import RetrievalModel
@@ -70,6 +72,12 @@ class Exported:
         return [deviation(engine.run(batch), reference.run(batch)) for batch in self.batches()]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny products gain nothing from threads, and threads of two test workers stand in each other's way."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def exported(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str
@@ -102,3 +110,18 @@ def architecture_and_task(request: pytest.FixtureRequest) -> tuple[str, str]:
 def each(architecture_and_task: tuple[str, str], exported: Callable[..., Exported]) -> Exported:
     """Every architecture, as an embedder and as a reranker."""
     return exported(*architecture_and_task)
+
+
+@pytest.fixture(scope="session")
+def evalset() -> EvalSet:
+    """Small, and of texts that a tiny tokenizer knows."""
+    corpus = {
+        "d0": "how to reset the pump",
+        "d1": "a red cat in the garden",
+        "d2": "sort the list of numbers in place",
+        "d3": "close all open files at the end",
+        "d4": "what the code of the query is for",
+        "d5": "with a filter in the intake",
+    }
+    queries = {"q0": "reset pump", "q1": "sorting a list", "q2": "how files are closed", "q3": "the filter"}
+    return EvalSet("small", queries, corpus, {"q0": {"d0": 1}, "q1": {"d2": 1}, "q2": {"d3": 1}, "q3": {"d5": 1}})
