@@ -21,7 +21,7 @@ import json
 import platform
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +62,8 @@ class Settings:
 
     Attributes:
         eval_distributions, dev_distributions: held out; those that are not installed are passed over.
-        train_pairs: at most so many pairs. Where there are more, the largest distributions give fewer, all the same.
-        pairs_per_distribution: at most so many training pairs of one distribution.
+        train_pairs: at most so many pairs, taken from the distributions in turn.
+        pairs_per_distribution: at most so many of them from one distribution.
         queries_per_distribution, documents_per_distribution: the same for an evaluation set.
         min_queries: an evaluation set with fewer is an error.
         min_lines, max_lines: length of a document.
@@ -72,7 +72,7 @@ class Settings:
     eval_distributions: tuple[str, ...] = EVAL_DISTRIBUTIONS
     dev_distributions: tuple[str, ...] = DEV_DISTRIBUTIONS
     train_pairs: int = 4000
-    pairs_per_distribution: int = 250
+    pairs_per_distribution: int = 400
     queries_per_distribution: int = 60
     documents_per_distribution: int = 200
     min_queries: int = 50
@@ -127,11 +127,10 @@ def build(distributions: Sequence[Distribution], settings: Settings) -> CodeSear
                 f"{', '.join(names)}, of which are installed: {', '.join(d.name for d in there) or 'none'}"
             )
     unused = {normalised_name(name) for name in itertools.chain(*held_out.values(), _UNUSED_DISTRIBUTIONS)}
-    found = [_train_pairs(by_name[name], settings, seen, dropped) for name in sorted(by_name) if name not in unused]
-    cap = _largest_cap([len(pairs) for pairs in found], settings.train_pairs)
-    train = sorted((pair for pairs in found for pair in pairs[:cap]), key=_place)
+    rest = [by_name[name] for name in sorted(by_name) if name not in unused]
+    train = _train_pairs(rest, settings, seen, dropped)
     if not train:
-        raise DataError(f"train: no pairs in {len(found)} distributions, expected installed packages with docstrings")
+        raise DataError(f"train: no pairs in {len(rest)} distributions, expected installed packages with docstrings")
     return CodeSearch(tuple(train), sets["eval"], sets["dev"], dict(sorted((+dropped).items())))
 
 
@@ -198,11 +197,25 @@ def _retrieval_set(
     )
 
 
-def _train_pairs(distribution: Distribution, settings: Settings, seen: _Seen, dropped: Counter[str]) -> list[Pair]:
+def _train_pairs(
+    distributions: Sequence[Distribution], settings: Settings, seen: _Seen, dropped: Counter[str]
+) -> list[Pair]:
+    """Pairs of the distributions in turn, so that no more of their files are read than it takes."""
+    cap = settings.pairs_per_distribution
+    turns = deque(itertools.islice(_new_pairs(each, settings, seen, dropped), cap) for each in distributions)
     pairs: list[Pair] = []
+    while turns and len(pairs) < settings.train_pairs:
+        pair = next(turns[0], None)
+        if pair is None:
+            turns.popleft()
+        else:
+            pairs.append(pair)
+            turns.rotate(-1)
+    return sorted(pairs, key=_place)
+
+
+def _new_pairs(distribution: Distribution, settings: Settings, seen: _Seen, dropped: Counter[str]) -> Iterator[Pair]:
     for function in read_functions(distribution, dropped, min_lines=settings.min_lines, max_lines=settings.max_lines):
-        if len(pairs) == settings.pairs_per_distribution:
-            break
         query = _query(function, dropped)
         if query is None:
             continue
@@ -210,8 +223,7 @@ def _train_pairs(distribution: Distribution, settings: Settings, seen: _Seen, dr
             dropped["pairs: docstring seen before"] += 1
         elif seen.admit(function.code, dropped):
             seen.queries.add(_query_key(query))
-            pairs.append(Pair(query, function))
-    return pairs
+            yield Pair(query, function)
 
 
 def _query(function: Function, dropped: Counter[str]) -> str | None:
@@ -223,11 +235,6 @@ def _query(function: Function, dropped: Counter[str]) -> str | None:
     except ValueError as reason:
         dropped[str(reason)] += 1
         return None
-
-
-def _largest_cap(sizes: Sequence[int], total: int) -> int:
-    """The largest cap under which the sizes sum up to at most `total`."""
-    return max(cap for cap in range(max(sizes, default=0) + 1) if sum(min(size, cap) for size in sizes) <= total)
 
 
 def _place(item: Pair | Function) -> str:
