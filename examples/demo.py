@@ -39,10 +39,13 @@ from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.finetune import finetune
 from rtx.trainer.model import RetrievalModel
 
-MAX_TOKENS = 128
+# Sized for less than ten minutes on two cores.
+DATA = Settings(train_pairs=2048, queries_per_distribution=40, documents_per_distribution=100)
+MAX_TOKENS = 64
+PAIR_TOKENS = 96
 LEARNING_RATE = 1e-4
-RERANK_PAIRS_QUERIES = 700
-RERANK_QUERIES = 200
+RERANK_PAIRS_QUERIES = 300
+RERANK_QUERIES = 150
 RERANK_DEPTH = 10
 
 # What the summary shows of a model: its name, its NDCG@10, and how that differs from another's.
@@ -65,7 +68,7 @@ def step(title: str, command: str = "") -> Iterator[None]:
 def build_data(folder: Path) -> EvalSet:
     command = f"python examples/code_search.py data --out {folder}"
     with step("Data: docstrings and functions of the installed packages", command):
-        manifest, _ = prepare(folder, Settings(), installed())
+        manifest, _ = prepare(folder, DATA, installed())
         for line in list(report(folder, manifest))[:4]:
             console.print(line, markup=False)
         return load_evalset(folder / "eval")
@@ -126,13 +129,13 @@ def train_reranker(checkpoint: Path, pairs: Path, target: Path) -> None:
         model=str(checkpoint),
         train=(str(pairs),),
         output=str(target),
-        max_tokens=MAX_TOKENS,
+        max_tokens=PAIR_TOKENS,
         batch_size=32,
         learning_rate=LEARNING_RATE,
     )
     command = (
         f"rtx finetune --task rerank --model {checkpoint} --train {pairs} "
-        f"--max-tokens {MAX_TOKENS} --batch-size 32 --learning-rate {LEARNING_RATE} -o {target}"
+        f"--max-tokens {PAIR_TOKENS} --batch-size 32 --learning-rate {LEARNING_RATE} -o {target}"
     )
     with step("Finetune a reranker from the same encoder", command):
         finetune(config, overwrite=True, command=command)
@@ -194,7 +197,7 @@ def main(out: Path) -> None:
     train_reranker(out / "embedder", data / "rerank.jsonl", out / "reranker")
     with step("Export the reranker", f"rtx export {out}/reranker -o {out}/judge.rtx"):
         export_bundle(str(out / "reranker"), out / "judge.rtx", ExportOptions(overwrite=True))
-    reranked = rerank(out / "code.rtx", exported.reference, evalset, data)
+    reranked = rerank(out / "judge.rtx", exported.reference, evalset, data)
     bench(out / "code.rtx", out / "embedder", out / "report.html")
     console.rule("[bold]Summary[/bold]", align="left")
     trained = compare(before, exported.reference, evalset)

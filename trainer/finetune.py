@@ -108,6 +108,8 @@ def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> No
             raise UsageError(f"{output}: the output folder holds {path}, which the run reads; choose another")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
+    if [item.name for item in output.iterdir()] == [run.path.name] and run.holds_nothing():
+        return
     begun, finished = run.read() is not None, (output / _LAST_FILE).is_file()
     if not begun and not finished:
         raise UsageError(f"{output}: is in the way: neither an empty folder nor one that a run left")

@@ -103,6 +103,12 @@ class RunFolder:
             raise ArtifactError(f"{file}: is damaged: {broken}") from broken
         raise ArtifactError(f"{file}: is of format {version}; expected {_FORMAT}")
 
+    def holds_nothing(self) -> bool:
+        """Whether a kill before the end of the first evaluation left the folder, with nothing to go on from."""
+        return self.path.is_dir() and not any(
+            item.name == RUN_FILE or _CHECKPOINT.fullmatch(item.name) for item in self.path.iterdir()
+        )
+
     def write(self, record: RunRecord) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path / RUN_FILE) as stream:

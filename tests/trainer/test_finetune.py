@@ -172,6 +172,19 @@ def test_a_finished_output_is_replaced_only_when_told(work, base):
     assert not same(weights_of(work / "tuned"), first)
 
 
+def test_a_run_that_was_killed_in_its_first_evaluation_is_not_in_the_way(work, base):
+    folder = work / "tuned" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "ndcg-0.npy").write_bytes(b"half")
+    assert embed(base, "--resume", max_steps=1).exit_code == 0
+    assert (work / "tuned" / "config.json").is_file()
+    # Whatever else lies there is nobody's run.
+    (work / "other" / "checkpoints").mkdir(parents=True)
+    (work / "other" / "notes.txt").write_text("mine")
+    result = embed(base, "-o other", max_steps=1)
+    assert (result.exit_code, (work / "other" / "notes.txt").read_text()) == (2, "mine")
+
+
 def test_a_model_that_no_run_left_cannot_be_resumed(work, base):
     RetrievalModel.load(base).save(work / "tuned")
     result = embed(base, "--resume")
