@@ -31,7 +31,7 @@ bench: $(READY)   ## every benchmark of benchmarks/
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-transformers, each in a venv of its own
-	$(BIN)/python benchmarks/interop.py
+	$(BIN)/python tests/interop/run.py
 
 clean:           ## remove what was built, the environments too
 	rm -rf $(VENV) .venvs build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -62,7 +62,7 @@ def export_graph(model: RetrievalModel) -> ir.Model:
     """Export a model in float32.
 
     Inputs are those of the contract, [batch, tokens] int64. Outputs are `sentence_embedding` [batch, dimension] and
-    `token_embeddings` [batch, tokens, hidden] (for loaders that pool by themselves), or `scores` [batch]; all float32.
+    `last_hidden_state` [batch, tokens, hidden] (for loaders that pool by themselves), or `scores` [batch]; all float32.
 
     Args:
         model: on the CPU, in float32.
@@ -82,7 +82,7 @@ def export_graph(model: RetrievalModel) -> ir.Model:
     )
     batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
     token_axis = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
-    outputs = [contract.output, *(["token_embeddings"] if contract.task == "embed" else [])]
+    outputs = [contract.output, *(["last_hidden_state"] if contract.task == "embed" else [])]
     with _exporting(model):
         try:
             program = torch.onnx.export(

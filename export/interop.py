@@ -2,7 +2,14 @@
 
 They look for `config.json`, the tokenizer's files and Sentence Transformers' module list beside `onnx/model.onnx`. The
 list is written in the names of version 5 and older, which version 6 reads too: optimum-onnx needs transformers 4, and
-with it sentence-transformers 5.
+with it sentence-transformers 5. What each makes of a bundle is tested by `make interop`.
+
+    FastEmbed                 output `sentence_embedding`, pooling disabled; truncates by tokenizer_config.json
+    optimum-onnx              output `last_hidden_state`, which is the name that it insists on; its user pools
+    sentence-transformers     the same through optimum-onnx, and then pooling and head by the module list
+
+A model that leaves the prompt out of pooling has one input more, `pooling_mask`, which none of them knows. After a
+Matryoshka cut sentence-transformers does not normalise again; its vectors point in the same direction.
 """
 
 from __future__ import annotations
@@ -27,11 +34,18 @@ _MODES = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 
+# Of the calls that a tokenizer was last used for.
+_TRUNCATION = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
+
 
 def write_side_files(model: RetrievalModel, folder: Path) -> None:
     """Write what other tools read, all but the graphs, into a folder that exists."""
     model.backbone.config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
+    # What tokenizer.json says of truncation is gone from ours; FastEmbed would take it from here.
+    settings = read_json(folder / "tokenizer_config.json")
+    kept = {name: value for name, value in settings.items() if name not in _TRUNCATION}
+    _write(folder / "tokenizer_config.json", {**kept, "model_max_length": model.contract.max_tokens})
     if model.task != "embed":
         return
     versions = {"transformers": transformers.__version__, "pytorch": torch.__version__}

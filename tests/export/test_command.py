@@ -123,7 +123,7 @@ def test_graphs_are_valid_and_carry_the_contract(done):
         (carried,) = (entry.value for entry in graph.metadata_props if entry.key == CONTRACT_KEY)
         assert Contract.from_dict(json.loads(carried)) == bundle.manifest.contract
         assert graph.producer_name == "rtx"
-        assert [value.name for value in graph.graph.output] == ["sentence_embedding", "token_embeddings"]
+        assert [value.name for value in graph.graph.output] == ["sentence_embedding", "last_hidden_state"]
 
 
 def test_the_report_holds_what_was_measured(done, source, evalset):

@@ -32,7 +32,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(each):
     outputs = {value.name: [str(side) for side in value.shape] for value in graph.outputs}
     if contract.task == "embed":
         hidden = each.model.backbone.config.hidden_size
-        expected = {"sentence_embedding": ["batch", "32"], "token_embeddings": ["batch", "tokens", str(hidden)]}
+        expected = {"sentence_embedding": ["batch", "32"], "last_hidden_state": ["batch", "tokens", str(hidden)]}
     else:
         expected = {"scores": ["batch"]}
     assert outputs == expected
@@ -150,6 +150,6 @@ def test_an_edit_keeps_the_name_of_an_output(exported):
     editor = Editor(graph, "twice")
     last = graph.outputs[0].producer()
     editor.replace(last, editor.insert(last, "Mul", last.inputs[0], editor.constant("two", np.float32(2)[None])))
-    assert [value.name for value in graph.outputs] == ["sentence_embedding", "token_embeddings"]
+    assert [value.name for value in graph.outputs] == ["sentence_embedding", "last_hidden_state"]
     batch = found.batch(2, 5)
     assert found.engine().run(batch).shape == (2, 32)

@@ -152,7 +152,7 @@ def replace_output(graph, make):
 
 def pool_the_first_token(graph):
     def first_token(editor, last):
-        hidden = next(value for value in graph.outputs if value.name == "token_embeddings")
+        hidden = next(value for value in graph.outputs if value.name == "last_hidden_state")
         first = editor.insert(
             last,
             "Gather",
