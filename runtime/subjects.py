@@ -170,4 +170,6 @@ def checkpoint_bytes(folder: Path) -> int | None:
 
 def _is_aside(path: Path) -> bool:
     """Whether a file of a checkpoint is another format of the same weights, or a state of its training."""
-    return any(part in ("onnx", "openvino") or part.startswith("checkpoint-") for part in path.parts[:-1])
+    return any(
+        part in ("onnx", "openvino", "checkpoints") or part.startswith("checkpoint-") for part in path.parts[:-1]
+    )

@@ -29,6 +29,7 @@ from rtx.runtime.evalset import EvalSet, write_evalset
 from rtx.runtime.evaluation import Evaluation, evaluate_embedder
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, Manifest
 from rtx.runtime.schema import parse
+from rtx.runtime.subjects import checkpoint_bytes
 from rtx.runtime.text import Batch, TextPreprocessor
 
 _LATENCIES = {"latency_p50_ms", "latency_p95_ms", "latency_p99_ms"}
@@ -209,6 +210,13 @@ def test_the_quality_of_a_reranker_needs_candidates(
 ) -> None:
     with pytest.raises(UsageError, match="needs candidates"):
         bench(toy_reranker_bundle, quick, judgements=Judgements(evalset))
+
+
+def test_candidates_that_an_embedder_would_not_read_are_refused(
+    toy_bundle: Path, quick: BenchOptions, evalset: EvalSet
+) -> None:
+    with pytest.raises(UsageError, match=r"^candidates: only a reranker has them; an embedder ranks the whole corpus$"):
+        bench(toy_bundle, quick, judgements=Judgements(evalset, {query: [] for query in evalset.queries}))
 
 
 @pytest.fixture
@@ -403,3 +411,18 @@ def test_the_command_refuses_what_cannot_work_before_it_measures(
         assert (done.exit_code, done.stdout) == (code, ""), (arguments, done.output)
         assert message in done.stderr
     assert not starts
+
+
+def test_size_of_a_checkpoint_counts_its_weights_once(tmp_path: Path) -> None:
+    for name, size in {
+        "model.safetensors": 100,
+        "tokenizer.json": 10,
+        "2_Dense/model.safetensors": 5,
+        "onnx/model.safetensors": 1000,
+        "checkpoints/step-3/model.safetensors": 1000,
+        "checkpoints/step-3/tokenizer.json": 1000,
+        "checkpoint-500/model.safetensors": 1000,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert checkpoint_bytes(tmp_path) == 115
