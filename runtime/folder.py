@@ -52,11 +52,14 @@ def _swap(written: Path, target: Path) -> None:
     target.rename(old / target.name)
     try:
         written.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
+    except BaseException:
+        # Whatever fails here, Ctrl-C too: what was there is removed only once the new folder is in its place.
+        if not target.exists():
+            (old / target.name).rename(target)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -30,6 +30,27 @@ def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("failure", [OSError("no space"), KeyboardInterrupt()])
+def test_a_swap_that_stops_in_the_middle_puts_back_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    target = tmp_path / "model"
+    with replace_folder(target) as folder:
+        (folder / "config.json").write_text("old")
+    rename = Path.rename
+
+    def stop_at_the_new_folder(path: Path, to: Path) -> Path:
+        if path.suffix == ".partial":
+            raise failure
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stop_at_the_new_folder)
+    with pytest.raises(type(failure)), replace_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_rights_are_those_of_new_files(tmp_path: Path) -> None:
     with replace_folder(tmp_path / "model") as folder:
         (folder / "inner").mkdir(mode=0o700)
