@@ -48,7 +48,7 @@ class Bundle:
             raise BundleError(f"{folder}: has no {MANIFEST_FILE}; {hint}") from missing
         except OSError as broken:
             raise BundleError(f"{folder / MANIFEST_FILE}: cannot be read: {broken.strerror}") from broken
-        return cls(folder, Manifest.from_bytes(content))
+        return cls(folder, Manifest.from_bytes(content, source=str(folder / MANIFEST_FILE)))
 
     def variant(self, name: str | None = None) -> tuple[str, Variant]:
         """A variant and its name; None for the default.

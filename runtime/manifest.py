@@ -110,8 +110,12 @@ class Manifest:
         return _canonical({**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()})
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Manifest:
+    def from_bytes(cls, content: bytes, *, source: str = MANIFEST_FILE) -> Manifest:
         """Read manifest.json.
+
+        Args:
+            content: of the file.
+            source: the file, for messages.
 
         Raises:
             BundleError: it is no JSON, was changed after it was written, has another format version or lacks keys.
@@ -123,15 +127,15 @@ class Manifest:
             body = _canonical(data)
             canonical = _canonical({**data, "sha256": digest})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as broken:
-            raise BundleError(f"{MANIFEST_FILE}: is no manifest of rtx ({type(broken).__name__}: {broken})") from broken
+            raise BundleError(f"{source}: is no manifest of rtx ({type(broken).__name__}: {broken})") from broken
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST_FILE}: has format version {version}; this rtx reads version {FORMAT_VERSION}. "
+                f"{source}: has format version {version}; this rtx reads version {FORMAT_VERSION}. "
                 "Export the checkpoint again, or install the rtx that wrote it"
             )
         if hashlib.sha256(body).hexdigest() != digest or content != canonical:
-            raise BundleError(f"{MANIFEST_FILE}: was changed after it was written (its own hash does not fit)")
-        return parse(cls, data, source=MANIFEST_FILE, error=BundleError)
+            raise BundleError(f"{source}: was changed after it was written (its own hash does not fit)")
+        return parse(cls, data, source=source, error=BundleError)
 
 
 def _is_inside(file: str) -> bool:

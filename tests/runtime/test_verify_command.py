@@ -89,7 +89,7 @@ def test_one_flipped_bit_in_any_file_is_named_and_the_file_not_used(copy: Path, 
 def test_a_damaged_manifest_is_the_only_finding(copy: Path):
     content = (copy / "manifest.json").read_bytes()
     (copy / "manifest.json").write_bytes(content.replace(b'"name": "toy"', b'"name": "boy"'))
-    problem = "manifest.json: was changed after it was written (its own hash does not fit)"
+    problem = f"{copy / 'manifest.json'}: was changed after it was written (its own hash does not fit)"
     assert verify_bundle(copy) == [Finding("manifest", problems=(problem,))]
 
 
