@@ -187,15 +187,20 @@ def bench(
         note: told what is done next.
 
     Raises:
-        UsageError: there is no such variant, or candidates are missing for a reranker's quality.
+        UsageError: there is no such variant, or judgements have no candidates for a reranker, or have some for an
+            embedder.
         BundleError: the bundle is damaged, or variants are out of their tolerance on this machine.
         CheckpointError: the checkpoint is not the one that the bundle was made of.
         EngineError: a model could not be run.
     """
     machine, threads = describe_machine(), options.threads or usable_cores()
     bundle = Bundle.open(path)
-    if bundle.manifest.contract.task == "rerank" and judgements is not None and judgements.candidates is None:
-        raise UsageError("the ranking quality of a reranker needs candidates: documents of a first stage to reorder")
+    if judgements is not None and (bundle.manifest.contract.task == "rerank") != (judgements.candidates is not None):
+        raise UsageError(
+            "the ranking quality of a reranker needs candidates: documents of a first stage to reorder"
+            if judgements.candidates is None
+            else "candidates: only a reranker has them; an embedder ranks the whole corpus"
+        )
     with ExitStack() as models:
         subjects = _open(bundle, options, threads, against, models, note)
         preprocessor = subjects[0].model.preprocessor
