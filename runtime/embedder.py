@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.kernels.pool import l2_normalize
+from rtx.kernels.pool import l2_normalize, truncate
 from rtx.kernels.quantize import quantize_binary, quantize_int8
 from rtx.runtime.engine import Budget, Engine
 from rtx.runtime.errors import EngineError, UsageError
@@ -18,6 +18,13 @@ from rtx.runtime.session import OnInvalid, Session, items_of
 from rtx.runtime.text import TextPreprocessor, check_text
 
 Precision = Literal["float32", "int8", "binary"]
+
+CODES: Mapping[Precision, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
+    "float32": lambda vectors: vectors,
+    "int8": quantize_int8,
+    "binary": quantize_binary,
+}
+"""By precision, what makes it of finite float32 vectors."""
 
 
 class Embedder:
@@ -148,7 +155,7 @@ class Embedder:
         self.contract.prompt_text(prompt)
         if dimensions is not None and not 1 <= dimensions <= self.contract.dimension:
             raise UsageError(f"dimensions: expected 1 to {self.contract.dimension}, got {dimensions}")
-        if precision not in ("float32", "int8", "binary"):
+        if precision not in CODES:
             raise UsageError(f"precision: expected 'float32', 'int8' or 'binary', got {precision!r}")
         if on_invalid == "nan" and precision != "float32":
             raise UsageError(f"on_invalid='nan' needs precision='float32': {precision} has no NaN")
@@ -162,13 +169,10 @@ class Embedder:
     def _finish(
         self, vectors: NDArray[np.float32], dimensions: int | None, precision: Precision, normalize: bool | None
     ) -> NDArray[Any]:
-        cut = dimensions is not None and dimensions < self.contract.dimension
-        if cut:
-            vectors = np.ascontiguousarray(vectors[:, :dimensions])
-        if (normalize and not self.contract.normalize) or (cut and self.contract.normalize):
+        if dimensions is not None and dimensions < self.contract.dimension:
+            vectors = np.ascontiguousarray(truncate(vectors, dimensions, normalize=self.contract.normalize))
+        if normalize and not self.contract.normalize:
             vectors = l2_normalize(vectors)
-        if precision == "float32":
-            return vectors
-        if not np.isfinite(vectors).all():
+        if precision != "float32" and not np.isfinite(vectors).all():
             raise EngineError(f"{self.engine.name}: gave vectors that are not finite, which {precision} cannot hold")
-        return quantize_int8(vectors) if precision == "int8" else quantize_binary(vectors)
+        return CODES[precision](vectors)

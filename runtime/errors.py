@@ -23,6 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+INTERRUPTED = 130
+"""What a shell reports for a command that Ctrl-C ended; a command that says how to go on exits with it."""
+
 
 class RtxError(Exception):
     """Root of the tree; `exit_code` is what the command line exits with, `http_status` what a server answers."""

@@ -44,6 +44,7 @@ class Machine:
 def describe_machine() -> Machine:
     cpu = _cpuinfo()
     flags = {*cpu.get("flags", "").split(), *cpu.get("Features", "").split()}
+    installed = {package: version for package in _PACKAGES if (version := installed_version(package))}
     name = cpu.get("model name") or platform.processor() or platform.machine()
     return Machine(
         cpu=name,
@@ -52,7 +53,7 @@ def describe_machine() -> Machine:
         memory_bytes=_memory_bytes(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         system=f"{platform.system()} {platform.machine()}",
-        versions={"python": platform.python_version(), **_versions()},
+        versions={"python": platform.python_version(), **installed},
         commit=_commit(),
     )
 
@@ -74,14 +75,12 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _versions() -> dict[str, str]:
-    installed = {}
-    for package in _PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
+def installed_version(package: str) -> str | None:
+    """Version of a distribution; None if it is not installed. Nothing of it is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rtx.runtime.errors import INTERRUPTED
 from rtx.trainer.config import FinetuneConfig, Option, TrainingArguments, options
 from rtx.trainer.run import RunFolder
 
 if TYPE_CHECKING:
     from rtx.trainer.train import Outcome
-
-INTERRUPTED = 130
 
 
 def _flags() -> list[click.Option]:

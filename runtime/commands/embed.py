@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.kernels.quantize import quantize_binary, quantize_int8
 from rtx.runtime.bulk import OnInvalid, Totals, embed_records, write_output
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.commands.progress import Progress
-from rtx.runtime.embedder import Embedder, Precision
+from rtx.runtime.embedder import CODES, Embedder, Precision
 from rtx.runtime.engine import Budget
-from rtx.runtime.errors import DataError, InvalidItemsError, ItemError
+from rtx.runtime.errors import INTERRUPTED, DataError, InvalidItemsError, ItemError
 from rtx.runtime.failures import failures_file
 from rtx.runtime.parts import PartFolder
 from rtx.runtime.records import FORMATS, STDIN, Format, Input
 from rtx.runtime.vectors import check_vector_file, ids_file
-
-_CODES: Mapping[Precision, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
-    "float32": lambda vectors: vectors,
-    "int8": quantize_int8,
-    "binary": quantize_binary,
-}
-_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +100,7 @@ def _run(given: _Arguments) -> int:
             try:
                 with Progress("texts", source.fraction) as progress:
                     totals = embed_records(
-                        lambda texts: _CODES[given.precision](_finite(model.embed(texts, **options), texts)),
+                        lambda texts: CODES[given.precision](_finite(model.embed(texts, **options), texts)),
                         source.records([given.text_column]),
                         folder,
                         column=given.text_column,
@@ -121,7 +113,7 @@ def _run(given: _Arguments) -> int:
                 write_output(given.output, folder, totals, metadata=metadata, **shape)
             except KeyboardInterrupt:
                 _say_how_to_resume(folder, given)
-                raise click.exceptions.Exit(_INTERRUPTED) from None
+                raise click.exceptions.Exit(INTERRUPTED) from None
             folder.remove()
     _summarize(given.output, totals, empty)
     return totals.failed

@@ -15,7 +15,7 @@ import click
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import open_model
 from rtx.runtime.errors import install_command
-from rtx.runtime.machine import describe_machine
+from rtx.runtime.machine import describe_machine, installed_version
 from rtx.runtime.manifest import MANIFEST_FILE
 
 _DISTRIBUTION = "rtx-retrieval"
@@ -87,7 +87,7 @@ def describe_installation() -> dict[str, Any]:
     """This machine, the engines that it could run and the extras with their packages, for JSON."""
     extras: dict[str, dict[str, Any]] = {}
     for extra, (packages, includes) in optional_packages(metadata.requires(_DISTRIBUTION) or []).items():
-        versions = {package: _version(package) for package in packages}
+        versions = {package: installed_version(package) for package in packages}
         extras[extra] = {"packages": versions, "includes": includes}
 
     def complete(extra: str) -> bool:
@@ -96,14 +96,15 @@ def describe_installation() -> dict[str, Any]:
 
     for extra, entry in extras.items():
         entry["install"] = None if complete(extra) else install_command(extra)
-    onnxruntime = _version("onnxruntime") or _version("onnxruntime-gpu")
+    onnxruntime = installed_version("onnxruntime") or installed_version("onnxruntime-gpu")
+    torch = installed_version("torch")
     return {
         "kind": "machine",
-        "rtx": _version(_DISTRIBUTION),
+        "rtx": installed_version(_DISTRIBUTION),
         "machine": dataclasses.asdict(describe_machine()),
         "engines": {
             "onnx": {"runs": "bundles", "package": "onnxruntime", "version": onnxruntime, "extra": "cpu"},
-            "torch": {"runs": "checkpoints", "package": "torch", "version": _version("torch"), "extra": "train"},
+            "torch": {"runs": "checkpoints", "package": "torch", "version": torch, "extra": "train"},
         },
         "extras": extras,
     }
@@ -125,13 +126,6 @@ def optional_packages(requirements: Iterable[str]) -> dict[str, tuple[list[str],
             else:
                 packages.append(package)
     return extras
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # -- for people ----------------------------------------------------------------------------------------------------
