@@ -35,13 +35,6 @@ def plan_batches(lengths: Sequence[int], *, max_batch_tokens: int, max_batch_ite
     return batches
 
 
-def padding_ratio(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Padded over real tokens of a plan: 1.0 is no padding at all, and so is an empty plan."""
-    real = sum(lengths)
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return padded / real if real else 1.0
-
-
 def next_batch(lengths: Sequence[int], *, max_batch_tokens: int, max_batch_items: int) -> list[int]:
     """The batch to run now out of a queue: the item that has waited longest, and those whose length is nearest to it.
 

@@ -17,7 +17,7 @@ Task = Literal["embed", "rerank"]
 Side = Literal["left", "right"]
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
-Activation = Literal["identity", "sigmoid", "softmax"]
+Activation = Literal["identity", "sigmoid"]
 GraphInput = Literal["input_ids", "attention_mask", "token_type_ids", "pooling_mask"]
 
 OUTPUT_OF_TASK: dict[Task, str] = {"embed": "sentence_embedding", "rerank": "scores"}

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtx.runtime.batching import next_batch, padding_ratio, plan_batches
+from rtx.runtime.batching import next_batch, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=80)
 TOKENS = st.integers(1, 2000)
@@ -15,12 +14,10 @@ def test_a_plan_by_hand():
     # Longest first: 9 and 8 fill 18 with padding. 3, 3 and 2 would leave room for the 1, but are three items already.
     plan = plan_batches([3, 9, 1, 8, 3, 2], max_batch_tokens=18, max_batch_items=3)
     assert plan == [[1, 3], [0, 4, 5], [2]]
-    assert padding_ratio([3, 9, 1, 8, 3, 2], plan) == pytest.approx((18 + 9 + 1) / 26)
 
 
 def test_an_empty_plan():
     assert plan_batches([], max_batch_tokens=10, max_batch_items=10) == []
-    assert padding_ratio([], []) == 1.0
 
 
 @given(LENGTHS, TOKENS, ITEMS)
