@@ -186,8 +186,11 @@ class Collator:
         return RerankBatch(pairs=self._side(pairs, self._preprocessor.encode_pairs(pairs)), labels=labels)
 
     def _side(self, texts: Sequence[object], encoded: Sequence[Encoded | ItemError]) -> Side:
-        bad = [f"{str(text)[:60]!r}: {item.message}" for text, item in zip(texts, encoded, strict=True)
-               if isinstance(item, ItemError)]  # fmt: skip
+        bad = [
+            f"{str(text)[:60]!r}: {item.message}"
+            for text, item in zip(texts, encoded, strict=True)
+            if isinstance(item, ItemError)
+        ]
         if bad:
             raise DataError("training data: " + "; ".join(bad))
         items = cast(Sequence[Encoded], encoded)

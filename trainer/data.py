@@ -240,7 +240,7 @@ def _read_datasets(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
     except ImportError as missing:
-        raise MissingExtraError("datasets", "train", "Reading a folder that datasets saved") from missing
+        raise MissingExtraError("datasets", "train", f"reading {path}") from missing
     try:
         found = datasets.load_from_disk(str(path))
     except FileNotFoundError as broken:
