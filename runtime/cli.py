@@ -107,7 +107,7 @@ def open_model(
 
     Raises:
         BundleError, CheckpointError: the folder is neither, or is damaged.
-        UsageError: a variant of a checkpoint.
+        UsageError: a variant of what is no bundle.
         MissingExtraError: it is a checkpoint and torch is not installed.
     """
     from rtx.runtime.bundle import Bundle
@@ -121,7 +121,7 @@ def open_model(
         kind = Embedder if task == "embed" else Reranker
         return kind.open(folder, variant=variant, threads=threads)
     if variant is not None:
-        raise UsageError(f"{folder}: is a checkpoint; variants ('{variant}') exist in bundles only")
+        raise UsageError(f"{folder}: has no {MANIFEST_FILE}; variants ('{variant}') exist in bundles only")
     try:
         from rtx.trainer.model import RetrievalModel
     except ModuleNotFoundError as missing:

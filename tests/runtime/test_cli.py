@@ -144,10 +144,11 @@ def test_open_model_takes_bundles(toy_bundle: Path, toy_reranker_bundle: Path):
         assert isinstance(model, Reranker)
 
 
-def test_a_checkpoint_has_no_variants(tmp_path: Path):
-    with pytest.raises(UsageError) as caught:
-        open_model(tmp_path, variant="int8")
-    assert str(caught.value) == f"{tmp_path}: is a checkpoint; variants ('int8') exist in bundles only"
+def test_what_is_no_bundle_has_no_variants(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "misspelt.rtx"):
+        with pytest.raises(UsageError) as caught:
+            open_model(path, variant="int8")
+        assert str(caught.value) == f"{path}: has no manifest.json; variants ('int8') exist in bundles only"
 
 
 def test_a_checkpoint_needs_the_trainer(tmp_path: Path):
