@@ -1,0 +1,130 @@
+"""The wheel, in an environment that has the base install and the extra `cpu` alone: a bundle opens and embeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("kernels", "runtime", "trainer", "export")
+TEXTS = ["how to reset the pump", "a", "Größe 東京", "for file in code: text " * 30]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd, expected=0):
+    # Nothing of the checkout or of the environment that runs the tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == expected, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves its work beside the sources, and takes up what an earlier build left."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Folder of the environment's programs."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "-c", ROOT / "constraints.txt"]
+    run(*pip, f"{wheel}[cpu]", cwd=folder)
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint, tmp_path_factory):
+    from rtx.export.pipeline import ExportOptions, export_bundle
+
+    target = tmp_path_factory.mktemp("elsewhere") / "tiny.rtx"
+    checkpoint = tiny_checkpoint("distilbert", prompts={"query": "find: "})
+    export_bundle(str(checkpoint), target, ExportOptions(variants=("fp32", "int8"), threads=1))
+    return target
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    held = {name for name in names if name.startswith("rtx/")}
+    sources = {
+        f"rtx/{path.relative_to(ROOT).as_posix()}"
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == sources
+    assert {f"rtx/{room}/py.typed" for room in ROOMS} <= held
+    assert not any("tests" in name or "examples" in name for name in names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_python_embeds_without_torch(installed, bundle, tmp_path):
+    from rtx.runtime import Embedder
+
+    code = (
+        "import importlib.util, json, sys; import numpy as np; import rtx.runtime; from rtx.runtime import Embedder\n"
+        "bundle, texts = sys.argv[1], json.loads(sys.argv[2])\n"
+        "with Embedder.open(bundle, variant='fp32', threads=1) as model:\n"
+        "    np.save('vectors.npy', model.embed(texts, prompt='query'))\n"
+        "names = ('torch', 'transformers', 'onnx', 'pytest')\n"
+        "print(json.dumps([rtx.runtime.__file__, [name for name in names if importlib.util.find_spec(name)]]))\n"
+    )
+    done = run(installed / "python", "-c", code, bundle, json.dumps(TEXTS), cwd=tmp_path)
+    where, found = json.loads(done.stdout)
+    assert Path(where).is_relative_to(installed.parent)
+    assert found == []
+    with Embedder.open(bundle, variant="fp32", threads=1) as model:
+        expected = model.embed(TEXTS, prompt="query")
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, atol=1e-6)
+
+
+def test_the_commands_of_the_runtime_work(installed, bundle, tmp_path):
+    rtx = installed / "rtx"
+    assert "embed" in run(rtx, "--help", cwd=tmp_path).stdout
+    assert "all checks hold" in run(rtx, "verify", bundle, cwd=tmp_path).stdout
+    (tmp_path / "texts.txt").write_text("one text\nand another\n", encoding="utf-8")
+    run(rtx, "embed", bundle, "texts.txt", "-o", "vectors.npy", cwd=tmp_path)
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert vectors.shape == (2, 32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("finetune", "--task", "embed", "--model", "model", "--train", "pairs.jsonl", "-o", "tuned"), "train"),
+        (("export", "model", "-o", "model.rtx"), "export"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
+def test_a_command_of_another_extra_says_what_installs_it(installed, tmp_path, command, extra):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    (tmp_path / "model").mkdir()
+    done = run(installed / "rtx", *command, cwd=tmp_path, expected=8)
+    assert re.fullmatch(
+        r"error: .*needs the package '(torch|onnx_ir)', which is not installed\. "
+        rf"Install it with: pip install 'rtx-retrieval\[{extra}\]'\n",
+        done.stderr,
+    ), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pairs.jsonl"]
