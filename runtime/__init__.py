@@ -6,8 +6,9 @@ The public names are those of `__all__`. Each is loaded from its module when it 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from rtx.runtime.lazy import load
 
 if TYPE_CHECKING:
     from rtx.runtime.bundle import Bundle
@@ -63,13 +64,11 @@ _MODULE_OF = {
     "Ranked": "reranker",
     "Reranker": "reranker",
 }
+_MODULES = {name: f"rtx.runtime.{_MODULE_OF.get(name, 'errors')}" for name in __all__}
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'rtx.runtime' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"rtx.runtime.{_MODULE_OF.get(name, 'errors')}"), name)
-    globals()[name] = value
+    value = globals()[name] = load(__name__, _MODULES, name)
     return value
 
 

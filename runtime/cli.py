@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from rtx.runtime.errors import MissingExtraError, RtxError, UsageError, nearest
+from rtx.runtime.errors import BundleError, RtxError, UsageError, nearest
+from rtx.runtime.lazy import naming_the_extra
 
 if TYPE_CHECKING:
     from rtx.runtime.embedder import Embedder
@@ -49,7 +48,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, attribute = _COMMANDS[cmd_name].target.split(":")
-        with _naming_the_extra(cmd_name):
+        with naming_the_extra(_COMMANDS[cmd_name].extra, f"rtx {cmd_name}"):
             return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
     def resolve_command(
@@ -65,29 +64,19 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _naming_the_extra(ctx):
-                return super().invoke(ctx)
+            return self._invoke(ctx)
         except RtxError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
 
-
-@contextmanager
-def _naming_the_extra(command: str | click.Context) -> Iterator[None]:
-    """Turn the absence of a package into the name of the extra that brings it, for a command that has one.
-
-    Args:
-        command: its name, or the context that will know it by the time it has been found.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as missing:
-        name = command if isinstance(command, str) else command.invoked_subcommand or ""
-        extra = _COMMANDS[name].extra if name in _COMMANDS else ""
-        package = (missing.name or "").split(".")[0]
-        if not extra or package in ("", "rtx"):
-            raise
-        raise MissingExtraError(package, extra, f"rtx {name}") from missing
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError:
+            # Only now does the context know the command: what it missed while it ran is missed by it.
+            name = ctx.invoked_subcommand or ""
+            with naming_the_extra(_COMMANDS[name].extra if name in _COMMANDS else "", f"rtx {name}"):
+                raise
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,10 +111,10 @@ def open_model(
         return kind.open(folder, variant=variant, threads=threads)
     if variant is not None:
         raise UsageError(f"{folder}: has no {MANIFEST_FILE}; variants ('{variant}') exist in bundles only")
-    try:
+    if not folder.exists() and (folder.is_absolute() or folder.suffix == ".rtx"):
+        raise BundleError(f"{folder}: does not exist; expected a bundle or a checkpoint")
+    with naming_the_extra("train", f"opening the checkpoint {folder}"):
         from rtx.trainer.model import RetrievalModel
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(missing.name or "torch", "train", f"opening the checkpoint {folder}") from missing
     if threads is not None:
         import torch
 

@@ -5,8 +5,9 @@ Names are imported when they are asked for, so that `rtx.trainer.config` can be 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from rtx.runtime.lazy import load
 
 if TYPE_CHECKING:
     from rtx.trainer.config import TrainingArguments as TrainingArguments
@@ -28,9 +29,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    return load(__name__, _MODULES, name, extra="train")
 
 
 def __dir__() -> list[str]:

@@ -55,7 +55,11 @@ def imported_by(code: str) -> set[str]:
 def test_the_runtime_itself_imports_nothing():
     modules = imported_by("import rtx.runtime")
     assert not modules & {*HEAVY, "numpy", "tokenizers", "click"}
-    assert {name for name in modules if name.startswith("rtx.")} == {"rtx.runtime"}
+    assert {name for name in modules if name.startswith("rtx.")} == {
+        "rtx.runtime",
+        "rtx.runtime.errors",
+        "rtx.runtime.lazy",
+    }
 
 
 def test_all_modules_together_import_nothing_heavy():
@@ -115,3 +119,17 @@ def test_modules_of_the_package_are_still_found():
     from rtx.runtime import errors
 
     assert errors.RtxError is rtx.runtime.RtxError
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [("trainer", "RetrievalModel", "train"), ("export", "export_bundle", "export")],
+)
+def test_rooms_without_their_packages_name_the_extra(package: str, name: str, extra: str) -> None:
+    # None in sys.modules is how Python marks a module that is not to be found.
+    code = f"import sys; sys.modules['torch'] = None; import rtx.{package}; rtx.{package}.{name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith(
+        f"MissingExtraError: rtx.{package}.{name} needs the package 'torch', which is not installed. "
+        f"Install it with: pip install 'rtx-retrieval[{extra}]'\n"
+    )
