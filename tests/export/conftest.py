@@ -80,11 +80,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def exported(
-    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[..., Exported]:
     """`exported(architecture, task, **layout)` gives a tiny model, arguments as `tiny_checkpoint`, and its graph."""
     base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent
+    # A worker of pytest-xdist has a folder of its own in the run's.
+    shared = base.parent if hasattr(request.config, "workerinput") else base
     models: dict[str, RetrievalModel] = {}
 
     def export(architecture: str, task: str = "embed", **layout: Any) -> Exported:
