@@ -32,9 +32,21 @@ def atomic_file(path: str | os.PathLike[str], *, workspace: Path | None = None) 
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, target)
+        sync(target.parent)
     except OSError as broken:
         temporary.unlink(missing_ok=True)
         raise ArtifactError(f"{target}: cannot be written: {broken.strerror or broken}") from broken
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: a rename is safe from a power cut only after that."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rtx.runtime.atomic import sync
 from rtx.runtime.errors import UsageError
 
 
@@ -33,8 +34,10 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
     try:
         yield written
         _share(written)
-        _sync(written)
+        for path in (*written.rglob("*"), written):
+            sync(path)
         _swap(written, target)
+        sync(target.parent)
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
@@ -60,16 +63,6 @@ def _swap(written: Path, target: Path) -> None:
     finally:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Bring every file and folder in it to the disk, so that a rename cannot outlive what it names."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _share(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rtx.runtime.atomic import sync
 from rtx.runtime.errors import UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.trainer.card import Measured, render_card
@@ -108,7 +109,7 @@ def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> No
             raise UsageError(f"{output}: the output folder holds {path}, which the run reads; choose another")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if [item.name for item in output.iterdir()] == [run.path.name] and run.holds_nothing():
+    if output.is_dir() and [item.name for item in output.iterdir()] == [run.path.name] and run.holds_nothing():
         return
     begun, finished = run.read() is not None, (output / _LAST_FILE).is_file()
     if not begun and not finished:
@@ -155,15 +156,7 @@ def _publish(model: RetrievalModel, card: str, run: RunFolder) -> None:
         if (run.output / name).is_dir():
             shutil.rmtree(run.output / name)
         os.replace(staged / name, run.output / name)
-    _sync(run.output)
+    sync(run.output)
     os.replace(staged / _LAST_FILE, run.output / _LAST_FILE)
-    _sync(run.output)
+    sync(run.output)
     staged.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
