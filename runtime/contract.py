@@ -34,6 +34,8 @@ class Contract:
         max_tokens: longest row, special tokens included. Truncation cuts content, never special tokens, so that the
             pooled token stays.
         padding_side, pad_token_id, pad_token_type_id: how shorter rows of a batch are filled.
+        template: special tokens around an item by their ids, "101 $A 102", or of a pair "101 $A 102 $B:1 102:1" with
+            segment ids other than 0 behind a colon; "" if it was not recorded.
         pooling: modes, concatenated in this order; empty for a reranker.
         dimension: width of the output vector, after the Matryoshka cut; 1 for a reranker.
         normalize: whether the graph's vectors have L2 norm 1.
@@ -50,6 +52,7 @@ class Contract:
     pad_token_id: int
     pad_token_type_id: int = 0
     padding_side: Side = "right"
+    template: str = ""
     pooling: tuple[Pooling, ...] = ()
     dimension: int = 1
     normalize: bool = False

@@ -65,6 +65,21 @@ class PairTemplate:
         return ids, type_ids
 
 
+def special_token_template(tokenizer: Tokenizer, *, pair: bool) -> str:
+    """What a tokenizer puts around a text or a pair, in token ids: "101 $A 102", or "101 $A 102 $B:1 102:1".
+
+    Segment ids other than 0 stand behind a colon.
+    """
+    row = tokenizer.encode("a", "b") if pair else tokenizer.encode("a")
+    parts: list[str] = []
+    for token, type_id, side, attended in zip(row.ids, row.type_ids, row.sequence_ids, row.attention_mask, strict=True):
+        name = str(token) if side is None else ("$A", "$B")[side]
+        part = f"{name}:{type_id}" if type_id else name
+        if attended and (side is None or part not in parts[-1:]):
+            parts.append(part)
+    return " ".join(parts)
+
+
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """Lengths of two sides after truncation to `room` tokens: the longer loses tokens until both are equally long, then
     both do; of an odd number the longer keeps one more. The rule of the same name in `tokenizers`."""

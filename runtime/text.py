@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import BundleError, ItemError
-from rtx.runtime.pairs import PairTemplate
+from rtx.runtime.pairs import PairTemplate, special_token_template
 
 Batch = dict[str, NDArray[np.int64]]
 """What a graph takes: by input name, [batch, tokens] int64."""
@@ -48,7 +48,8 @@ class TextPreprocessor:
         tokenizer_json: the content of a `tokenizer.json` of the `tokenizers` library.
 
     Raises:
-        BundleError: the tokenizer cannot be read, or puts more special tokens around a text than the contract's limit.
+        BundleError: the tokenizer cannot be read, puts more special tokens around a text than the contract's limit, or
+            others than the contract names.
     """
 
     def __init__(self, contract: Contract, tokenizer_json: str) -> None:
@@ -58,10 +59,14 @@ class TextPreprocessor:
         self._pair_template: PairTemplate | None = None
         self._prompt_tokens: dict[str, int] = {"": 0}
         pairs = contract.task == "rerank"
-        special = self._tokenizer(truncating=not pairs).num_special_tokens_to_add(pairs)
+        tokenizer = self._tokenizer(truncating=not pairs)
+        special = tokenizer.num_special_tokens_to_add(pairs)
         if contract.max_tokens <= special:
             # tokenizers would not truncate at all.
             raise BundleError(f"max_tokens: {contract.max_tokens} leaves no room beside {special} special tokens")
+        template = special_token_template(tokenizer, pair=pairs)
+        if contract.template not in ("", template):
+            raise BundleError(f"tokenizer.json: makes '{template}' of an item; the contract says '{contract.template}'")
 
     def encode(self, items: Sequence[object], *, prompt: str | None = None) -> list[Encoded | ItemError]:
         """Tokenise texts.

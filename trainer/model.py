@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.folder import replace_folder
+from rtx.runtime.pairs import special_token_template
 from rtx.runtime.text import TextPreprocessor
 from rtx.trainer import pooling
 from rtx.trainer.backbone import (
@@ -245,6 +246,7 @@ class RetrievalModel(nn.Module):
             padding_side=self.tokenizer.padding_side,
             pad_token_id=self.tokenizer.pad_token_id,
             pad_token_type_id=self.tokenizer.pad_token_type_id,
+            template=special_token_template(self.tokenizer.backend_tokenizer, pair=not embeds),
             pooling=layout.pooling,
             dimension=(layout.truncate_dim or self.full_dimension) if embeds else 1,
             normalize=bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig),

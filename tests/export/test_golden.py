@@ -74,7 +74,7 @@ def without_special_tokens(tiny_checkpoint):
 
 def test_what_gives_no_token_is_left_out(without_special_tokens):
     model, tokenizer_json = without_special_tokens
-    preprocessor = TextPreprocessor(model.contract, tokenizer_json)
+    preprocessor = TextPreprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
     golden = make_golden(preprocessor, model.engine(), ["", "a text", "", "other"], [None, "query", None, "document"])
     assert golden.items == ("a text", "other")
     assert golden.prompts == ("query", "document")
@@ -88,7 +88,7 @@ def test_what_gives_no_token_is_left_out(without_special_tokens):
 
 def test_an_empty_golden_set_is_impossible(without_special_tokens):
     model, tokenizer_json = without_special_tokens
-    preprocessor = TextPreprocessor(model.contract, tokenizer_json)
+    preprocessor = TextPreprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
     with pytest.raises(ExportError, match="gives no token for any golden text"):
         make_golden(preprocessor, model.engine(), ["", ""], [None, None])
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import BundleError, ItemError, UsageError
-from rtx.runtime.pairs import PairTemplate, longest_first
+from rtx.runtime.pairs import PairTemplate, longest_first, special_token_template
 from rtx.runtime.text import Encoded, TextPreprocessor
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -365,3 +365,24 @@ def test_collate_gives_the_inputs_of_the_contract_and_no_others(toy_tokenizer: s
 def test_collate_of_no_items_is_empty(toy_tokenizer: str):
     batch = preprocessor(toy_tokenizer).collate([])
     assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(INPUTS, (0, 0))
+
+
+def test_the_template_says_what_stands_around_an_item(toy_tokenizer: str):
+    tokenizer = Tokenizer.from_str(toy_tokenizer)
+    # A tokenizer.json may pad to a fixed length: padding is no part of it.
+    tokenizer.enable_padding(length=20, pad_id=0)
+    assert special_token_template(tokenizer, pair=False) == "2 $A 3"
+    assert special_token_template(tokenizer, pair=True) == "2 $A 3 $B:1 3:1"
+    tokenizer.no_padding()
+    tokenizer.post_processor = processors.Sequence([])
+    assert special_token_template(tokenizer, pair=False) == "$A"
+    assert special_token_template(tokenizer, pair=True) in ("$A $B", "$A $B:1")
+
+
+def test_a_tokenizer_that_puts_other_tokens_around_a_text_is_refused(toy_tokenizer: str):
+    contract = Contract(task="embed", inputs=INPUTS, max_tokens=32, pad_token_id=0, template="2 $A 3")
+    assert TextPreprocessor(contract, toy_tokenizer).contract.template == "2 $A 3"
+    bare = Tokenizer.from_str(toy_tokenizer)
+    bare.post_processor = processors.Sequence([])
+    with pytest.raises(BundleError, match=r"makes '\$A' of an item; the contract says '2 \$A 3'"):
+        TextPreprocessor(contract, str(bare.to_str()))
