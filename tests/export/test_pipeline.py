@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rtx.export import pipeline, write
+from rtx.export import pipeline, variants, write
 from rtx.export.edit import Editor
 from rtx.export.graph import CONTRACT_KEY
 from rtx.export.pipeline import ExportOptions, choose_default, export_bundle
@@ -272,6 +272,30 @@ def test_overwriting_keeps_the_old_bundle_until_the_new_one_has_passed(export, t
     assert list(Bundle.open(tmp_path / "x.rtx").manifest.variants) == ["int8"]
     assert list(Bundle.open(tmp_path / "x.rtx").damaged()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["x.rtx"]
+
+
+def test_weights_beyond_what_a_graph_can_hold_lie_beside_it(export, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "_EXTERNAL_FROM_BYTES", 10_000)
+    outcome = export(tmp_path / "x.rtx", variants=("int8", "fp16"), min_cosine=0.9, threads=1)
+    folder = tmp_path / "x.rtx"
+    assert sorted(path.name for path in (folder / "onnx").iterdir()) == [
+        "model_fp16.onnx",
+        "model_fp16.onnx.data",
+        "model_int8.onnx",
+        "model_int8.onnx.data",
+    ]
+    assert outcome.manifest.variants["fp16"].external == ("onnx/model_fp16.onnx.data",)
+    sizes = json.loads((folder / "report.json").read_text())["bytes"]
+    assert sizes["fp16"] == sum(path.stat().st_size for path in (folder / "onnx").glob("model_fp16*"))
+    model = RetrievalModel.load(checkpoint)
+    expected = Embedder(model.preprocessor, model.engine()).embed(TEXTS)
+    with Embedder.open(folder, variant="fp16", threads=1) as embedder:
+        np.testing.assert_allclose(embedder.embed(TEXTS), expected, atol=5e-3)
+    data = folder / "onnx" / "model_fp16.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert [problem.split()[0] for problem in Bundle.open(folder).damaged()] == ["onnx/model_fp16.onnx.data"]
+    with pytest.raises(BundleError, match=r"model_fp16\.onnx\.data was changed"):
+        Embedder.open(folder, variant="fp16")
 
 
 KILLED = """
