@@ -12,11 +12,12 @@ help:            ## what can be made
 demo: $(READY)   ## finetune, export, rerank and measure a real model on real data
 	$(BIN)/python examples/demo.py
 
+# One thread a worker: two of them share two cores, and threads that wait for each other are slower than one.
 test: $(READY)   ## all tests
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(READY)   ## all but the slow tests
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(READY) build/typing/rtx   ## ruff and mypy
 	$(BIN)/ruff check .
