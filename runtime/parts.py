@@ -83,13 +83,11 @@ class PartFolder:
         """A part if it is finished."""
         try:
             data = json.loads(self._file(index, ".json").read_bytes())
-        except FileNotFoundError:
+            part = Part(data["digest"], tuple(data["ids"]), tuple(BadRecord(**bad) for bad in data["failures"]))
+            rows = len(self.vectors(index))
+        except (OSError, EOFError, ValueError, TypeError, KeyError):  # a power cut can keep one file and lose the other
             return None
-        try:
-            self.vectors(index)
-        except (OSError, EOFError, ValueError):  # a power cut can keep the second file and lose the first
-            return None
-        return Part(data["digest"], tuple(data["ids"]), tuple(BadRecord(**failure) for failure in data["failures"]))
+        return part if rows == len(part.ids) else None
 
     def vectors(self, index: int) -> NDArray[Any]:
         """[rows, width], on disk."""
@@ -99,7 +97,10 @@ class PartFolder:
     def write(self, index: int, part: Part, vectors: NDArray[Any]) -> None:
         """Finish a part."""
         with atomic_file(self._file(index, ".npy")) as stream:
-            np.save(stream, vectors, allow_pickle=False)
+            # Not by np.save, which tells of a full disk how many items it has not written.
+            content = np.ascontiguousarray(vectors)
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(content))
+            stream.write(content.data)
         with atomic_file(self._file(index, ".json")) as stream:
             stream.write(json.dumps(asdict(part)).encode())
 
@@ -137,7 +138,10 @@ class PartFolder:
         for leftover in self.path.glob("*.tmp"):
             leftover.unlink()
         file = self.path / "run.json"
-        known = json.loads(file.read_bytes()) if file.exists() else None
+        try:
+            known = json.loads(file.read_bytes()) if file.exists() else None
+        except ValueError:
+            known = {}  # whatever made the parts, it is not known to be this run
         if known is not None and known != run and not overwrite:
             differences = "; ".join(
                 f"{name} {known.get(name)!r} there, {run.get(name)!r} here"

@@ -123,3 +123,23 @@ def test_the_digest_is_of_ids_and_content_not_of_places() -> None:
         (BadRecord("a", "in:1", "x"),),
     ]
     assert len({digest(one), *(digest(*records) for records in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"digest": 1, "ids": [1], "failures": []}', ""])
+def test_a_damaged_part_is_made_again(tmp_path: Path, damage: str) -> None:
+    with PartFolder(tmp_path / "out.npy", RUN) as folder:
+        folder.write(0, PART, VECTORS)
+        (folder.path / "000000.json").write_text(damage)
+        assert folder.part(0) is None
+        folder.write(0, PART, VECTORS)
+        assert folder.part(0) == PART
+
+
+def test_a_damaged_record_of_the_run_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    with PartFolder(tmp_path / "out.npy", RUN) as folder:
+        folder.write(0, PART, VECTORS)
+    (tmp_path / "out.npy.partial" / "run.json").write_text("{")
+    with pytest.raises(UsageError, match="pass --overwrite to discard it"):
+        PartFolder(tmp_path / "out.npy", RUN)
+    with PartFolder(tmp_path / "out.npy", RUN, overwrite=True) as folder:
+        assert folder.finished() == 0
