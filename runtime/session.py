@@ -39,6 +39,7 @@ class Session:
         self.engine = engine
         self.budget = budget or Budget()
         self._scheduler: Scheduler | None = None
+        self._scheduler_process = 0
         self._closed = False
         self._starting = threading.Lock()
 
@@ -117,7 +118,9 @@ class Session:
         with self._starting:  # event loops of several threads may share the model
             if self._closed:
                 raise EngineError(f"{self.engine.name}: the model is closed; no further request is taken")
-            if self._scheduler is None:
+            # A fork has the scheduler of the process it is a copy of, but not its thread.
+            if self._scheduler is None or self._scheduler_process != os.getpid():
+                self._scheduler_process = os.getpid()
                 self._scheduler = Scheduler(self._run_batch, self.budget)
             return self._scheduler
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,3 +198,20 @@ def test_a_model_closed_before_its_first_request_starts_no_thread(gated: tuple[E
         asyncio.run(model.aembed(["sort"]))
     assert engine.closed
     assert model._session._scheduler is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_of_a_process_that_has_served_serves(toy_bundle: Path):
+    """As a server does that loads the model, tries it, and forks its workers."""
+    code = """if True:
+        import asyncio, os, signal, sys
+        from rtx.runtime.embedder import Embedder
+        model = Embedder.open(sys.argv[1], threads=1)
+        asyncio.run(model.aembed(["open"]))
+        if os.fork() == 0:
+            signal.alarm(20)
+            asyncio.run(model.aembed(["open"]))
+            os._exit(0)
+        sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    assert subprocess.run([sys.executable, "-c", code, toy_bundle], check=False).returncode == 0
