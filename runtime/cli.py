@@ -5,6 +5,7 @@ This is the one place in the runtime that names the rooms `trainer` and `export`
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from rtx.runtime.errors import BundleError, RtxError, UsageError, nearest
+from rtx.runtime.errors import ArtifactError, BundleError, RtxError, UsageError, nearest
 from rtx.runtime.lazy import naming_the_extra
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ class _LazyGroup(click.Group):
         except RtxError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as broken:
+            # A name that is too long, a full disk behind standard output. Click ends quietly after EPIPE.
+            if broken.filename is None and broken.errno != errno.ENOSPC:
+                raise
+            item = "standard output" if broken.filename is None else broken.filename
+            click.echo(f"error: {item}: cannot be read or written: {broken.strerror}", err=True)
+            ctx.exit(ArtifactError.exit_code)
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
@@ -118,6 +126,9 @@ def open_model(
     if threads is not None:
         import torch
 
+        from rtx.runtime.engine import check_threads
+
+        check_threads(threads)
         torch.set_num_threads(threads)
     model = RetrievalModel.load(path)
     kind = Embedder if model.contract.task == "embed" else Reranker

@@ -17,6 +17,17 @@ from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.text import Batch, Encoded, TextPreprocessor
 
+# More than any model gains from. ONNX Runtime starts as many as it is told, and from 2**31 on raises TypeError.
+_MAX_THREADS = 1024
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise UsageError for a number of threads that no engine can run with; None lets the engine choose."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads: expected at least 1, got {threads}")
+    if threads is not None and threads > _MAX_THREADS:
+        raise UsageError(f"threads: expected at most {_MAX_THREADS}, got {threads}")
+
 
 class Engine(Protocol):
     """Runs a model. Safe to call from several threads at once."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
+from rtx.runtime.engine import check_threads
+from rtx.runtime.errors import EngineError, MissingExtraError
 from rtx.runtime.text import Batch
 
 
@@ -27,14 +28,13 @@ class OnnxEngine:
         metadata: what who wrote the graph noted in it.
 
     Raises:
-        UsageError: `threads` is less than 1.
+        UsageError: `threads` is less than 1 or more than 1024.
         MissingExtraError: onnxruntime is not installed.
         EngineError: the graph cannot be loaded.
     """
 
     def __init__(self, graph: bytes | Path, *, output: str, threads: int | None = None, name: str = "onnx") -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads: expected at least 1, got {threads}")
+        check_threads(threads)
         try:
             import onnxruntime as ort
         except ImportError as missing:

@@ -157,3 +157,12 @@ def test_a_checkpoint_needs_the_trainer(tmp_path: Path):
         f"rtx.runtime.errors.MissingExtraError: opening the checkpoint {tmp_path} needs the package 'torch', "
         "which is not installed. Install it with: pip install 'rtx-retrieval[train]'"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_line():
+    code = "from rtx.runtime.cli import main; main()"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code, "info"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b"error: standard output: cannot be read or written: No space left on device\n"
+    assert done.returncode == 5
