@@ -8,7 +8,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from rtx.runtime.errors import ArtifactError
+from rtx.runtime.errors import ArtifactError, UsageError
+
+
+def check_target(path: str | os.PathLike[str], *, source: str | None = None) -> None:
+    """Find out before any work is done that a file cannot be written, or must not.
+
+    Args:
+        path: of the file.
+        source: file that is read meanwhile, and would be lost if it were replaced.
+
+    Raises:
+        UsageError: its folder does not exist, it is the source, or something else than a file is there: a rename would
+            put a file in the place of /dev/null.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"{target}: the folder {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise UsageError(
+            f"{target}: is {'a folder' if target.is_dir() else 'no regular file'}; expected a file to write"
+        )
+    if source is not None and target.exists() and Path(source).exists() and target.samefile(source):
+        raise UsageError(f"{target}: is read as the input and would be lost; name another output")
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.atomic import atomic_file
+from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.errors import MissingExtraError, UsageError
+from rtx.runtime.failures import failures_file
 
 
 class Rows(NamedTuple):
@@ -21,17 +22,21 @@ class Rows(NamedTuple):
     vectors: NDArray[Any]
 
 
-def check_vector_file(path: Path) -> None:
+def check_vector_file(path: Path, *, source: str | None = None) -> None:
     """Find out before any work is done whether vectors can be written there.
 
+    Args:
+        path: of the vectors.
+        source: as in `check_target`.
+
     Raises:
-        UsageError: the name ends neither in .npy nor in .parquet, or its folder does not exist.
+        UsageError: the name ends neither in .npy nor in .parquet, or no file may be written there or beside it.
         MissingExtraError: parquet is asked for and pyarrow is not installed.
     """
     if path.suffix not in (".npy", ".parquet"):
         raise UsageError(f"{path}: expected a name that ends in .npy or .parquet")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    for file in (path, ids_file(path), failures_file(path)):
+        check_target(file, source=source)
     if path.suffix == ".parquet":
         _pyarrow(path)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rtx.runtime.atomic import atomic_file
+from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.bench import BenchOptions, BenchResult, Judgements, Texts
 from rtx.runtime.bench import bench as measure
 from rtx.runtime.bench_page import bench_page, headline, result_rows
@@ -151,8 +151,8 @@ def _show(result: BenchResult, console: Console) -> None:
 
 def _check_output(path: str | None) -> None:
     """Find out before anything is measured that a result could not be written."""
-    if path is not None and path != _STDOUT and not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"{path}: the folder {Path(path).resolve().parent} does not exist")
+    if path is not None and path != _STDOUT:
+        check_target(path)
 
 
 def _write(path: str, content: str) -> None:

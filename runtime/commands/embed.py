@@ -84,7 +84,7 @@ def embed(**arguments: Any) -> None:
 
 def _run(given: _Arguments) -> int:
     """Number of records that have no vector."""
-    check_vector_file(given.output)
+    check_vector_file(given.output, source=None if given.source == STDIN else given.source)
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     with (
         Input(given.source, file_format=given.file_format, id_column=given.id_column) as source,

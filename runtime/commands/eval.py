@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rtx.runtime.atomic import atomic_file
+from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.candidates import Candidates, read_candidates, write_candidates
 from rtx.runtime.cli import open_model
 from rtx.runtime.commands.progress import Progress
@@ -113,6 +113,8 @@ def _check(given: _Arguments) -> None:
     for option, path in (("--json", given.json_file), ("--save-candidates", given.save_candidates)):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{option}: the folder {Path(path).parent} does not exist")
+        if path is not None:
+            check_target(path, source=given.candidates)
 
 
 def _names(given: _Arguments) -> list[tuple[str, str | None]]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rtx.runtime.atomic import atomic_file
+from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.bulk import OnInvalid, without_invalid
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.engine import Budget
@@ -107,10 +107,11 @@ def _run(given: _Arguments, stack: ExitStack) -> int:
     if given.query is not None and isinstance(wrong := check_text(0, given.query), ItemError):
         raise UsageError(f"--query: {wrong.message}")
     output = None if given.output == _STDOUT else Path(given.output)
+    if output is not None:
+        for file in (output, failures_file(output)):
+            check_target(file, source=None if given.source == STDIN else given.source)
     if output is not None and output.exists() and not given.overwrite:
         raise UsageError(f"{output}: exists; pass --overwrite to replace it")
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.parent} does not exist")
     source = stack.enter_context(_open_input(given))
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     model = stack.enter_context(

@@ -169,6 +169,11 @@ def test_a_vector_that_is_not_finite_fails_alone(
     [
         (["in.txt", "-o", "out.csv"], 2, "out.csv: expected a name that ends in .npy or .parquet"),
         (["in.txt", "-o", "nix/out.npy"], 2, "nix/out.npy: the folder nix does not exist"),
+        (["in.txt", "-o", "folder.npy", "--overwrite"], 2, "folder.npy: is a folder; expected a file to write"),
+        (["own.npy.ids.jsonl", "-o", "own.npy"], 2, "own.npy.ids.jsonl: is read as the input and would be lost"),
+        (["in.parquet", "-o", "in.parquet", "--overwrite"], 2, "in.parquet: is read as the input and would be lost"),
+        (["in.txt", "-o", "out.npy", "--threads", str(2**40)], 2, "threads: expected at most 1024, got"),
+        (["in.txt", "-o", f"{'x' * 300}.npy"], 5, "x.npy: cannot be read or written: File name too long"),
         (["in.txt", "-o", "there.npy"], 2, "there.npy: exists; pass --overwrite to replace it"),
         (["in.txt", "-o", "out.npy", "--prompt", "qeury"], 2, "prompt 'qeury' does not exist (did you mean 'query'?"),
         (["in.txt", "-o", "out.npy", "--dimensions", "33"], 2, "dimensions: expected 1 to 32, got 33"),
@@ -184,11 +189,16 @@ def test_what_cannot_work_is_said_and_leaves_nothing(
     Path("in.txt").write_text("a\n")
     Path("in.csv").write_text("txt\na\n")
     Path("there.npy").touch()
+    Path("folder.npy").mkdir()
+    for source in ("own.npy.ids.jsonl", "in.parquet"):
+        Path(source).write_text('{"text": "a"}\n')
+    before = sorted(file.name for file in Path().iterdir())
     result = embed(*arguments)
     assert result.exit_code == code
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
-    assert sorted(file.name for file in Path().iterdir()) == ["in.csv", "in.txt", "there.npy"]
+    assert sorted(file.name for file in Path().iterdir()) == before
+    assert Path("in.parquet").read_text() == Path("own.npy.ids.jsonl").read_text() == '{"text": "a"}\n'
 
 
 def test_a_reranker_or_a_missing_bundle(toy_reranker_bundle: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,8 @@ def test_a_score_that_is_not_finite_fails_alone(rerank: Callable[..., Result], m
     ("arguments", "code", "message"),
     [
         (["in.jsonl", "-o", "there.jsonl"], 2, "there.jsonl: exists; pass --overwrite to replace it"),
+        (["in.jsonl", "-o", "in.jsonl", "--overwrite"], 2, "in.jsonl: is read as the input and would be lost"),
+        (["in.jsonl", "-o", "pipe", "--overwrite"], 2, "pipe: is no regular file; expected a file to write"),
         (["in.jsonl", "-o", "nix/out.jsonl"], 2, "nix/out.jsonl: the folder nix does not exist"),
         (["in.jsonl", "--query", "\udcff"], 2, "--query: holds an unpaired surrogate"),
         (["in.txt"], 2, "in.txt: a txt input has one text a line; it cannot hold queries and documents: pass --query"),
@@ -218,6 +221,7 @@ def test_what_cannot_work_is_said(rerank: Callable[..., Result], arguments: list
     Path("in.jsonl").write_text(jsonl([{"query": "x", "document": "y"}]))
     Path("in.txt").write_text("a\n")
     Path("there.jsonl").write_text("old")
+    os.mkfifo("pipe")  # stands for /dev/null, which a rename by root would replace for the whole machine
     result = rerank(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("error: ")
