@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rtx.runtime.errors import ExportError
+from rtx.runtime.manifest import CONTRACT_KEY
 from rtx.trainer.model import RetrievalModel
 
 # Opset 23 has an Attention operator that TensorRT-RTX and ONNX Runtime do not take in every form.
 OPSET = 20
-CONTRACT_KEY = "rtx.contract"
 _BACKBONE = "model.backbone"
 # Where the transformer ends and the score begins in the classification models of transformers: what these modules do,
 # and what the classification model itself does between them.

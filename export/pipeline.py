@@ -169,11 +169,15 @@ def choose_default(seconds: Mapping[VariantName, float]) -> VariantName:
 
 
 def _load(source: str, options: ExportOptions) -> RetrievalModel:
+    if (Path(source) / MANIFEST_FILE).is_file():
+        raise UsageError(f"{source}: is a bundle already; expected the checkpoint that it was made of")
     model = RetrievalModel.load(source)
     if model.task == "rerank" and options.dimensions is not None:
         raise UsageError(f"dimensions: {source} is a reranker, which gives scores and no vectors")
     if model.task == "rerank" and options.evalset is not None and options.candidates is None:
         raise UsageError("measuring a reranker needs candidates: the documents to order for each query")
+    if model.task == "embed" and options.candidates is not None:
+        raise UsageError(f"candidates: {source} is an embedder, which ranks the whole corpus")
     settings = {"max_tokens": options.max_tokens, "truncate_dim": options.dimensions}
     model.configure(**{name: value for name, value in settings.items() if value is not None})
     return model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from rtx.runtime.errors import ArtifactError, BundleError, RtxError, UsageError, nearest
+from rtx.runtime.errors import INTERRUPTED, ArtifactError, BundleError, RtxError, UsageError, nearest
 from rtx.runtime.lazy import naming_the_extra
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class _LazyGroup(click.Group):
             item = "standard output" if broken.filename is None else broken.filename
             click.echo(f"error: {item}: cannot be read or written: {broken.strerror}", err=True)
             ctx.exit(ArtifactError.exit_code)
+        except KeyboardInterrupt:
+            # Click would exit with 1, which is RtxError's.
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:

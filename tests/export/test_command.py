@@ -191,6 +191,8 @@ def test_exit_codes(tiny_checkpoint, exported, tmp_path, monkeypatch):
     assert (missing.exit_code, "none: no such folder" in missing.stderr) == (5, True)
     alone = run(source, "-o", tmp_path / "c.rtx", "--candidates", "run.txt")
     assert (alone.exit_code, "--candidates: needs --eval" in alone.stderr) == (2, True)
+    again = run(tmp_path / "a.rtx", "-o", tmp_path / "c.rtx")
+    assert (again.exit_code, "a.rtx: is a bundle already" in again.stderr) == (2, True)
     unknown = run(source, "-o", tmp_path / "c.rtx", "--precision", "int4")
     assert unknown.exit_code == 2
     no_set = run(source, "-o", tmp_path / "c.rtx", "--eval", tmp_path / "nowhere")

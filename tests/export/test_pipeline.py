@@ -15,13 +15,12 @@ import pytest
 
 from rtx.export import pipeline, variants, write
 from rtx.export.edit import Editor
-from rtx.export.graph import CONTRACT_KEY
 from rtx.export.pipeline import ExportOptions, choose_default, export_bundle
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import BundleError, CheckpointError, EngineError, GateError, UsageError
-from rtx.runtime.manifest import MANIFEST_FILE
+from rtx.runtime.manifest import CONTRACT_KEY, MANIFEST_FILE
 from rtx.runtime.reranker import Reranker
 from rtx.trainer.model import RetrievalModel
 

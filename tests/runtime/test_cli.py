@@ -109,6 +109,17 @@ def test_a_module_of_ours_that_is_missing_is_no_missing_extra(monkeypatch: pytes
     assert isinstance(result.exception, ModuleNotFoundError)
 
 
+def test_ctrl_c_in_any_command_has_the_exit_code_of_a_shell(monkeypatch):
+    from rtx.runtime.bundle import Bundle
+
+    def interrupted(*_: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bundle, "open", interrupted)
+    result = CliRunner().invoke(main, ["verify", "x.rtx"])
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize(
     "name", ["RtxError", "UsageError", "GateError", "DataError", "BundleError", "EngineError", "TrainingError"]
 )
