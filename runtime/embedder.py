@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtx.kernels.pool import l2_normalize, truncate
 from rtx.kernels.quantize import quantize_binary, quantize_int8
-from rtx.runtime.engine import Budget, Engine
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.session import OnInvalid, Session, items_of
-from rtx.runtime.text import TextPreprocessor, check_text
+from rtx.runtime.text import check_text
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -27,7 +24,7 @@ CODES: Mapping[Precision, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
 """By precision, what makes it of finite float32 vectors."""
 
 
-class Embedder:
+class Embedder(Session):
     """Embeds texts; safe to call from several threads, and from any number of tasks by `aembed`.
 
     Args:
@@ -39,40 +36,7 @@ class Embedder:
         UsageError: the contract is a reranker's.
     """
 
-    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
-        if preprocessor.contract.task != "embed":
-            raise UsageError("this model is a reranker: open it with Reranker, or use `rtx rerank`")
-        self._session = Session(preprocessor, engine, budget)
-        self.preprocessor = preprocessor
-        self.contract = preprocessor.contract
-        self.engine = engine
-
-    @classmethod
-    def open(
-        cls,
-        bundle: str | os.PathLike[str],
-        *,
-        variant: str | None = None,
-        threads: int | None = None,
-        budget: Budget | None = None,
-        verify: bool = True,
-    ) -> Self:
-        """Open a bundle.
-
-        Args:
-            bundle: folder that `rtx export` wrote.
-            variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
-            threads: threads of one run; None for all cores that the process may use.
-            budget: how much goes through the engine at once.
-            verify: compare the files that are read with the hashes in the manifest.
-
-        Raises:
-            BundleError: the folder is no bundle, is damaged, or of a version that this rtx does not read.
-            UsageError: there is no such variant, or the bundle holds a reranker.
-            EngineError: the graph could not be loaded.
-        """
-        session = Session.open(bundle, variant=variant, threads=threads, budget=budget, verify=verify)
-        return cls(session.preprocessor, session.engine, budget=session.budget)
+    task = "embed"
 
     def embed(
         self,
@@ -104,9 +68,9 @@ class Embedder:
             EngineError: the engine failed, or gave numbers that `precision` cannot hold.
         """
         self._check(prompt, dimensions, precision, normalize, on_invalid)
-        vectors = self._session.run(
+        vectors = self._run(
             items_of(items, "texts"),
-            lambda some: self._session.preprocessor.encode(some, prompt=prompt),
+            lambda some: self.preprocessor.encode(some, prompt=prompt),
             check_text,
             on_invalid,
         )
@@ -124,24 +88,12 @@ class Embedder:
     ) -> NDArray[Any]:
         """As `embed`, in common batches with all other requests that wait at the time."""
         self._check(prompt, dimensions, precision, normalize, on_invalid)
-        vectors = await self._session.arun(
+        vectors = await self._arun(
             items_of(items, "texts"),
-            lambda some: self._session.preprocessor.encode(some, prompt=prompt),
+            lambda some: self.preprocessor.encode(some, prompt=prompt),
             on_invalid,
         )
         return self._finish(vectors, dimensions, precision, normalize)
-
-    def close(self) -> None:
-        """Give back the engine; requests that wait are cancelled."""
-        self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(
         self,

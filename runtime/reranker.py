@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.engine import Budget, Engine
 from rtx.runtime.errors import UsageError
 from rtx.runtime.session import OnInvalid, Session, items_of
-from rtx.runtime.text import TextPreprocessor, check_pair
+from rtx.runtime.text import check_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +21,7 @@ class Ranked:
     score: float
 
 
-class Reranker:
+class Reranker(Session):
     """Scores query–document pairs; safe to call from several threads, and from any number of tasks by the async forms.
 
     Args:
@@ -37,27 +33,7 @@ class Reranker:
         UsageError: the contract is an embedder's.
     """
 
-    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
-        if preprocessor.contract.task != "rerank":
-            raise UsageError("this model is an embedder: open it with Embedder, or use `rtx embed`")
-        self._session = Session(preprocessor, engine, budget)
-        self.preprocessor = preprocessor
-        self.contract = preprocessor.contract
-        self.engine = engine
-
-    @classmethod
-    def open(
-        cls,
-        bundle: str | os.PathLike[str],
-        *,
-        variant: str | None = None,
-        threads: int | None = None,
-        budget: Budget | None = None,
-        verify: bool = True,
-    ) -> Self:
-        """Open a bundle; arguments and errors as in `Embedder.open`."""
-        session = Session.open(bundle, variant=variant, threads=threads, budget=budget, verify=verify)
-        return cls(session.preprocessor, session.engine, budget=session.budget)
+    task = "rerank"
 
     def score(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
         """Score (query, document) pairs.
@@ -73,15 +49,13 @@ class Reranker:
             InvalidItemsError: lists every pair that cannot be scored.
             EngineError: the engine failed.
         """
-        return self._session.run(
-            items_of(pairs, "(query, document) pairs"), self._session.preprocessor.encode_pairs, check_pair, on_invalid
+        return self._run(
+            items_of(pairs, "(query, document) pairs"), self.preprocessor.encode_pairs, check_pair, on_invalid
         )
 
     async def ascore(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
         """As `score`, in common batches with all other requests that wait at the time."""
-        return await self._session.arun(
-            items_of(pairs, "(query, document) pairs"), self._session.preprocessor.encode_pairs, on_invalid
-        )
+        return await self._arun(items_of(pairs, "(query, document) pairs"), self.preprocessor.encode_pairs, on_invalid)
 
     def rank(self, query: object, documents: Iterable[object], *, top_k: int | None = None) -> list[Ranked]:
         """Order documents by their score for a query.
@@ -102,18 +76,6 @@ class Reranker:
         _check_top_k(top_k)
         scores = await self.ascore([(query, document) for document in items_of(documents, "documents")])
         return _best(scores, top_k)
-
-    def close(self) -> None:
-        """Give back the engine; requests that wait are cancelled."""
-        self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _check_top_k(top_k: int | None) -> None:

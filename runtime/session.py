@@ -6,12 +6,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Self
+from types import TracebackType
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.contract import Contract, Task
 from rtx.runtime.engine import Budget, Engine, run_batch, run_items
 from rtx.runtime.errors import EngineError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.scheduler import Scheduler
@@ -24,16 +26,29 @@ Encode = Callable[[Sequence[object]], "list[Encoded | ItemError]"]
 _WINDOW_ITEMS = 4096
 
 
+# What to do with a model that was opened as the other kind.
+_OTHER_KIND: dict[Task, str] = {
+    "embed": "this model is an embedder: open it with Embedder, or use `rtx embed`",
+    "rerank": "this model is a reranker: open it with Reranker, or use `rtx rerank`",
+}
+
+
 class Session:
-    """An open model. Safe to use from several threads, and from any number of tasks by `arun`.
+    """An open model. Safe to use from several threads, and from any number of tasks.
 
     Args:
         preprocessor: tokenises by the model's contract.
         engine: runs the model.
         budget: how much goes through the engine at once.
+
+    Raises:
+        UsageError: the contract is of the other task.
     """
 
-    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, budget: Budget | None = None) -> None:
+    task: ClassVar[Task]
+
+    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
+        self._check_task(preprocessor.contract)
         self.contract = preprocessor.contract
         self.preprocessor = preprocessor
         self.engine = engine
@@ -53,11 +68,47 @@ class Session:
         budget: Budget | None = None,
         verify: bool = True,
     ) -> Self:
-        opened = Bundle.open(bundle)
-        engine = opened.engine(variant, threads=threads, verify=verify)
-        return cls(opened.preprocessor(verify=verify), engine, budget)
+        """Open a bundle.
 
-    def run(
+        Args:
+            bundle: folder that `rtx export` wrote.
+            variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
+            threads: threads of one run; None for all cores that the process may use.
+            budget: how much goes through the engine at once.
+            verify: compare the files that are read with the hashes in the manifest.
+
+        Raises:
+            BundleError: the folder is no bundle, is damaged, or of a version that this rtx does not read.
+            UsageError: there is no such variant, or the bundle is of the other task.
+            EngineError: the graph could not be loaded.
+        """
+        opened = Bundle.open(bundle)
+        cls._check_task(opened.manifest.contract)
+        preprocessor = opened.preprocessor(verify=verify)
+        return cls(preprocessor, opened.engine(variant, threads=threads, verify=verify), budget=budget)
+
+    def close(self) -> None:
+        """Give back the engine; requests that wait are cancelled."""
+        with self._starting:
+            self._closed = True
+        if self._scheduler is not None:
+            self._scheduler.close()
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @classmethod
+    def _check_task(cls, contract: Contract) -> None:
+        if contract.task != cls.task:
+            raise UsageError(_OTHER_KIND[contract.task])
+
+    def _run(
         self,
         items: Sequence[object],
         encode: Encode,
@@ -93,8 +144,8 @@ class Session:
         _raise_for(wrong, items)
         return results
 
-    async def arun(self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid) -> NDArray[np.float32]:
-        """As `run`, in common batches with all other requests that wait at the time."""
+    async def _arun(self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid) -> NDArray[np.float32]:
+        """As `_run`, in common batches with all other requests that wait at the time."""
         _check_on_invalid(on_invalid)
         encoded = await asyncio.to_thread(encode, items)
         rows, valid, invalid = _split(encoded, 0)
@@ -105,14 +156,6 @@ class Session:
             computed: NDArray[np.float32] = await asyncio.wrap_future(self._started().submit(valid))
             results[rows] = computed
         return results
-
-    def close(self) -> None:
-        """Give back the engine; requests that wait are cancelled."""
-        with self._starting:
-            self._closed = True
-        if self._scheduler is not None:
-            self._scheduler.close()
-        self.engine.close()
 
     def _started(self) -> Scheduler:
         with self._starting:  # event loops of several threads may share the model

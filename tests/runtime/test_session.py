@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from tokenizers import Tokenizer
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
-from rtx.runtime.errors import EngineError
+from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch, TextPreprocessor
 
 TEXTS = ["how do i reset the device?", "", "sort", "list the sort", "sort the list", "word " * 40]
@@ -137,7 +139,7 @@ def test_a_cancelled_task_and_a_failed_batch_leave_the_others_alone(gated: tuple
         tasks = [asyncio.create_task(model.aembed(["sort"]))]
         while not engine.running.is_set():
             await asyncio.sleep(0.001)
-        scheduler = model._session._started()
+        scheduler = model._started()
         for texts in (["list"], ["broken", "file"], ["tree", "list", "user"]):
             tasks.append(asyncio.create_task(model.aembed(texts)))
             waiting = len(scheduler._waiting)
@@ -176,7 +178,7 @@ def test_closing_cancels_those_who_wait(gated: tuple[Embedder, GatedEngine]):
         while not engine.running.is_set():
             await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(model.aembed(["list"])))
-        while not model._session._started()._waiting:
+        while not model._started()._waiting:
             await asyncio.sleep(0.001)
         closing = asyncio.create_task(asyncio.to_thread(model.close))
         assert isinstance((await asyncio.gather(tasks[1], return_exceptions=True))[0], asyncio.CancelledError)
@@ -197,7 +199,7 @@ def test_a_model_closed_before_its_first_request_starts_no_thread(gated: tuple[E
     with pytest.raises(EngineError, match=r"^gated: the model is closed; no further request is taken$"):
         asyncio.run(model.aembed(["sort"]))
     assert engine.closed
-    assert model._session._scheduler is None
+    assert model._scheduler is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -215,3 +217,12 @@ def test_a_fork_of_a_process_that_has_served_serves(toy_bundle: Path):
         sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
     """
     assert subprocess.run([sys.executable, "-c", code, toy_bundle], check=False).returncode == 0
+
+
+def test_the_other_kind_of_bundle_is_refused_before_its_graph_is_read(toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "toy.rtx"
+    shutil.copytree(toy_bundle, bundle)
+    for graph in (bundle / "onnx").iterdir():
+        graph.unlink()
+    with pytest.raises(UsageError, match="is an embedder: open it with Embedder"):
+        Reranker.open(bundle)
