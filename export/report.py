@@ -28,7 +28,7 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
 
     Args:
         name: of the bundle.
-        report: the content of report.json, as `rtx.export.pipeline` makes it.
+        report: the content of report.json, as `rtx.export.write` makes it.
     """
     verdicts: dict[str, Any] = report["verdicts"]
     colors = assign_colors(list(verdicts))
@@ -54,7 +54,7 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
 def _lead(report: Mapping[str, Any]) -> str:
     written, failed = list(report["seconds"]), [n for n, v in report["verdicts"].items() if not v["passed"]]
     lead = f"{_join(written)} {'agrees' if len(written) == 1 else 'agree'} with PyTorch within the gate's limits."
-    return lead + (f" {_join(failed)} failed and is not in the bundle." if failed else "")
+    return lead + (f" Not in the bundle, since the gate refused it: {_join(failed)}." if failed else "")
 
 
 def _gate(report: Mapping[str, Any]) -> Html:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -15,6 +14,7 @@ from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
 from rtx.export.report import render_report
 from rtx.export.variants import FILES, VariantName, external_files, precision_of
+from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import (
     FORMAT_VERSION,
     GOLDEN_FILE,
@@ -94,7 +94,7 @@ def write_bundle(
         variants=variants,
         default_variant=default_variant,
         files={
-            path.relative_to(folder).as_posix(): FileEntry(sha256=_sha256(path), bytes=path.stat().st_size)
+            path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
@@ -112,22 +112,11 @@ def checkpoint_name(source: str) -> str:
 
 def hash_checkpoint(source: str) -> str:
     """SHA-256 over the names and contents of a checkpoint's files, but for those of an unfinished training run."""
-    folder = Source.open(source).folder
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and "checkpoints" not in relative.parts:
-            total.update(f"{relative.as_posix()}\0{_sha256(path)}\n".encode())
-    return total.hexdigest()
+    return sha256_of(Source.open(source).folder, without="checkpoints")
 
 
 def _bytes(folder: Path, variant: Variant) -> int:
     return sum((folder / file).stat().st_size for file in (variant.file, *variant.external))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
+from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
 from rtx.runtime.text import TextPreprocessor
 
@@ -124,8 +125,7 @@ class Bundle:
         try:
             if (size := (self.path / file).stat().st_size) != entry.bytes:
                 return f"{file} has {size} bytes instead of {entry.bytes}"
-            with (self.path / file).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = sha256_of(self.path / file)
         except OSError as broken:
             return f"{file} cannot be read: {broken.strerror}"
         return None if digest == entry.sha256 else f"{file} was changed after it was written (its hash does not fit)"

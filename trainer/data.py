@@ -20,6 +20,7 @@ from typing import NamedTuple, overload
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import DataError, ItemError, MissingExtraError
 from rtx.runtime.evalset import Problems
+from rtx.runtime.hashing import sha256_of
 from rtx.runtime.records import BadRecord, Input
 from rtx.runtime.text import check_text
 
@@ -251,15 +252,3 @@ def _read_datasets(path: Path) -> Iterator[tuple[str, Row]]:
         found = found["train"]
     for number, row in enumerate(found, start=1):
         yield f"{path}:{number}", row
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hash of a file's content, or of all files in a folder with their names in it."""
-    path = Path(path)
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for file_path in sorted(item for item in path.rglob("*") if item.is_file()):
-        digest.update(f"{file_path.relative_to(path).as_posix()} {sha256_of(file_path)}\n".encode())
-    return digest.hexdigest()

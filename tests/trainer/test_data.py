@@ -8,7 +8,8 @@ import json
 import pytest
 
 from rtx.runtime.errors import DataError, UsageError
-from rtx.trainer.data import Pair, TrainingData, Triple, sha256_of
+from rtx.runtime.hashing import sha256_of
+from rtx.trainer.data import Pair, TrainingData, Triple
 
 
 def write_jsonl(path, rows):
@@ -176,6 +177,10 @@ def test_hashes_follow_the_content_not_the_name(tmp_path):
     assert before == sha256_of(tmp_path)
     path.rename(tmp_path / "b.jsonl")
     assert sha256_of(tmp_path) != before  # within a folder, a name is content
+    left = sha256_of(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state").write_text("x")
+    assert sha256_of(tmp_path, without="checkpoints") == left != sha256_of(tmp_path)
     rows = [{"query": "q", "positive": "p"}]
     first, again = (TrainingData.from_rows(rows, task="embed").sources[0].sha256 for _ in range(2))
     other = TrainingData.from_rows([{"query": "q", "positive": "r"}], task="embed").sources[0].sha256
