@@ -1,0 +1,47 @@
+"""What the data says of a batch: which query each document was given with, and how well it answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """What a loss compares the model's outputs with. Documents stand row by row: all of query 0, then all of query 1 …
+
+    Attributes:
+        owner: [documents] int64, never falling: the query that each document was given with. Every query has one.
+        labels: [documents] float32: 1 for a positive and 0 for a given negative, or a grade, or a teacher's score.
+            Where the data has positives, the first document of a query is its positive.
+        guide: vectors of the same texts by a second model, ([queries, dim], [documents, dim]), any floating type.
+    """
+
+    owner: Tensor
+    labels: Tensor
+    guide: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, labels: Sequence[Sequence[float]]) -> Targets:
+        """Targets of queries with their documents' labels: `Targets.of([(1, 0, 0), (1,)])`."""
+        lengths = torch.tensor([len(row) for row in labels])
+        return cls(
+            torch.repeat_interleave(torch.arange(len(labels)), lengths),
+            torch.tensor([label for row in labels for label in row], dtype=torch.float32),
+        )
+
+    @property
+    def first(self) -> Tensor:
+        """[queries] int64: where each query's first document stands."""
+        starts = torch.ones_like(self.owner, dtype=torch.bool)
+        starts[1:] = self.owner[1:] != self.owner[:-1]
+        return starts.nonzero().squeeze(-1)
+
+    def lists(self, values: Tensor, fill: float) -> Tensor:
+        """Values of the documents [documents] as one row a query, [queries, most documents of a query]."""
+        first = self.first
+        place = torch.arange(len(self.owner), device=values.device) - first[self.owner]
+        rows = values.new_full((len(first), int(place.max()) + 1), fill)
+        return rows.index_put((self.owner, place), values)
