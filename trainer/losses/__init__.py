@@ -4,3 +4,9 @@ An embedder's outputs are its vectors, `loss(queries, documents, targets)`; a re
 `loss(logits, targets)`. Options are keywords: bind them with functools.partial. All are computed in float32, under
 autocast too (in float64 if the outputs are), and none knows of chunks, caches or processes: those belong to the step.
 """
+
+from rtx.trainer.losses.embed import info_nce
+from rtx.trainer.losses.rerank import bce
+from rtx.trainer.losses.targets import Targets
+
+__all__ = ["Targets", "bce", "info_nce"]
