@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
-from torch import nn
+from torch import Tensor, nn
 
 from rtx.runtime.contract import GraphInput
 from rtx.runtime.errors import CheckpointError
@@ -280,10 +280,15 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_backbone(backbone: Any, tokenizer: Any, folder: Path) -> None:
-    """Write config.json, the weights and the tokenizer's files."""
+def save_backbone(backbone: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write config.json and the weights, by the names of a backbone without adapters."""
     with _quiet():
-        backbone.save_pretrained(folder)
+        backbone.save_pretrained(folder, state_dict=dict(state))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files."""
+    with _quiet():
         tokenizer.save_pretrained(folder)
 
 

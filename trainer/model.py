@@ -20,6 +20,7 @@ from rtx.runtime.folder import replace_folder
 from rtx.runtime.pairs import special_token_template
 from rtx.runtime.text import TextPreprocessor
 from rtx.trainer import pooling
+from rtx.trainer.adapters import merged
 from rtx.trainer.backbone import (
     Source,
     check_vocabulary,
@@ -28,6 +29,7 @@ from rtx.trainer.backbone import (
     load_tokenizer,
     position_limit,
     save_backbone,
+    save_tokenizer,
     tokenizer_json,
 )
 from rtx.trainer.checkpoint import read_layout, write_layout
@@ -207,15 +209,28 @@ class RetrievalModel(nn.Module):
         with replace_folder(Path(path)) as folder:
             self.write(folder)
 
-    def write(self, folder: Path) -> None:
-        """Write the checkpoint's files into a folder that exists."""
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the checkpoint's files into a folder that exists. Adapters are merged into the weights below them.
+
+        Args:
+            folder: where to.
+            state: the weights, by the names of `state_dict`; None for the model's own. Of a sharded model it is the
+                gathered one.
+        """
+        weights = merged(self, state)
+        save_backbone(self.backbone, folder, _part(weights, "backbone"))
+        self.write_around(folder, weights)
+
+    def write_around(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write all but the backbone, as `write` does: tokenizer, layout and the weights of the head."""
         self.tokenizer.model_max_length = self.contract.max_tokens
-        save_backbone(self.backbone, self.tokenizer, folder)
+        save_tokenizer(self.tokenizer, folder)
         versions = {"transformers": transformers.__version__, "pytorch": torch.__version__}
         written = write_layout(folder, self.layout, versions)
-        for module, description in zip(self.head, written.head, strict=True):
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-            if weights:
+        state = self.state_dict() if state is None else state
+        for number, description in enumerate(written.head):
+            if weights := _part(state, f"head.{number}"):
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
                 save_file(weights, folder / description.folder / "model.safetensors")
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -256,6 +271,12 @@ class RetrievalModel(nn.Module):
             include_prompt=layout.include_prompt,
             activation=layout.activation,
         )
+
+
+def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The weights of a module, by their names in it."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _max_tokens(layout: Layout, backbone: Any, tokenizer: Any, where: str) -> int:

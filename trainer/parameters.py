@@ -1,0 +1,216 @@
+"""Which parameters are trained, and how fast: parts of a model by name, of any architecture.
+
+A pattern is one of
+
+    embeddings      the tables of tokens, positions and segments, and their norm
+    layers:0-5      blocks of the transformer, counted from the input; layers:3 is one, layers:6- is that and all above
+    head            what follows the transformer: an embedder's Dense modules, a reranker's classifier
+    encoder.*.bias  a parameter's name as a file-name pattern, or a module's name for all that is in it
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import transformers
+from torch import nn
+
+from rtx.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from rtx.trainer.model import RetrievalModel
+
+_BACKBONE = "backbone."
+_LAYERS = re.compile(r"layers:(\d+)(-?)(\d*)")
+
+
+def freeze(model: RetrievalModel, patterns: Sequence[str]) -> list[str]:
+    """Leave parameters as they are in training. In place, and not at all if it raises.
+
+    Args:
+        model: its other parameters stay as they are, trained or not.
+        patterns: as the module describes them.
+
+    Returns:
+        Names of the parameters that match.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing would be left to train.
+    """
+    frozen = {name for matched in _match_all(model, patterns, "freeze") for name in matched}
+    if not any(parameter.requires_grad and name not in frozen for name, parameter in model.named_parameters()):
+        raise UsageError(f"freeze: {', '.join(patterns)}: nothing is left to train")
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return [name for name, _ in model.named_parameters() if name in frozen]
+
+
+def parameter_groups(
+    model: RetrievalModel,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """The trained parameters as groups of an optimizer, in an order that depends on the model and the options alone.
+
+    Args:
+        model: frozen as it is to be trained.
+        learning_rate: of all that no pattern matches, at its peak.
+        weight_decay: of all but biases and norms.
+        rates: pattern -> learning rate; where several match, the last one counts.
+        layer_decay: factor on the learning rate from each block to the one below it; embeddings have the lowest rate,
+            the head has the full one (Howard and Ruder 2018, arXiv:1801.06146). Rates that were given stay as they are.
+
+    Returns:
+        Dicts with name, params, lr and weight_decay; the groups without a rate of their own come first.
+
+    Raises:
+        UsageError: a pattern matches nothing that is trained, or a number is out of range.
+    """
+    rates = rates or {}
+    bad = [
+        f"{pattern}: expected a learning rate above 0, got {rate}" for pattern, rate in rates.items() if not rate > 0
+    ]
+    if not 0 < layer_decay <= 1:
+        bad.append(f"layer decay: expected above 0 and at most 1, got {layer_decay}")
+    if bad:
+        raise UsageError("; ".join(bad))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own: dict[str, int] = {}
+    for number, (pattern, matched) in enumerate(zip(rates, _match_all(model, list(rates), "rates"), strict=True)):
+        if not matched & trained.keys():
+            raise UsageError(f"rates: '{pattern}': all that it matches is frozen")
+        own |= dict.fromkeys(matched, number)
+    # Asked of transformers, so that a run without options has the groups that its Trainer would make.
+    decayed = set(transformers.Trainer.get_decay_parameter_names(cast(Any, None), model))
+    below = _blocks_above(model) if layer_decay < 1 else {}
+    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        number, depth = own.get(name, -1), 0 if name in own else below.get(name, 0)
+        rate = learning_rate * layer_decay**depth if number < 0 else list(rates.values())[number]
+        label = list(rates)[number] if number >= 0 else f"{depth} below the head" if depth else "default"
+        key = (number, depth, name not in decayed)
+        empty = {
+            "name": label if name in decayed else f"{label}, no decay",
+            "params": [],
+            "lr": rate,
+            "weight_decay": weight_decay if name in decayed else 0.0,
+        }
+        groups.setdefault(key, empty)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def head_parameters(model: RetrievalModel) -> dict[str, nn.Parameter]:
+    """What follows the transformer, by the names of `model.named_parameters()`.
+
+    An embedder's Dense modules; a reranker's classification head, with BERT's pooler, which is part of it. The output
+    layer of a language model is no head: it is the embeddings' table or as large as that.
+    """
+    backbone = model.backbone
+    inner = _BACKBONE
+    if model.task == "rerank" and backbone.base_model is not backbone:
+        inner = f"{_BACKBONE}{backbone.base_model_prefix}."
+    output = backbone.get_output_embeddings()
+    excluded = {id(parameter) for parameter in output.parameters()} if output is not None else set()
+    classifies = model.task == "rerank" and output is None
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in excluded
+        and (not name.startswith(inner) or (classifies and name.startswith(f"{inner}pooler.")))
+    }
+
+
+def embedding_parameters(model: RetrievalModel) -> dict[str, nn.Parameter]:
+    """Everything before the first block, by name: the outermost module around the token embeddings without a block."""
+    table = next(name for name, module in model.named_modules() if module is model.backbone.get_input_embeddings())
+    first = f"{next(iter(_blocks(model)), '')}."
+    parts = table.split(".")
+    outer = next(prefix for prefix in itertools.accumulate(parts, "{}.{}".format) if not first.startswith(f"{prefix}."))
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{outer}.")}
+
+
+def layer_parameters(model: RetrievalModel) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each block of the transformer, from the input up, by name. Empty if it has no such stack."""
+    return [
+        {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{block}.")}
+        for block in _blocks(model)
+    ]
+
+
+def closest(wanted: str, known: Iterable[str], shown: int = 3) -> str:
+    """A hint for a message where there are too many names to list them: the nearest ones, or some."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(wanted, known, n=shown, cutoff=0.5)
+    if close:
+        return f"nearest: {', '.join(close)}"
+    return f"there are {', '.join(known[:shown])}{', …' if len(known) > shown else ''}"
+
+
+def _blocks(model: RetrievalModel) -> list[str]:
+    """Names of the blocks' modules: the outermost list of as many modules as the configuration has layers."""
+    layers = getattr(model.backbone.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return [f"{name}.{number}" for number in range(len(module))]
+    return []
+
+
+def _blocks_above(model: RetrievalModel) -> dict[str, int]:
+    """Name -> how many steps a parameter is below the head. What is in no block and no embedding is not below it."""
+    layers = layer_parameters(model)
+    depths = {name: len(layers) - number for number, layer in enumerate(layers) for name in layer}
+    return depths | dict.fromkeys(embedding_parameters(model), len(layers) + 1)
+
+
+def _match_all(model: RetrievalModel, patterns: Sequence[str], what: str) -> list[set[str]]:
+    """The names that each pattern matches. Raises UsageError, which names every pattern that matches none."""
+    names = [name for name, _ in model.named_parameters()]
+    found, problems = [], []
+    for pattern in patterns:
+        try:
+            matched = _match(model, pattern, names)
+        except UsageError as wrong:
+            problems.append(f"'{pattern}' {wrong}")
+            continue
+        if not matched:
+            modules = {".".join(parts[:end]) for parts in map(_short_parts, names) for end in range(1, len(parts) + 1)}
+            hint = closest(pattern, {*modules, "embeddings", "head", "layers:0"})
+            problems.append(f"'{pattern}' matches no parameter ({hint})")
+        found.append(matched)
+    if problems:
+        raise UsageError(f"{what}: {'; '.join(problems)}")
+    return found
+
+
+def _match(model: RetrievalModel, pattern: str, names: Sequence[str]) -> set[str]:
+    if pattern == "embeddings":
+        return set(embedding_parameters(model))
+    if pattern == "head":
+        return set(head_parameters(model))
+    if pattern.startswith("layers:"):
+        layers = layer_parameters(model)
+        chosen = _LAYERS.fullmatch(pattern)
+        first = int(chosen[1]) if chosen else 0
+        last = (int(chosen[3]) if chosen[3] else len(layers) - 1 if chosen[2] else first) if chosen else -1
+        if not first <= last < len(layers):
+            raise UsageError(f"expected a block or a range from layers:0 to layers:{len(layers) - 1}")
+        return {name for layer in layers[first : last + 1] for name in layer}
+    patterns = (pattern, f"{pattern}.*")
+    return {
+        name
+        for name in names
+        if any(fnmatch.fnmatchcase(spelt, one) for one in patterns for spelt in (name, name.removeprefix(_BACKBONE)))
+    }
+
+
+def _short_parts(name: str) -> list[str]:
+    return name.removeprefix(_BACKBONE).split(".")
