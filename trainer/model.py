@@ -168,7 +168,7 @@ class RetrievalModel(nn.Module):
         """
         if self.task == "rerank":
             logits: Tensor = self.backbone(**self._backbone_inputs(batch)).logits
-            return logits.float().squeeze(-1)
+            return pooling.at_least_float32(logits).squeeze(-1)
         return self.pool(self.encode_tokens(batch), batch)
 
     def encode_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:

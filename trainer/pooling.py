@@ -29,7 +29,7 @@ def pool(
         pooling_mask: [rows, tokens], 1 for a token that is pooled; None for all that are attended.
 
     Returns:
-        [rows, dim * len(modes)] float32; zeros for a row in which nothing is pooled.
+        [rows, dim * len(modes)], at least float32; zeros for a row in which nothing is pooled.
     """
     mask = attention_mask if pooling_mask is None else pooling_mask
     return torch.cat([_pool_one(hidden, mask, attention_mask, mode) for mode in modes], dim=-1)
@@ -45,16 +45,16 @@ def _pool_one(hidden: Tensor, mask: Tensor, attention_mask: Tensor, mode: str) -
         found = (count * pooled.squeeze(-1)).amax(dim=1, keepdim=True)
         index = found - 1 if mode == "lasttoken" else columns - found
         index = index.clamp(min=0).clamp(max=columns - 1).unsqueeze(-1).expand(-1, 1, hidden.shape[2])
-        token = torch.gather(hidden, 1, index).squeeze(1).float()
+        token = at_least_float32(torch.gather(hidden, 1, index).squeeze(1))
         return torch.where(found > 0, token, 0.0)
     if mode == "max":
-        largest = torch.where(pooled, hidden.float(), -torch.inf).amax(dim=1)
+        largest = torch.where(pooled, at_least_float32(hidden), -torch.inf).amax(dim=1)
         return torch.where(pooled.any(dim=1), largest, 0.0)
     # A choice, not a product: what an attention leaves at padding may be NaN, and NaN times zero is NaN.
-    tokens = torch.where(pooled, hidden.float(), 0.0)
-    weights = pooled.float()
+    tokens = torch.where(pooled, at_least_float32(hidden), 0.0)
+    weights = pooled.to(tokens.dtype)
     if mode == "weightedmean":
-        weights = weights * (attention_mask != 0).long().cumsum(dim=1).unsqueeze(-1).float()
+        weights = weights * (attention_mask != 0).long().cumsum(dim=1).unsqueeze(-1).to(tokens.dtype)
         tokens = tokens * weights
     elif mode not in ("mean", "mean_sqrt_len_tokens"):
         raise ValueError(f"pooling mode '{mode}' does not exist")
@@ -64,9 +64,14 @@ def _pool_one(hidden: Tensor, mask: Tensor, attention_mask: Tensor, mode: str) -
     return tokens.sum(dim=1) / divisor.clamp(min=1.0)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32; float64, in which gradients are checked, stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def l2_normalize(vectors: Tensor) -> Tensor:
-    """Vectors [..., dim] divided by their L2 norm, in float32; a zero vector stays zero."""
-    return nn.functional.normalize(vectors.float(), p=2.0, dim=-1, eps=NORM_EPSILON)
+    """Vectors [..., dim] divided by their L2 norm, at least float32; a zero vector stays zero."""
+    return nn.functional.normalize(at_least_float32(vectors), p=2.0, dim=-1, eps=NORM_EPSILON)
 
 
 class Normalize(nn.Module):
@@ -106,4 +111,4 @@ class Dense(nn.Module):
         result: Tensor = self.activation(self.linear(vectors))
         if self.use_residual:
             result = result + (vectors if self.residual is None else self.residual(vectors))
-        return result.float()
+        return at_least_float32(result)
