@@ -1,12 +1,35 @@
 """Losses as pure functions with one calling form: (*outputs, targets) -> scalar.
 
-An embedder's outputs are its vectors, `loss(queries, documents, targets)`; a reranker's are its logits, one a document,
-`loss(logits, targets)`. Options are keywords: bind them with functools.partial. All are computed in float32, under
-autocast too (in float64 if the outputs are), and none knows of chunks, caches or processes: those belong to the step.
+An embedder's outputs are its vectors, `loss(queries, documents, targets)` (embed.py, and matryoshka.py around them); a
+reranker's are its logits, one a document, `loss(logits, targets)` (rerank.py). Options are keywords: bind them with
+functools.partial. All are computed in float32, under autocast too (in float64 if the outputs are), and none knows of
+chunks, caches or processes: those belong to the step.
+
+`margin_mse` is there for both: `losses.embed.margin_mse` and `losses.rerank.margin_mse`.
 """
 
-from rtx.trainer.losses.embed import info_nce
-from rtx.trainer.losses.rerank import bce
+from rtx.trainer.losses import embed, rerank
+from rtx.trainer.losses.embed import contrastive, cosent, gist, info_nce, kl, online_contrastive, triplet
+from rtx.trainer.losses.matryoshka import Matryoshka, matryoshka
+from rtx.trainer.losses.rerank import bce, cross_entropy, lambda_ndcg, listnet, ranknet
 from rtx.trainer.losses.targets import Targets
 
-__all__ = ["Targets", "bce", "info_nce"]
+__all__ = [
+    "Matryoshka",
+    "Targets",
+    "bce",
+    "contrastive",
+    "cosent",
+    "cross_entropy",
+    "embed",
+    "gist",
+    "info_nce",
+    "kl",
+    "lambda_ndcg",
+    "listnet",
+    "matryoshka",
+    "online_contrastive",
+    "ranknet",
+    "rerank",
+    "triplet",
+]

@@ -32,6 +32,12 @@ class Targets(NamedTuple):
             torch.tensor([label for row in labels for label in row], dtype=torch.float32),
         )
 
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        guide = self.guide
+        moved = None if guide is None else (guide[0].to(device), guide[1].to(device))
+        return Targets(self.owner.to(device), self.labels.to(device), moved)
+
     @property
     def first(self) -> Tensor:
         """[queries] int64: where each query's first document stands."""
@@ -39,9 +45,23 @@ class Targets(NamedTuple):
         starts[1:] = self.owner[1:] != self.owner[:-1]
         return starts.nonzero().squeeze(-1)
 
+    @property
+    def place(self) -> Tensor:
+        """[documents] int64: which document of its query each one is, counted from 0."""
+        return torch.arange(len(self.owner), device=self.owner.device) - self.first[self.owner]
+
     def lists(self, values: Tensor, fill: float) -> Tensor:
         """Values of the documents [documents] as one row a query, [queries, most documents of a query]."""
-        first = self.first
-        place = torch.arange(len(self.owner), device=values.device) - first[self.owner]
-        rows = values.new_full((len(first), int(place.max()) + 1), fill)
+        place = self.place
+        rows = values.new_full((len(self.first), int(place.max()) + 1), fill)
         return rows.index_put((self.owner, place), values)
+
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """Log-probabilities [documents], each among the documents of its query, of scores [documents]."""
+        return torch.log_softmax(self.lists(values, -torch.inf), dim=1)[self.owner, self.place]
+
+    def margins(self, values: Tensor) -> Tensor:
+        """How much more a query's first document has than each of its others, [documents - queries]."""
+        own = self.first[self.owner]
+        others = own != torch.arange(len(self.owner), device=self.owner.device)
+        return (values[own] - values)[others]
