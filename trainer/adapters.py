@@ -39,7 +39,7 @@ def add_lora(
 ) -> None:
     """Put adapters into the backbone, and let nothing be trained but them and the head. In place.
 
-    The adapters are float32, whatever the backbone is. Seed torch before: A starts at random. Change the dropout of the
+    The adapters are float32 at least, whatever the backbone is. Seed torch before: A starts at random. Change the dropout of the
     transformer before, too: `dropout` is that of the adapters' input.
 
     Args:
@@ -60,7 +60,7 @@ def add_lora(
             f"lora: expected a rank of at least 1, an alpha above 0 and a dropout of 0 to below 1; "
             f"got {rank}, {alpha} and {dropout}"
         )
-    chosen = _linear_layers(model.backbone, targets)
+    chosen = _linear_layers(model, targets)
     peft = _peft()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none")
     peft.inject_adapter_in_model(config, model.backbone, _ADAPTER)
@@ -72,7 +72,7 @@ def add_lora(
         parameter.requires_grad_(name in trained)
         if _ADAPTED in name:
             # Small steps are lost in bfloat16.
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def has_adapters(model: RetrievalModel) -> bool:
@@ -127,11 +127,11 @@ def merged(model: RetrievalModel, state: Mapping[str, Tensor] | None = None) -> 
     """
     state = dict(model.state_dict() if state is None else state)
     for name, layer in _lora_layers(model.backbone) if has_adapters(model) else ():
-        down, up = (state[f"{_BACKBONE}{name}.lora_{part}.{_ADAPTER}.weight"] for part in "AB")
         key = f"{_BACKBONE}{name}.base_layer.weight"
         weight = state[key]
-        update = layer.scaling[_ADAPTER] * (up.float() @ down.float())
-        state[key] = (weight.float() + update.to(weight.device)).to(weight.dtype)
+        full = torch.promote_types(weight.dtype, torch.float32)
+        down, up = (state[f"{_BACKBONE}{name}.lora_{part}.{_ADAPTER}.weight"].to(full) for part in "AB")
+        state[key] = (weight.to(full) + layer.scaling[_ADAPTER] * (up @ down)).to(weight.dtype)
     return {name.replace(_BASE, "."): tensor for name, tensor in state.items() if _ADAPTED not in name}
 
 
@@ -188,23 +188,28 @@ def _module_to_save(parameter: str) -> str:
     return parts[1] if parts[1:2] == ["pooler"] else parts[0]
 
 
-def _linear_layers(backbone: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Names of the layers to adapt, in the model's order."""
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+def _linear_layers(model: RetrievalModel, targets: Sequence[str] | None) -> list[str]:
+    """Names of the layers to adapt, in the model's order. A head's are left out: they are trained themselves."""
+    backbone, heads = model.backbone, head_parameters(model)
+    linear = [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and f"{_BACKBONE}{name}.weight" not in heads
+    ]
     if targets is None:
-        stacks = [f"{name}." for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
-        found = [name for name in linear if name.startswith(tuple(stacks))]
+        stacks = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList))
+        found = [name for name in linear if name.startswith(stacks)]
         if not found:
             raise UsageError(f"lora: {type(backbone).__name__} has no linear layers in blocks; name the targets")
         return found
-    tied = {f"{name}." for name in _tied_layers(backbone)}
+    embeddings = backbone.get_input_embeddings().weight
     problems, chosen = [], set()
     for target in targets:
         found = [name for name in linear if _matches(name, target)]
-        if kept := [name for name in found if f"{name}." in tied]:
-            problems.append(f"'{target}': {kept[0]} shares its weight with the embeddings")
+        if tied := [name for name in found if backbone.get_submodule(name).weight is embeddings]:
+            problems.append(f"'{target}': {tied[0]} shares its weight with the embeddings")
         elif not found:
-            problems.append(f"'{target}' is no linear layer ({closest(target, _endings(linear))})")
+            problems.append(f"'{target}' matches no linear layer of the transformer ({closest(target, _ends(linear))})")
         chosen |= set(found)
     if problems or not chosen:
         raise UsageError(f"lora targets: {'; '.join(problems) or 'expected at least one'}")
@@ -215,14 +220,9 @@ def _matches(name: str, target: str) -> bool:
     return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
 
 
-def _endings(names: Iterable[str]) -> set[str]:
+def _ends(names: Iterable[str]) -> set[str]:
     """What a target can be: the last part of a name, or the last two where the last alone says little."""
     return {".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2)}
-
-
-def _tied_layers(backbone: Any) -> list[str]:
-    embeddings = backbone.get_input_embeddings().weight
-    return [name for name, module in backbone.named_modules() if getattr(module, "weight", None) is embeddings and name]
 
 
 def _lora_layers(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

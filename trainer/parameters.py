@@ -132,10 +132,10 @@ def head_parameters(model: RetrievalModel) -> dict[str, nn.Parameter]:
 def embedding_parameters(model: RetrievalModel) -> dict[str, nn.Parameter]:
     """Everything before the first block, by name: the outermost module around the token embeddings without a block."""
     table = next(name for name, module in model.named_modules() if module is model.backbone.get_input_embeddings())
-    first = f"{next(iter(_blocks(model)), '')}."
-    parts = table.split(".")
-    outer = next(prefix for prefix in itertools.accumulate(parts, "{}.{}".format) if not first.startswith(f"{prefix}."))
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{outer}.")}
+    first = f"{next(iter(_blocks(model)), table.rpartition('.')[0])}."
+    around = itertools.accumulate(table.split("."), "{}.{}".format)
+    outermost = next(name for name in around if not first.startswith(f"{name}."))
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{outermost}.")}
 
 
 def layer_parameters(model: RetrievalModel) -> list[dict[str, nn.Parameter]]:
@@ -156,12 +156,14 @@ def closest(wanted: str, known: Iterable[str], shown: int = 3) -> str:
 
 
 def _blocks(model: RetrievalModel) -> list[str]:
-    """Names of the blocks' modules: the outermost list of as many modules as the configuration has layers."""
+    """Names of the blocks' modules: the outermost list of as many modules as the configuration has layers.
+
+    Where blocks share their weights there are fewer of them: then it is the outermost list.
+    """
     layers = getattr(model.backbone.config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return [f"{name}.{number}" for number in range(len(module))]
-    return []
+    lists = {name: len(module) for name, module in model.backbone.named_modules() if isinstance(module, nn.ModuleList)}
+    name = next((name for name, length in lists.items() if length == layers), next(iter(lists), None))
+    return [f"{_BACKBONE}{name}.{number}" for number in range(lists[name])] if name is not None else []
 
 
 def _blocks_above(model: RetrievalModel) -> dict[str, int]:
@@ -173,44 +175,41 @@ def _blocks_above(model: RetrievalModel) -> dict[str, int]:
 
 def _match_all(model: RetrievalModel, patterns: Sequence[str], what: str) -> list[set[str]]:
     """The names that each pattern matches. Raises UsageError, which names every pattern that matches none."""
-    names = [name for name, _ in model.named_parameters()]
-    found, problems = [], []
-    for pattern in patterns:
-        try:
-            matched = _match(model, pattern, names)
-        except UsageError as wrong:
-            problems.append(f"'{pattern}' {wrong}")
-            continue
-        if not matched:
-            modules = {".".join(parts[:end]) for parts in map(_short_parts, names) for end in range(1, len(parts) + 1)}
-            hint = closest(pattern, {*modules, "embeddings", "head", "layers:0"})
-            problems.append(f"'{pattern}' matches no parameter ({hint})")
-        found.append(matched)
-    if problems:
-        raise UsageError(f"{what}: {'; '.join(problems)}")
+    found = [_match(model, pattern) for pattern in patterns]
+    empty = [
+        f"'{pattern}' {_hint(model, pattern)}" for pattern, names in zip(patterns, found, strict=True) if not names
+    ]
+    if empty:
+        raise UsageError(f"{what}: {'; '.join(empty)}")
     return found
 
 
-def _match(model: RetrievalModel, pattern: str, names: Sequence[str]) -> set[str]:
+def _match(model: RetrievalModel, pattern: str) -> set[str]:
     if pattern == "embeddings":
         return set(embedding_parameters(model))
     if pattern == "head":
         return set(head_parameters(model))
-    if pattern.startswith("layers:"):
+    if chosen := _LAYERS.fullmatch(pattern):
+        first = int(chosen[1])
+        last = int(chosen[3]) if chosen[3] else None if chosen[2] else first
         layers = layer_parameters(model)
-        chosen = _LAYERS.fullmatch(pattern)
-        first = int(chosen[1]) if chosen else 0
-        last = (int(chosen[3]) if chosen[3] else len(layers) - 1 if chosen[2] else first) if chosen else -1
-        if not first <= last < len(layers):
-            raise UsageError(f"expected a block or a range from layers:0 to layers:{len(layers) - 1}")
-        return {name for layer in layers[first : last + 1] for name in layer}
-    patterns = (pattern, f"{pattern}.*")
+        inside = first < len(layers) and (last is None or first <= last < len(layers))
+        return {name for layer in layers[first : None if last is None else last + 1] for name in layer if inside}
+    names = [name for name, _ in model.named_parameters()]
     return {
         name
         for name in names
-        if any(fnmatch.fnmatchcase(spelt, one) for one in patterns for spelt in (name, name.removeprefix(_BACKBONE)))
+        for spelt in (name, name.removeprefix(_BACKBONE))
+        if fnmatch.fnmatchcase(spelt, pattern) or fnmatch.fnmatchcase(spelt, f"{pattern}.*")
     }
 
 
-def _short_parts(name: str) -> list[str]:
-    return name.removeprefix(_BACKBONE).split(".")
+def _hint(model: RetrievalModel, pattern: str) -> str:
+    """Why a pattern matches nothing."""
+    if pattern == "head":
+        return "matches nothing: nothing with weights follows the transformer"
+    if pattern.startswith("layers:"):
+        return f"matches nothing: expected blocks of layers:0 to layers:{len(_blocks(model)) - 1}"
+    names = [name.removeprefix(_BACKBONE).split(".") for name, _ in model.named_parameters()]
+    modules = {".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1)}
+    return f"matches no parameter ({closest(pattern, {*modules, 'embeddings', 'head', 'layers:0'})})"
