@@ -34,6 +34,7 @@ _COMMANDS = {
     "info": _Command("rtx.runtime.commands.info:info", "Show what is in a bundle, or what this machine can run."),
     "embed": _Command("rtx.runtime.commands.embed:embed", "Embed the texts of a file."),
     "rerank": _Command("rtx.runtime.commands.rerank:rerank", "Score or order the documents of each query of a file."),
+    "mine": _Command("rtx.runtime.commands.mine:mine_negatives", "Find hard negatives for training rows."),
     "eval": _Command("rtx.runtime.commands.eval:evaluate", "Measure ranking quality on an evaluation set."),
     "bench": _Command("rtx.runtime.commands.bench:bench", "Measure latency, throughput and parity; write a report."),
 }

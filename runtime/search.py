@@ -83,6 +83,39 @@ def search(
     return Hits(indices, scores)
 
 
+def score_pairs(
+    queries: Vectors,
+    documents: Vectors,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    *,
+    similarity: Similarity | Literal["hamming"] = "cosine",
+) -> NDArray[np.float32]:
+    """The scores of some pairs: to the bit those that `search` gives them.
+
+    Args:
+        queries, documents, similarity: as for `search`.
+        rows, columns: [pairs], positions of queries and documents.
+
+    Returns:
+        [pairs] float32.
+
+    Raises:
+        DataError: a vector is not finite.
+        ValueError: shapes or types do not fit.
+    """
+    _check(queries, documents, 1, similarity)
+    compare = _COMPARISONS[similarity](queries, documents)
+    scores = np.empty(len(rows), dtype=np.float32)
+    block = max(1, _RESCORE_ELEMENTS // max(1, queries.shape[1]))
+    for start in range(0, len(rows), block):
+        some = slice(start, start + block)
+        left, right = compare.exact_form(queries[rows[some]]), compare.exact_form(documents[columns[some]])
+        own = np.arange(len(left))
+        scores[some] = compare.exact_pairs(left, right, own, own)
+    return scores
+
+
 def _search_block(compare: _Comparison, queries: Vectors, documents: Vectors, k: int, block: int) -> Hits:
     exact_queries = compare.exact_form(queries)
     estimate_queries = compare.query_form(exact_queries)

@@ -76,7 +76,7 @@ def test_an_unknown_command_names_the_nearest():
     assert result.exit_code == 2
     assert result.stderr == (
         "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, embed, eval, export, finetune, "
-        "info, rerank, verify)\n"
+        "info, mine, rerank, verify)\n"
     )
 
 

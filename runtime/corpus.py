@@ -1,0 +1,165 @@
+"""The texts that a search goes through, each once, with their vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.bulk import without_invalid
+from rtx.runtime.errors import ArtifactError, DataError
+from rtx.runtime.evaluation import EmbeddingModel
+
+# Vectors that take more are kept in a file.
+_MEMORY_BYTES = 2**30
+# Texts of one call of the model: enough to sort by length, few enough to show progress.
+_TEXTS_PER_CALL = 2048
+
+Key = bytes
+"""What two texts share that differ in white space at most."""
+
+
+def key_of(text: str) -> Key:
+    # Sixteen bytes instead of a second copy of each text.
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """What a search goes through.
+
+    Attributes:
+        texts: no two with the same key, in the order in which they were first given.
+        vectors: [texts, dim] float32, all finite; in memory, or mapped from a file.
+        places: position by key.
+        left_out: how many texts were given besides: "empty", "repeated", and "without a vector" (see `embed_or_nan`).
+    """
+
+    texts: Sequence[str]
+    vectors: NDArray[np.float32]
+    places: dict[Key, int]
+    left_out: dict[str, int]
+
+
+def embed_corpus(
+    model: EmbeddingModel,
+    texts: Iterable[str],
+    *,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+) -> Corpus:
+    """Embed the distinct texts, with the prompt "document".
+
+    Args:
+        model: makes the vectors.
+        texts: any number, with repetitions; each a valid text (`rtx.runtime.text.check_text`).
+        folder: where vectors go that take more than 1 GiB, into a file without a name that vanishes with the process;
+            None for the system's folder for temporary files.
+        on_progress: called with the number of texts that are done, and of all.
+
+    Raises:
+        DataError: there is no text, or the model gives a usable vector to none.
+        ArtifactError: the vectors cannot be written.
+    """
+    left_out = {"empty": 0, "repeated": 0, "without a vector": 0}
+    distinct: dict[Key, str] = {}
+    for text in texts:
+        if not text.strip():
+            left_out["empty"] += 1
+        elif (key := key_of(text)) in distinct:
+            left_out["repeated"] += 1
+        else:
+            distinct[key] = text
+    keys, all_texts = list(distinct), list(distinct.values())
+    del distinct
+    kept: list[int] = []
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(all_texts), _TEXTS_PER_CALL):
+            some = all_texts[start : start + _TEXTS_PER_CALL]
+            vectors = embed_or_nan(model, some, prompt="document")
+            finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+            kept.extend((finite + start).tolist())
+            yield vectors[finite]
+            on_progress(start + len(some), len(all_texts))
+
+    vectors = collect(blocks(), rows=len(all_texts), dim=model.contract.dimension, folder=folder)
+    left_out["without a vector"] = len(all_texts) - len(kept)
+    if not kept:
+        raise DataError(f"the corpus has no text that can be compared; left out: {_counts(left_out)}")
+    places = {keys[place]: row for row, place in enumerate(kept)}
+    return Corpus([all_texts[place] for place in kept], vectors, places, left_out)
+
+
+def embed_or_nan(model: EmbeddingModel, texts: Sequence[str], *, prompt: str) -> NDArray[np.float32]:
+    """[texts, dim] float32; not finite where the model overflows, or makes no token of a text."""
+    vectors, rows, _ = without_invalid(lambda some: model.embed(some, prompt=prompt), texts)
+    if len(rows) == len(texts):
+        return vectors
+    all_vectors = np.full((len(texts), model.contract.dimension), np.nan, dtype=np.float32)
+    all_vectors[rows] = vectors
+    return all_vectors
+
+
+def collect(
+    blocks: Iterable[NDArray[np.float32]], *, rows: int, dim: int, folder: Path | None = None
+) -> NDArray[np.float32]:
+    """Blocks of vectors one below the other, in memory or, where they may take more than 1 GiB, mapped from a file.
+
+    Args:
+        blocks: [some, dim] float32 each.
+        rows: most that come together.
+        dim: of all.
+        folder: as in `embed_corpus`.
+
+    Returns:
+        [rows that came, dim] float32.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    if rows * dim * 4 > _MEMORY_BYTES:
+        return _collect_in_file(blocks, dim, folder)
+    vectors = np.empty((rows, dim), dtype=np.float32)
+    filled = 0
+    for block in blocks:
+        vectors[filled : filled + len(block)] = block
+        filled += len(block)
+    return vectors[:filled]
+
+
+def _collect_in_file(blocks: Iterable[NDArray[np.float32]], dim: int, folder: Path | None) -> NDArray[np.float32]:
+    # Written, not mapped for writing: a full disk is then an error and not the death of the process.
+    filled = 0
+    with _as_artifact_error(folder):
+        stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+    with stream:
+        for block in blocks:
+            with _as_artifact_error(folder):
+                stream.write(np.ascontiguousarray(block, dtype=np.float32).data)
+            filled += len(block)
+        with _as_artifact_error(folder):
+            stream.flush()
+        if not filled:  # a mapping of nothing does not exist
+            return np.empty((0, dim), dtype=np.float32)
+        # The mapping outlives the stream.
+        return np.asarray(np.memmap(stream, np.float32, "r", shape=(filled, dim)))
+
+
+@contextmanager
+def _as_artifact_error(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as broken:
+        where, why = folder or tempfile.gettempdir(), broken.strerror or broken
+        raise ArtifactError(f"{where}: the vectors of the corpus cannot be kept there: {why}") from broken
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())

@@ -1,0 +1,148 @@
+"""The files of mining: training rows and texts in, training rows with negatives out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rtx.runtime.atomic import atomic_file
+from rtx.runtime.errors import ItemError, UsageError
+from rtx.runtime.mining import MinedQuery, Relevant, Unusable
+from rtx.runtime.mining_summary import Summary
+from rtx.runtime.records import BadRecord, Input
+from rtx.runtime.text import check_text
+
+Fewer = Literal["keep", "drop"]
+
+_NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
+
+
+def read_rows(
+    source: Input, *, query_column: str = "query", positive_column: str = "positive"
+) -> Iterator[Relevant | BadRecord]:
+    """Training rows: a query and a positive each, and maybe `negative`, `negatives` and `negative_1` ..., as
+    `rtx finetune` reads them.
+
+    Raises:
+        DataError: the input is damaged from some place on.
+        UsageError: a txt input, which has no columns.
+    """
+    for record in source.all_columns():
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        problems: list[str] = []
+        query, positive = (_text(record.fields, name, problems) for name in (query_column, positive_column))
+        negatives = _negatives(record.fields, problems)
+        if problems:
+            yield BadRecord(record.id, record.where, "; ".join(problems))
+        else:
+            yield Relevant(query, positive, negatives, record.where)
+
+
+def read_corpus(source: Input, *, text_column: str = "text", title_column: str = "title") -> Iterator[str | BadRecord]:
+    """Texts to mine from: title and text joined by a space and stripped, as `load_evalset` reads a BEIR corpus.
+
+    Raises:
+        DataError: no record has the text column, or the input is damaged from some place on.
+    """
+    for record in source.records([text_column], [title_column] if title_column else ()):
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        text, title = record.fields[text_column], record.fields.get(title_column) or ""
+        wrong = [
+            f"{name}: {checked.message}"
+            for name, value in ((text_column, text), (title_column, title))
+            if isinstance(checked := check_text(0, value), ItemError)
+        ]
+        yield BadRecord(record.id, record.where, "; ".join(wrong)) if wrong else f"{title} {text}".strip()
+
+
+def write_mined(
+    path: str | Path,
+    mined: Iterable[MinedQuery | Unusable],
+    *,
+    pairs: bool = False,
+    scores: bool = False,
+    fewer: Fewer = "keep",
+    on_unusable: Callable[[Unusable], object] = lambda _unusable: None,
+) -> Summary:
+    """Write training rows, atomically, as the queries come.
+
+    Args:
+        path: of a jsonl file, which is replaced.
+        mined: what `mine` gives.
+        pairs: write a line {query, document, label} for each document, label 1 or 0, instead of a line {query,
+            positive, negatives} for each positive.
+        scores: add `scores` to each line, the positive's first; a query without a negative has no line then.
+        fewer: whether a query with fewer negatives than wanted is written with those it has or left out.
+        on_unusable: called with each row that could not be compared.
+
+    Raises:
+        UsageError: pairs with scores; their column is `label`.
+        ArtifactError: the file cannot be written.
+    """
+    if pairs and scores:
+        raise UsageError("scores: go with rows of a positive and negatives, not with pairs, which have labels")
+    summary = Summary()
+    with atomic_file(path) as stream:
+        for found in mined:
+            if isinstance(found, Unusable):
+                summary.unusable += 1
+                on_unusable(found)
+                continue
+            missing = found.wanted - len(found.negatives)
+            keep = not ((missing and fewer == "drop") or (scores and not found.negatives))
+            lines = list(_pair_lines(found) if pairs else _row_lines(found, scores)) if keep else []
+            stream.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+            summary.add(found, lines=len(lines))
+    return summary
+
+
+def _row_lines(found: MinedQuery, scores: bool) -> Iterator[dict[str, Any]]:
+    negatives = [negative.text for negative in found.negatives]
+    for positive in found.positives:
+        line: dict[str, Any] = {"query": found.query, "positive": positive.text, "negatives": negatives}
+        if scores:
+            line["scores"] = [positive.score, *(negative.score for negative in found.negatives)]
+        yield line
+
+
+def _pair_lines(found: MinedQuery) -> Iterator[dict[str, Any]]:
+    for label, documents in ((1, found.positives), (0, found.negatives)):
+        for document in documents:
+            yield {"query": found.query, "document": document.text, "label": label}
+
+
+def _text(row: Mapping[str, Any], name: str, problems: list[str]) -> str:
+    if name not in row:
+        problems.append(f"has no column '{name}' (its columns: {', '.join(list(row)[:10]) or 'none'})")
+        return ""
+    checked = check_text(0, row[name])
+    if isinstance(checked, ItemError):
+        problems.append(f"{name}: {checked.message}")
+        return ""
+    if not checked.strip():
+        problems.append(f"{name}: is empty")
+    return checked
+
+
+def _negatives(row: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    """All negatives of a row; null and "" are none."""
+    several = row.get("negatives") or []
+    if isinstance(several, str):  # a cell of a csv file
+        try:
+            several = json.loads(several)
+        except (ValueError, RecursionError):
+            several = None
+    if not isinstance(several, list):
+        problems.append("negatives: expected a list of texts (in csv: a JSON list)")
+        several = []
+    single = [row[name] for name in row if name == "negative" or _NUMBERED_NEGATIVE.fullmatch(name)]
+    checked = [check_text(0, value) for value in (*single, *several) if value not in (None, "")]
+    problems += [f"negatives: {text.message}" for text in checked if isinstance(text, ItemError)]
+    return tuple(text for text in checked if isinstance(text, str))
