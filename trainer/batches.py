@@ -1,205 +1,140 @@
-"""Examples to what the model takes: which rows make a batch, and how a batch becomes tensors.
-
-A pass over the data is a function of the examples, the seed and the number of the pass alone, so that a resumed run
-sees the same batches. Rows of a batch are sorted by length and cut into chunks, so that little of it is padding.
-"""
+"""Rows to what the model takes: tokenised texts, cut into chunks of similar length, and what the loss compares with."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset
 
 from rtx.runtime.batching import plan_batches
+from rtx.runtime.contract import Task
 from rtx.runtime.errors import DataError, ItemError
 from rtx.runtime.text import Encoded, TextPreprocessor
-from rtx.trainer.data import Example, Pair, TrainingData, Triple
+from rtx.trainer.data import Example, TrainingData
+from rtx.trainer.losses.targets import Targets
+
+# A row of the data with its position there.
+Numbered = tuple[int, Example]
 
 
-class Texts(NamedTuple):
-    """The texts of a row, as numbers. Two rows may meet in a batch if they share no more than negatives."""
+class NumberedRows(Dataset[Numbered]):
+    """Rows that know their position, so that an error can name those of a batch."""
 
-    anchors: frozenset[int]  # query and positive
-    negatives: frozenset[int]
-
-
-class BatchSampler(Sampler[list[int]]):
-    """Every row once a pass, in batches of near-equal size without false negatives that can be told by their text.
-
-    In a batch no query and no positive occurs twice, and none is another row's negative: in-batch negatives would tell
-    the model that a text does not match itself. A row that fits no batch any more, because too many rows share its
-    text, is left out of that pass. Pairs of a reranker are only shuffled.
-
-    Args:
-        data: what to draw from.
-        batch_size: most rows of a batch.
-        seed: of the shuffling.
-    """
-
-    def __init__(self, data: TrainingData, *, batch_size: int, seed: int) -> None:
-        # Where processes share the batches, accelerate reads these two.
-        self.batch_size, self.drop_last = batch_size, False
-        self._rows = len(data)
-        self._seed = seed
-        self._epoch = 0
-        self._shared = _rows_that_share(data.examples)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
 
     def __len__(self) -> int:
-        return -(-self._rows // self.batch_size)
+        return len(self._data)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from self.plan(self._epoch)
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        """The batches of a pass, as positions in the data."""
-        return plan_epoch(self._rows, self._shared, len(self), np.random.default_rng([self._seed, epoch]))
+    def __getitem__(self, index: int) -> Numbered:
+        return index, self._data[index]
 
 
-def plan_epoch(rows: int, shared: dict[int, Texts], batches: int, generator: np.random.Generator) -> list[list[int]]:
-    """Spread rows over batches of near-equal size.
-
-    Args:
-        rows: number of rows.
-        shared: the texts of those rows that must not meet every other row.
-        batches: number of batches, 1 to `rows`.
-        generator: decides which rows meet.
-
-    Returns:
-        `batches` lists of rows, none empty; a row is in at most one, and left out only if it fits in none.
-    """
-    room = [rows // batches + (batch < rows % batches) for batch in range(batches)]
-    plan: list[list[int]] = [[] for _ in range(batches)]
-    anchors: list[set[int]] = [set() for _ in range(batches)]
-    negatives: list[set[int]] = [set() for _ in range(batches)]
-    held: Counter[int] = Counter()
-    order = generator.permutation(rows)
-    # Rows that are hard to place come first: the others fit into whatever room is left.
-    constrained = [row for row in order.tolist() if row in shared]
-    starts = generator.integers(batches, size=len(constrained)).tolist()
-    for row, start in zip(constrained, starts, strict=True):
-        own = shared[row]
-        if any(held[text] >= batches for text in own.anchors):
-            continue
-        for step in range(batches):
-            batch = (start + step) % batches
-            if (
-                len(plan[batch]) < room[batch]
-                and own.anchors.isdisjoint(anchors[batch])
-                and own.anchors.isdisjoint(negatives[batch])
-                and own.negatives.isdisjoint(anchors[batch])
-            ):
-                plan[batch].append(row)
-                anchors[batch] |= own.anchors
-                negatives[batch] |= own.negatives
-                held.update(own.anchors)
-                break
-    free = iter([row for row in order.tolist() if row not in shared])
-    for batch, limit in zip(plan, room, strict=True):
-        batch += [row for _, row in zip(range(limit - len(batch)), free, strict=False)]
-    return plan
-
-
-def _rows_that_share(examples: Sequence[Example]) -> dict[int, Texts]:
-    """The texts of rows whose query or positive occurs in another row, or whose negatives are another's."""
-    numbers: dict[str, int] = {}
-
-    def number(texts: Sequence[str]) -> frozenset[int]:
-        return frozenset(numbers.setdefault(text, len(numbers)) for text in texts)
-
-    texts = [
-        Texts(number((example.query, example.positive)), number(example.negatives))
-        for example in examples
-        if isinstance(example, Triple)
-    ]
-    as_anchor = Counter(text for row in texts for text in row.anchors)
-    as_negative = Counter(text for row in texts for text in row.negatives)
-    return {
-        index: row
-        for index, row in enumerate(texts)
-        if any(as_anchor[text] > 1 or as_negative[text] > (text in row.negatives) for text in row.anchors)
-        or any(as_anchor[text] > (text in row.anchors) for text in row.negatives)
-    }
-
-
-class Side(TypedDict):
-    """Texts of a batch that go through the model: chunks of similar length, and the way back to the given order.
+@dataclass(frozen=True)
+class Batch:
+    """The rows of a step, tokenised but not padded yet: that is done chunk by chunk, when a chunk is run.
 
     Attributes:
-        chunks: by input name of the contract, [rows, tokens] int64 each.
-        places: [texts] int64, where in the joined outputs of the chunks each text is.
+        rows: the rows with their positions in the data.
+        sides: tokenised texts by output of the model: (queries, documents) of an embedder, (pairs,) of a reranker. The
+            documents stand row by row.
+        targets: what the loss compares the outputs with.
     """
 
-    chunks: list[dict[str, Tensor]]
-    places: Tensor
+    rows: tuple[Numbered, ...]
+    sides: tuple[list[Encoded], ...]
+    targets: Targets
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts, without padding."""
+        return sum(len(item.ids) for side in self.sides for item in side)
 
 
-class EmbedBatch(TypedDict):
-    """`documents` holds the positive of each query in the queries' order, then all given negatives."""
+class Chunk(NamedTuple):
+    """Texts of one side that go through the model together.
 
-    queries: Side
-    documents: Side
+    Attributes:
+        side: position in the batch's sides.
+        places: positions in that side.
+        tokens: padded tokens.
+    """
+
+    side: int
+    places: list[int]
+    tokens: int
 
 
-class RerankBatch(TypedDict):
-    """`labels` is [pairs] float32."""
+def plan_chunks(batch: Batch, *, chunk_tokens: int) -> list[Chunk]:
+    """Cut a batch by tokens, not by texts, and put texts of similar length together, so that little of it is padding.
 
-    pairs: Side
-    labels: Tensor
+    Args:
+        batch: what to cut.
+        chunk_tokens: most padded tokens of a chunk; a text longer than that is a chunk by itself.
+
+    Returns:
+        The chunks of each side, longest texts first.
+    """
+    chunks: list[Chunk] = []
+    for number, side in enumerate(batch.sides):
+        lengths = [len(item.ids) for item in side]
+        plan = plan_batches(lengths, max_batch_tokens=chunk_tokens, max_batch_items=len(side))
+        chunks += [Chunk(number, places, len(places) * lengths[places[0]]) for places in plan]
+    return chunks
+
+
+def assemble(outputs: Sequence[Tensor], chunks: Sequence[Chunk]) -> list[Tensor]:
+    """The outputs of chunks, [texts of the chunk, ...] each, as one tensor a side in the side's order."""
+    sides: list[Tensor] = []
+    for number in range(1 + max(chunk.side for chunk in chunks)):
+        of_side = [place for place, chunk in enumerate(chunks) if chunk.side == number]
+        joined = torch.cat([outputs[place] for place in of_side])
+        order = torch.tensor([place for chunk in of_side for place in chunks[chunk].places])
+        sides.append(joined[torch.argsort(order).to(joined.device)])
+    return sides
 
 
 class Collator:
-    """Tokenises a batch with the model's own preprocessing and pads it chunk by chunk.
+    """Tokenises the rows of a batch with the model's own preprocessing.
 
     Args:
         preprocessor: the model's.
-        chunk_tokens: most padded tokens of a chunk; a text longer than that is a chunk by itself.
+        task: "embed" for queries and documents apart, "rerank" for pairs.
     """
 
-    def __init__(self, preprocessor: TextPreprocessor, *, chunk_tokens: int) -> None:
+    def __init__(self, preprocessor: TextPreprocessor, *, task: Task) -> None:
         self._preprocessor = preprocessor
-        self._chunk_tokens = chunk_tokens
+        self._task = task
 
-    def __call__(self, examples: Sequence[Example]) -> EmbedBatch | RerankBatch:
+    def __call__(self, rows: Sequence[Numbered]) -> Batch:
         """
         Raises:
             DataError: names every text that gives no token at all.
         """
-        if isinstance(examples[0], Triple):
-            triples = cast(Sequence[Triple], examples)
-            queries = [triple.query for triple in triples]
-            documents = [triple.positive for triple in triples]
-            documents += [negative for triple in triples for negative in triple.negatives]
-            return EmbedBatch(
-                queries=self._side(queries, self._preprocessor.encode(queries, prompt="query")),
-                documents=self._side(documents, self._preprocessor.encode(documents, prompt="document")),
+        examples = [example for _, example in rows]
+        targets = Targets.of([example.labels for example in examples])
+        if self._task == "embed":
+            queries = [example.query for example in examples]
+            documents = [text for example in examples for text in example.documents]
+            sides = (
+                _checked(queries, self._preprocessor.encode(queries, prompt="query")),
+                _checked(documents, self._preprocessor.encode(documents, prompt="document")),
             )
-        pairs = [(pair.query, pair.document) for pair in cast(Sequence[Pair], examples)]
-        labels = torch.tensor([pair.label for pair in cast(Sequence[Pair], examples)], dtype=torch.float32)
-        return RerankBatch(pairs=self._side(pairs, self._preprocessor.encode_pairs(pairs)), labels=labels)
+            return Batch(tuple(rows), sides, targets)
+        pairs = [(example.query, text) for example in examples for text in example.documents]
+        return Batch(tuple(rows), (_checked(pairs, self._preprocessor.encode_pairs(pairs)),), targets)
 
-    def _side(self, texts: Sequence[object], encoded: Sequence[Encoded | ItemError]) -> Side:
-        bad = [
-            f"{str(text)[:60]!r}: {item.message}"
-            for text, item in zip(texts, encoded, strict=True)
-            if isinstance(item, ItemError)
-        ]
-        if bad:
-            raise DataError("training data: " + "; ".join(bad))
-        items = cast(Sequence[Encoded], encoded)
-        lengths = [len(item.ids) for item in items]
-        plan = plan_batches(lengths, max_batch_tokens=self._chunk_tokens, max_batch_items=len(items))
-        chunks = [self._preprocessor.collate([items[index] for index in chunk]) for chunk in plan]
-        places = torch.empty(len(items), dtype=torch.int64)
-        places[[index for chunk in plan for index in chunk]] = torch.arange(len(items))
-        return Side(
-            chunks=[{name: torch.from_numpy(array) for name, array in chunk.items()} for chunk in chunks],
-            places=places,
-        )
+
+def _checked(texts: Sequence[object], encoded: Sequence[Encoded | ItemError]) -> list[Encoded]:
+    bad = [
+        f"{str(text)[:60]!r}: {item.message}"
+        for text, item in zip(texts, encoded, strict=True)
+        if isinstance(item, ItemError)
+    ]
+    if bad:
+        raise DataError("training data: " + "; ".join(bad))
+    return cast(list[Encoded], list(encoded))

@@ -1,0 +1,142 @@
+"""The gradient of a batch in bounded memory, for any loss.
+
+A batch runs in chunks. Those whose activations fit into a budget keep them; the others run twice: first without
+gradient, for the loss of the whole batch, then each once more, by itself, with the gradient of the loss by its output.
+That is the gradient cache (Gao et al. 2021, arXiv:2101.06983), and the same gradient as of the whole batch at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtx.trainer.batches import Batch, Chunk, assemble
+from rtx.trainer.losses.targets import Targets
+from rtx.trainer.processes import gather, gather_targets
+
+Run = Callable[[Chunk], Tensor]
+JoinedLoss = Callable[[Sequence[Tensor]], Tensor]
+
+
+def joined_loss(loss: Callable[..., Tensor], targets: Targets) -> JoinedLoss:
+    """A loss of the outputs of all processes: outputs of this process, one a side -> the same scalar in each of them."""
+    everything = gather_targets(targets)
+    return lambda outputs: loss(*[gather(output) for output in outputs], everything)
+
+
+def loss_of(run: Run, chunks: Sequence[Chunk], loss: JoinedLoss) -> Tensor:
+    """The loss of a batch, with the graph of all chunks."""
+    return loss(assemble([run(chunk) for chunk in chunks], chunks))
+
+
+def backward(
+    run: Run,
+    chunks: Sequence[Chunk],
+    loss: JoinedLoss,
+    *,
+    activation_tokens: int | None = None,
+    propagate: Callable[[Tensor], Any] = torch.Tensor.backward,
+    unsynchronised: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    check: Callable[[Tensor], None] = lambda value: None,
+) -> Tensor:
+    """Add the gradient of a batch to the parameters' gradients.
+
+    Args:
+        run: chunk -> output [texts, ...]; given the same state of the random generators, the same output.
+        chunks: of the batch.
+        loss: of the assembled outputs.
+        activation_tokens: padded tokens whose activations may be held at once. What fits is run once, the rest twice.
+            None holds all; 0 holds those of one chunk at a time.
+        propagate: back-propagates a scalar.
+        unsynchronised: a context in which a backward pass does not average gradients over processes; the last
+            backward pass is outside of it.
+        check: given the loss before anything is propagated; may raise.
+
+    Returns:
+        The loss, a scalar without graph.
+    """
+    live = _live(chunks, activation_tokens)
+    if len(live) == len(chunks):
+        value = loss_of(run, chunks, loss)
+        check(value)
+        propagate(value)
+        return value.detach()
+    again = [place for place in range(len(chunks)) if place not in live]
+    states: dict[int, list[Tensor]] = {}
+    outputs: list[Tensor] = []
+    with unsynchronised():
+        for place, chunk in enumerate(chunks):
+            if place in live:
+                outputs.append(run(chunk))
+            else:
+                states[place] = _random_state()
+                with torch.no_grad():
+                    outputs.append(run(chunk))
+        leaves = [output.detach().requires_grad_() for output in outputs]
+        value = loss(assemble(leaves, chunks))
+        check(value)
+        gradients = torch.autograd.grad(value, leaves)
+        if live:
+            propagate(sum_of_products([outputs[place] for place in live], [gradients[place] for place in live]))
+        outputs.clear()
+    for place in again:
+        context = unsynchronised() if place != again[-1] else contextlib.nullcontext()
+        with context, _replaying(states.pop(place)):
+            propagate(sum_of_products([run(chunks[place])], [gradients[place]]))
+    return value.detach()
+
+
+def sum_of_products(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar whose gradient by the outputs are the given gradients."""
+    return torch.stack([(output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True)]).sum()
+
+
+def _live(chunks: Sequence[Chunk], activation_tokens: int | None) -> set[int]:
+    """Chunks that keep their activations: the last ones, and at least one, since one at a time is held in any case."""
+    if activation_tokens is None:
+        return set(range(len(chunks)))
+    live: set[int] = set()
+    held = 0
+    for place in reversed(range(len(chunks))):
+        held += chunks[place].tokens
+        if live and held > activation_tokens:
+            break
+        live.add(place)
+    return live
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _restore(state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(list(state[1:]))
+
+
+@contextlib.contextmanager
+def _replaying(state: Sequence[Tensor]) -> Iterator[None]:
+    """The same dropout again; what comes after is as random as if nothing had been repeated."""
+    after = _random_state()
+    _restore(state)
+    try:
+        yield
+    finally:
+        _restore(after)
+
+
+def batch_run(model: Any, batch: Batch, collate: Callable[..., Any], device: torch.device) -> Run:
+    """Pad a chunk and move it to the device when it is its turn, and run the model on it."""
+
+    def run(chunk: Chunk) -> Tensor:
+        arrays = collate([batch.sides[chunk.side][place] for place in chunk.places])
+        output: Tensor = model({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+        return output
+
+    return run

@@ -1,0 +1,38 @@
+"""When a run should end before its last step: it goes nowhere, or it goes off."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+# A loss that is above so many times the worst of the first steps, for so many steps on end, does not come back.
+_FIRST, _FACTOR, _ON_END = 20, 4.0, 10
+
+
+class LossWatch:
+    """Tells a loss that has gone off from a few bad batches. It counts from where a run began or was resumed."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=_ON_END)
+
+    def add(self, loss: float) -> str | None:
+        """Look at the loss of a step; say what is wrong, or None."""
+        if len(self._first) < _FIRST:
+            self._first.append(loss)
+            return None
+        self._recent.append(loss)
+        worst = max(self._first)
+        if len(self._recent) < _ON_END or min(self._recent) <= _FACTOR * max(worst, 0.0):
+            return None
+        return (
+            f"the loss diverges: at least {min(self._recent):.4g} in each of the last {_ON_END} steps, "
+            f"at most {worst:.4g} in the first {_FIRST}"
+        )
+
+
+def out_of_patience(values: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` of these evaluations were no better than the best before them."""
+    if patience is None or not values:
+        return False
+    return len(values) - 1 - list(values).index(max(values)) >= patience
