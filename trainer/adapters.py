@@ -39,8 +39,8 @@ def add_lora(
 ) -> None:
     """Put adapters into the backbone, and let nothing be trained but them and the head. In place.
 
-    The adapters are float32 at least, whatever the backbone is. Seed torch before: A starts at random. Change the dropout of the
-    transformer before, too: `dropout` is that of the adapters' input.
+    The adapters are float32 at least, whatever the backbone is. Seed torch before: A starts at random. Change the
+    dropout of the transformer before, too: `dropout` is that of the adapters' input.
 
     Args:
         model: has no adapters yet.
@@ -164,10 +164,11 @@ def save_adapter(model: RetrievalModel, folder: Path, *, base: str | None = None
     if not has_adapters(model):
         raise UsageError("the model has no adapters that could be saved")
     heads = {name.removeprefix(_BACKBONE) for name in head_parameters(model) if name.startswith(_BACKBONE)}
+    kind = "SEQ_CLS" if model.backbone.get_output_embeddings() is None else "CAUSAL_LM"
     config = model.backbone.peft_config[_ADAPTER].to_dict()
     config |= {
         "base_model_name_or_path": base or model.backbone.name_or_path,
-        "task_type": "FEATURE_EXTRACTION" if model.task == "embed" else "SEQ_CLS",
+        "task_type": "FEATURE_EXTRACTION" if model.task == "embed" else kind,
         "inference_mode": True,
         "modules_to_save": sorted({_module_to_save(name) for name in heads}) or None,
         "target_modules": sorted(config["target_modules"]),

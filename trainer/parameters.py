@@ -76,9 +76,7 @@ def parameter_groups(
         UsageError: a pattern matches nothing that is trained, or a number is out of range.
     """
     rates = rates or {}
-    bad = [
-        f"{pattern}: expected a learning rate above 0, got {rate}" for pattern, rate in rates.items() if not rate > 0
-    ]
+    bad = [f"rates: '{pattern}': expected more than 0, got {rate}" for pattern, rate in rates.items() if not rate > 0]
     if not 0 < layer_decay <= 1:
         bad.append(f"layer decay: expected above 0 and at most 1, got {layer_decay}")
     if bad:
