@@ -1,54 +1,41 @@
-"""Training data: files of rows to checked examples. Free of torch.
+"""Training data: files of rows to checked examples on disk. Free of torch.
 
-files (rtx.runtime.records, or a folder that datasets saved) -> rows -> check -> Triple or Pair -> TrainingData
+files (rtx.runtime.records, or a folder that datasets saved) -> rows -> check -> Example -> TrainingData
 
-Every bad row is named by file and line; nothing is trained on before all of them have been looked at.
+Every bad row is named by file and line; nothing is trained on before all of them have been looked at. One pass over the
+files does that, and leaves the examples where they are read from by position, so that no more than some bytes a row are
+held in memory.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, overload
 
-from rtx.runtime.contract import Task
-from rtx.runtime.errors import DataError, ItemError, MissingExtraError
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.errors import DataError, MissingExtraError
 from rtx.runtime.evalset import Problems
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.records import BadRecord, Input
-from rtx.runtime.text import check_text
+from rtx.trainer.examples import Example as Example
+from rtx.trainer.examples import Needs as Needs
+from rtx.trainer.examples import Row as Row
+from rtx.trainer.examples import RowChecker
+from rtx.trainer.store import ExampleStore, ExampleWriter, TextHashes
 
-_COLUMNS: dict[Task, tuple[str, ...]] = {
-    "embed": ("query", "positive", "negative", "negatives"),
-    "rerank": ("query", "document", "label", "positive", "negative", "negatives"),
-}
-_NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
+# Data that takes more than this is kept in a file.
+_MEMORY_BYTES = 64 * 2**20
+_ROWS_BETWEEN_REPORTS = 4096
 
-
-class Triple(NamedTuple):
-    """What an embedder learns from: a query, a document that answers it, and documents that do not."""
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-
-
-class Pair(NamedTuple):
-    """What a reranker learns from: `label` in [0, 1] is whether the document answers the query."""
-
-    query: str
-    document: str
-    label: float
-
-
-Example = Triple | Pair
-Row = Mapping[str, object]
+Report = Callable[[int, float | None], None]
+"""Is told the number of rows that are read, and how much of the file at hand that is, 0 to 1, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -67,177 +54,204 @@ class Source:
 
 
 class TrainingData(Sequence[Example]):
-    """Checked examples, all Triple or all Pair, and the files they came from."""
+    """Checked examples by position, and the files they came from.
 
-    def __init__(self, task: Task, examples: list[Example], sources: tuple[Source, ...]) -> None:
-        self.task = task
-        self.examples = examples
+    A copy in another process reads the same file; that of large data is removed with the object that made it.
+
+    Attributes:
+        needs: what was demanded of each row.
+        sources: in the order of the examples.
+        documents: how many documents the examples have together.
+    """
+
+    def __init__(
+        self, store: ExampleStore, sources: tuple[Source, ...], *, needs: Needs, paths: Sequence[str], documents: int
+    ) -> None:
+        self.needs = needs
         self.sources = sources
+        self.documents = documents
+        self._store = store
+        self._paths = tuple(paths)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        return self.examples[index]
+        if isinstance(index, slice):
+            return [self._store.example(place) for place in range(*index.indices(len(self)))]
+        return self._store.example(self._checked(index))
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self._store)
+
+    def where(self, index: int) -> str:
+        """Where an example came from, as "train.jsonl:17": its file and line (parquet: row)."""
+        index = self._checked(index)
+        for path, end in zip(self._paths, accumulate(source.rows for source in self.sources), strict=True):
+            if index < end:
+                return f"{path}:{self._store.line(index)}"
+        raise AssertionError(index)
+
+    def hashes(self, rows: NDArray[np.integer[Any]]) -> TextHashes:
+        """Hashes of the texts of some rows, in the order of `rows`: equal texts have equal ones, in any process."""
+        return self._store.hashes(rows)
 
     @classmethod
-    def read(cls, paths: Sequence[str | Path], *, task: Task) -> TrainingData:
-        """Read and join files; a row with a positive and negatives becomes several pairs for a reranker.
+    def read(
+        cls,
+        paths: Sequence[str | Path],
+        *,
+        needs: Needs,
+        folder: str | Path | None = None,
+        memory_bytes: int = _MEMORY_BYTES,
+        report: Report | None = None,
+    ) -> TrainingData:
+        """Read and join files.
 
         Args:
             paths: files as rtx.runtime.records reads them (jsonl, csv, tsv, each also .gz, and parquet), or folders
                 that `datasets` saved to disk.
-            task: which columns are expected.
+            needs: what the loss needs of a row.
+            folder: where the checked rows of large data are kept for as long as this object lives; None for the
+                system's folder of temporary files.
+            memory_bytes: smaller data is kept in memory.
+            report: is told now and then how far it is.
 
         Raises:
             DataError: a file cannot be read, a column is missing or misspelt, a row cannot be used (the first ten and
                 their number), or there is no row at all.
             UsageError: a file's name tells no format.
             MissingExtraError: pyarrow or datasets is needed and not installed.
+            ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(task)
-        for path in map(Path, paths):
-            before = builder.rows
-            for where, row in _read(path):
-                builder.add(where, row)
-            builder.sources.append(Source(path.name, builder.rows - before, sha256_of(path)))
-        return builder.build()
+        builder = _Builder(needs, folder, memory_bytes)
+        with builder:
+            for path in map(Path, paths):
+                builder.read(path, report)
+            return builder.build()
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Row], *, task: Task, name: str = "rows") -> TrainingData:
+    def from_rows(
+        cls,
+        rows: Iterable[Row],
+        *,
+        needs: Needs,
+        name: str = "rows",
+        folder: str | Path | None = None,
+        memory_bytes: int = _MEMORY_BYTES,
+    ) -> TrainingData:
         """Examples from mappings with the same columns, such as a list of dicts or a `datasets.Dataset`.
+
+        Args:
+            rows: read once, from front to back.
+            needs, folder, memory_bytes: as `read` has them.
+            name: what messages call them.
 
         Raises:
             DataError: a row cannot be used, or there is none.
+            ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(task)
-        for number, row in enumerate(rows, start=1):
-            builder.add(f"{name}:{number}", row)
-        digest = hashlib.sha256()
-        for example in builder.examples:
-            digest.update(json.dumps(example).encode() + b"\n")
-        builder.sources.append(Source(name, builder.rows, digest.hexdigest()))
-        return builder.build()
+        builder = _Builder(needs, folder, memory_bytes)
+        with builder:
+            builder.take(name, rows)
+            return builder.build()
+
+    def _checked(self, index: int) -> int:
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return place
 
 
 class _Builder:
     """Collects examples and problems over all files, so that one pass names every bad row."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.rows = 0
-        self.examples: list[Example] = []
-        self.sources: list[Source] = []
+    def __init__(self, needs: Needs, folder: str | Path | None, memory_bytes: int) -> None:
+        self._needs = needs
+        self._checker = RowChecker(needs)
+        self._writer = ExampleWriter(folder=None if folder is None else Path(folder), memory_bytes=memory_bytes)
         self._problems = Problems("training data")
-        self._seen_columns: set[frozenset[str]] = set()
+        self._sources: list[Source] = []
+        self._paths: list[str] = []
+        self._rows = 0
+        self._documents = 0
 
-    def add(self, where: str, row: object) -> None:
-        self.rows += 1
-        if isinstance(row, BadRecord):
-            self._problems.add(str(row))
-            return
-        if not isinstance(row, Mapping):
-            self._problems.add(f"{where}: expected a mapping of columns, got {type(row).__name__}")
-            return
-        self._check_columns(where, frozenset(row))
-        problems: list[str] = []
-        found = [_triple(row, problems)] if self.task == "embed" else _pairs(row, problems)
-        if problems:
-            self._problems.add(f"{where}: {'; '.join(problems)}")
-        else:
-            self.examples += found
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._writer.discard()
+
+    def read(self, path: Path, report: Report | None) -> None:
+        before = self._rows
+        for record in read_rows(path, report):
+            self._add(record.where, record.line, record.row)
+        self._sources.append(Source(path.name, self._rows - before, sha256_of(path)))
+        self._paths.append(str(path))
+
+    def take(self, name: str, rows: Iterable[Row]) -> None:
+        digest = hashlib.sha256()
+        for number, row in enumerate(rows, start=1):
+            if (example := self._add(f"{name}:{number}", number, row)) is not None:
+                digest.update(json.dumps(example).encode() + b"\n")
+        self._sources.append(Source(name, self._rows, digest.hexdigest()))
+        self._paths.append(name)
 
     def build(self) -> TrainingData:
         self._problems.raise_any()
-        if not self.examples:
-            raise DataError(f"training data: no rows in {', '.join(source.name for source in self.sources)}")
-        return TrainingData(self.task, self.examples, tuple(self.sources))
+        if not self._rows:
+            raise DataError(f"training data: no rows in {', '.join(source.name for source in self._sources)}")
+        return TrainingData(
+            self._writer.finish(),
+            tuple(self._sources),
+            needs=self._needs,
+            paths=self._paths,
+            documents=self._documents,
+        )
 
-    def _check_columns(self, where: str, names: frozenset[str]) -> None:
-        """A misspelt column would be left out of the training in silence."""
-        if names in self._seen_columns:
-            return
-        self._seen_columns.add(names)
-        for name in sorted(names - {*_COLUMNS[self.task]}):
-            # So close that it is no column of another meaning, as query_id or document_id would be.
-            close = difflib.get_close_matches(name.lower(), _COLUMNS[self.task], n=1, cutoff=0.88)
-            if close and not _NUMBERED_NEGATIVE.fullmatch(name):
-                self._problems.add(f"{where}: column '{name}' is not known; did you mean '{close[0]}'?")
-
-
-def _triple(row: Row, problems: list[str]) -> Triple:
-    return Triple(_text(row, "query", problems), _text(row, "positive", problems), _negatives(row, problems))
-
-
-def _pairs(row: Row, problems: list[str]) -> list[Pair]:
-    if "positive" in row and "document" not in row:
-        query, positive, negatives = _triple(row, problems)
-        return [Pair(query, positive, 1.0), *(Pair(query, negative, 0.0) for negative in negatives)]
-    return [Pair(_text(row, "query", problems), _text(row, "document", problems), _label(row, problems))]
+    def _add(self, where: str, line: int, row: Row | BadRecord) -> Example | None:
+        self._rows += 1
+        if isinstance(row, BadRecord):
+            self._problems.add(str(row))
+            return None
+        example, _, problems = self._checker.check(row)
+        if problems:
+            self._problems.add(f"{where}: {'; '.join(problems)}")
+        elif example is not None:
+            self._documents += len(example.documents)
+            self._writer.add(example, line)
+        return example
 
 
-def _text(row: Row, name: str, problems: list[str]) -> str:
-    if name not in row:
-        problems.append(f"has no {name}; it has {', '.join(sorted(row)) or 'no field at all'}")
-        return ""
-    value = check_text(0, row[name])
-    if isinstance(value, ItemError):
-        problems.append(f"{name}: {value.message}")
-        return ""
-    if not value.strip():
-        problems.append(f"{name}: is empty")
-    return value
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """A row of a file as it is there, or what keeps it from being read; `line` is the row's number in parquet."""
+
+    where: str
+    line: int
+    row: Row | BadRecord
 
 
-def _negatives(row: Row, problems: list[str]) -> tuple[str, ...]:
-    """All negatives of a row, from `negative`, `negatives` and `negative_1` … together; null and "" are none."""
-    numbered = sorted((name for name in row if _NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
-    found = [(name, row[name]) for name in ("negative", *numbered) if row.get(name) not in (None, "")]
-    several = row.get("negatives")
-    if isinstance(several, str) and several:
-        # A cell of a csv file.
-        try:
-            several = json.loads(several)
-        except json.JSONDecodeError:
-            problems.append("negatives: expected a list of texts (in csv: a JSON list)")
-            several = None
-    if several is not None and several != "":
-        if isinstance(several, str | Mapping) or not isinstance(several, Iterable):
-            problems.append(f"negatives: expected a list of texts, got {type(several).__name__}")
-        else:
-            found += [(f"negatives[{i}]", value) for i, value in enumerate(several)]
-    return tuple(_text({name: value}, name, problems) for name, value in found)
+def read_rows(path: Path, report: Report | None = None) -> Iterator[ReadRow]:
+    """The rows of a file or of a folder that `datasets` saved, one at a time, unchecked.
 
-
-def _label(row: Row, problems: list[str]) -> float:
-    value = row.get("label")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            problems.append(f"label: expected a number from 0 to 1, got {value!r}")
-            return 0.0
-    if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
-        problems.append(f"label: expected a number from 0 to 1, got {value!r}")
-        return 0.0
-    return float(value)
-
-
-def _read(path: Path) -> Iterator[tuple[str, Row | BadRecord]]:
-    """Rows of one file, each with its place."""
+    Raises:
+        DataError, UsageError, MissingExtraError: the file as a whole cannot be read.
+    """
     if path.is_dir():
-        yield from _read_datasets(path)
+        yield from _read_datasets(path, report)
         return
     with Input(str(path)) as source:
-        for record in source.all_columns():
-            yield record.where, record if isinstance(record, BadRecord) else record.fields
+        for count, record in enumerate(source.all_columns(), start=1):
+            if report is not None and count % _ROWS_BETWEEN_REPORTS == 0:
+                report(count, source.fraction())
+            row = record if isinstance(record, BadRecord) else record.fields
+            yield ReadRow(record.where, int(record.id), row)
 
 
-def _read_datasets(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_datasets(path: Path, report: Report | None) -> Iterator[ReadRow]:
     try:
         import datasets
     except ImportError as missing:
@@ -251,4 +265,6 @@ def _read_datasets(path: Path) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{path}: has no split 'train' ({', '.join(found)}); name the folder of a split instead")
         found = found["train"]
     for number, row in enumerate(found, start=1):
-        yield f"{path}:{number}", row
+        if report is not None and number % _ROWS_BETWEEN_REPORTS == 0:
+            report(number, number / len(found))
+        yield ReadRow(f"{path}:{number}", number, row)

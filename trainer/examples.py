@@ -1,0 +1,239 @@
+"""Rows of training data to checked examples, one at a time. Free of torch.
+
+A row has one of three forms, whatever the task:
+
+    query, positive, negative / negatives / negative_1 …   [scores: one a document, the positive's first]
+    query, document, label
+    query, documents, labels
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple, get_args
+
+from rtx.runtime.errors import ItemError
+from rtx.runtime.text import check_text
+
+Needs = Literal["positives", "negatives", "labels", "lists", "scores"]
+"""What a loss needs of every row.
+
+    positives  the first document answers the query; any number of others do not
+    negatives  the same, with at least one other
+    labels     one label in [0, 1] a document
+    lists      at least two documents, each with a label of at least 0
+    scores     positive and negatives, at least two documents in all, each with a teacher's score
+"""
+Form = Literal["positive", "document", "documents"]
+"""The column that tells the form of a row."""
+Row = Mapping[str, object]
+
+FORMS: tuple[Form, ...] = get_args(Form)
+_COLUMNS: dict[Form, tuple[str, ...]] = {
+    "positive": ("query", "positive", "negative", "negatives"),
+    "document": ("query", "document", "label"),
+    "documents": ("query", "documents", "labels"),
+}
+_FORMS: dict[Needs | None, tuple[Form, ...]] = {
+    None: FORMS,
+    "positives": ("positive",),
+    "negatives": ("positive",),
+    "labels": ("document", "documents", "positive"),
+    "lists": ("documents", "positive"),
+    "scores": ("positive",),
+}
+_EXPECTED: dict[Needs | None, str] = {
+    None: "query, positive, negative(s); or query, document, label; or query, documents, labels",
+    "positives": "query, positive and, where there are any, negative(s)",
+    "negatives": "query, positive and negative(s)",
+    "labels": "query, document, label; or query, documents, labels; or query, positive, negative(s)",
+    "lists": "query, documents, labels; or query, positive, negative(s)",
+    "scores": "query, positive, negative(s) and scores",
+}
+# Where a label has bounds: (lowest, highest, in words).
+_FINITE = (-math.inf, math.inf, "a finite number")
+_BOUNDS: dict[Needs | None, tuple[float, float, str]] = {
+    "labels": (0.0, 1.0, "a number from 0 to 1"),
+    "lists": (0.0, math.inf, "a finite number of at least 0"),
+}
+_NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
+
+
+class Example(NamedTuple):
+    """A query and documents for it.
+
+    Attributes:
+        query: the text.
+        documents: at least one text. Of a row with a positive, that one first and then the negatives in order.
+        labels: one a document: how well it answers the query, or a teacher's score of it.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    labels: tuple[float, ...]
+
+
+class CheckedRow(NamedTuple):
+    """What came of a row.
+
+    Attributes:
+        example: None if the row cannot be used.
+        form: of the row; None where it is not clear.
+        problems: what is wrong. A problem of the columns is told with the first row that has such columns, and those
+            that follow come without example and without problem.
+    """
+
+    example: Example | None
+    form: Form | None
+    problems: tuple[str, ...] = ()
+
+
+class RowChecker:
+    """Turns rows into examples for a loss.
+
+    Args:
+        needs: what the loss needs; None takes whatever a row has.
+    """
+
+    def __init__(self, needs: Needs | None) -> None:
+        self.needs = needs
+        # Where no scores are needed, a column `score` has a meaning of its own.
+        scores = ("scores",) if needs == "scores" else ()
+        self._known = sorted({name for form in _FORMS[needs] for name in _COLUMNS[form]} | {*scores})
+        # Sets of columns that have been looked at, and whether rows with them can be used.
+        self._columns: dict[frozenset[str], bool] = {}
+
+    def check(self, row: object) -> CheckedRow:
+        """An example, or what is wrong with the row."""
+        if not isinstance(row, Mapping):
+            return CheckedRow(None, None, (f"expected a mapping of columns, got {type(row).__name__}",))
+        given = [form for form in FORMS if not _blank(row.get(form))]
+        if len(given) > 1:
+            return CheckedRow(None, None, (f"has {' and '.join(given)}; expected one of them",))
+        form = given[0] if given else next((form for form in FORMS if form in row), _FORMS[self.needs][0])
+        names = frozenset(row)
+        problems = [] if names in self._columns else self._check_columns(names, form)
+        if not self._columns.setdefault(names, form in _FORMS[self.needs]):
+            return CheckedRow(None, form, tuple(problems))
+        known = len(problems)
+        example = self._example(row, form, problems)
+        return CheckedRow(example if len(problems) == known else None, form, tuple(problems))
+
+    def _check_columns(self, names: frozenset[str], form: Form) -> list[str]:
+        if form not in _FORMS[self.needs]:
+            return [f"has the columns {', '.join(sorted(names))}; expected {_EXPECTED[self.needs]}"]
+        # A misspelt column would be left out of the training in silence.
+        problems = []
+        for name in sorted(names - {name for columns in _COLUMNS.values() for name in columns} - {"scores"}):
+            # So close that it is no column of another meaning, as query_id or document_id would be.
+            close = difflib.get_close_matches(name.lower(), self._known, n=1, cutoff=0.88)
+            if close and not _NUMBERED_NEGATIVE.fullmatch(name):
+                problems.append(f"column '{name}' is not known; did you mean '{close[0]}'?")
+        return problems
+
+    def _example(self, row: Row, form: Form, problems: list[str]) -> Example:
+        query = _text(row, "query", problems)
+        if form == "positive":
+            documents = (_text(row, "positive", problems), *_negatives(row, problems))
+            labels: tuple[float, ...] = (1.0,) + (0.0,) * (len(documents) - 1)
+            if not _blank(row.get("scores")):
+                labels = self._numbers(row, "scores", len(documents), problems)
+            elif self.needs == "scores":
+                problems.append(_missing(row, "scores"))
+        elif form == "document":
+            documents = (_text(row, "document", problems),)
+            labels = (self._number("label", row.get("label"), problems),)
+        else:
+            documents = tuple(
+                _text({name: value}, name, problems) for name, value in _items(row, "documents", "texts", problems)
+            )
+            labels = self._numbers(row, "labels", len(documents), problems)
+        if not problems:
+            problems += self._too_few(form, len(documents))
+        return Example(query, documents, labels)
+
+    def _too_few(self, form: Form, documents: int) -> list[str]:
+        if form == "positive" and documents < 2 and self.needs in ("negatives", "lists", "scores"):
+            return ["has no negative; expected at least one"]
+        if documents < (2 if self.needs == "lists" else 1):
+            return [f"documents: has {documents}; expected at least {2 if self.needs == 'lists' else 1}"]
+        return []
+
+    def _numbers(self, row: Row, name: str, documents: int, problems: list[str]) -> tuple[float, ...]:
+        if _blank(row.get(name)):
+            problems.append(_missing(row, name))
+            return ()
+        before = len(problems)
+        values = _items(row, name, "numbers", problems)
+        if len(problems) == before and len(values) != documents:
+            problems.append(f"{name}: has {len(values)} for {documents} documents; expected one each")
+        return tuple(self._number(place, value, problems) for place, value in values)
+
+    def _number(self, name: str, value: object, problems: list[str]) -> float:
+        low, high, words = _BOUNDS.get(self.needs, _FINITE)
+        if isinstance(value, str):
+            # A cell of a csv file.
+            try:
+                value = float(value)
+            except ValueError:
+                problems.append(f"{name}: expected {words}, got {value!r}")
+                return 0.0
+        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            problems.append(f"{name}: expected {words}, got {value!r}")
+            return 0.0
+        return float(value)
+
+
+def _blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value)
+
+
+def _missing(row: Row, name: str) -> str:
+    return f"has no {name}; it has {', '.join(sorted(row)) or 'no field at all'}"
+
+
+def _text(row: Row, name: str, problems: list[str]) -> str:
+    if name not in row:
+        problems.append(_missing(row, name))
+        return ""
+    value = check_text(0, row[name])
+    if isinstance(value, ItemError):
+        problems.append(f"{name}: {value.message}")
+        return ""
+    if not value.strip():
+        problems.append(f"{name}: is empty")
+    return value
+
+
+def _negatives(row: Row, problems: list[str]) -> tuple[str, ...]:
+    """All negatives of a row, from `negative`, `negatives` and `negative_1` … together; null and "" are none."""
+    numbered = sorted((name for name in row if _NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
+    found = [(name, row[name]) for name in ("negative", *numbered) if not _blank(row.get(name))]
+    if not _blank(row.get("negatives")):
+        found += _items(row, "negatives", "texts", problems)
+    return tuple(_text({name: value}, name, problems) for name, value in found)
+
+
+def _items(row: Row, name: str, kind: str, problems: list[str]) -> list[tuple[str, object]]:
+    """The items of a list with their places, as "negatives[0]"."""
+    if name not in row:
+        problems.append(_missing(row, name))
+        return []
+    several = row[name]
+    if isinstance(several, str):
+        # A cell of a csv file.
+        try:
+            several = json.loads(several)
+        except (ValueError, RecursionError):
+            several = None
+        if not isinstance(several, list):
+            problems.append(f"{name}: expected a list of {kind} (in csv: a JSON list)")
+            return []
+    if isinstance(several, Mapping) or not isinstance(several, Iterable):
+        problems.append(f"{name}: expected a list of {kind}, got {type(several).__name__}")
+        return []
+    return [(f"{name}[{place}]", value) for place, value in enumerate(several)]
