@@ -34,9 +34,17 @@ _NOTES = "pkg.torch."
 class _Exported(nn.Module):
     """The model as its graph: named inputs, float32 outputs."""
 
+    direction: Tensor
+    bias: Tensor
+
     def __init__(self, model: RetrievalModel) -> None:
         super().__init__()
         self.model = model
+        if model.layout.logit_score is not None:
+            # As constants: the graph has no use for the other rows of the language model's head.
+            direction, bias = model.score_direction()
+            self.register_buffer("direction", direction.detach())
+            self.register_buffer("bias", bias.detach())
 
     def forward(
         self,
@@ -52,6 +60,10 @@ class _Exported(nn.Module):
             "pooling_mask": pooling_mask,
         }
         batch = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if self.model.layout.logit_score is not None:
+            hidden = self.model.encode_tokens(batch)
+            logits = self.model.score_last_token(hidden, batch, self.direction, self.bias)
+            return (self.model.activate(logits),)
         if self.model.task == "rerank":
             return (self.model.activate(self.model(batch)),)
         hidden = self.model.encode_tokens(batch)
@@ -142,7 +154,9 @@ def module_of(node: ir.Node) -> str:
 def is_scoring(node: ir.Node) -> bool:
     """Whether a node belongs to pooling, head or classifier, which stay float32 in every variant."""
     modules, kinds = _modules(node), _classes(node)
-    if _BACKBONE not in modules or kinds[-1].endswith(_CLASSIFICATION_MODEL):
+    # Of a language model only the transformer in it is run, and not the module around both.
+    inside = any(name == _BACKBONE or name.startswith(f"{_BACKBONE}.") for name in modules)
+    if not inside or kinds[-1].endswith(_CLASSIFICATION_MODEL):
         return True
     return any(name.rpartition(".")[2] in _SCORING for name in modules)
 

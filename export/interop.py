@@ -22,7 +22,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from rtx.trainer.checkpoint import read_json, write_layout
+from rtx.trainer.checkpoint import write_layout
+from rtx.trainer.json_files import read_json
 from rtx.trainer.model import RetrievalModel
 
 _MODES = {

@@ -35,12 +35,17 @@ class Contract:
             pooled token stays.
         padding_side, pad_token_id, pad_token_type_id: how shorter rows of a batch are filled.
         template: special tokens around an item by their ids, "101 $A 102", or of a pair "101 $A 102 $B:1 102:1" with
-            segment ids other than 0 behind a colon; "" if it was not recorded.
+            segment ids other than 0 behind a colon; of a rendered pair all its fixed tokens; "" if it was not recorded.
+        rendered: what a chat template makes of a pair, with the default prompt in it: the texts before the query,
+            between query and document, and behind the document. The whole is tokenised as one text, and no special
+            tokens are added to it. Empty where there is no chat template, so that the tokenizer joins the two sides.
+        strip_sides: whether the chat template drops the whitespace around query and document.
         pooling: modes, concatenated in this order; empty for a reranker.
         dimension: width of the output vector, after the Matryoshka cut; 1 for a reranker.
         normalize: whether the graph's vectors have L2 norm 1.
         similarity: how two vectors are compared.
-        prompts: text put before an item, by name. "query" and "document" always resolve, to "" if they are not here.
+        prompts: text put before an item, or into the chat template, by name. "query" and "document" always resolve, to
+            "" if they are not here.
         default_prompt: name of the prompt used where the caller names none; None for no prompt.
         include_prompt: False if pooling leaves out the prompt's tokens.
         activation: what the graph already applied to the reranker's logit.
@@ -53,6 +58,8 @@ class Contract:
     pad_token_type_id: int = 0
     padding_side: Side = "right"
     template: str = ""
+    rendered: tuple[str, ...] = ()
+    strip_sides: bool = False
     pooling: tuple[Pooling, ...] = ()
     dimension: int = 1
     normalize: bool = False
@@ -69,6 +76,8 @@ class Contract:
             raise ValueError(f"dimension: expected at least 1, got {self.dimension}")
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
             raise ValueError(f"default_prompt: '{self.default_prompt}' is not in prompts ({', '.join(self.prompts)})")
+        if self.rendered and (self.task != "rerank" or len(self.rendered) != 3):
+            raise ValueError(f"rendered: expected three texts, and those of a reranker; got {len(self.rendered)}")
         if ("pooling_mask" in self.inputs) == self.include_prompt:
             raise ValueError("inputs: pooling_mask has to be there if and only if include_prompt is false")
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import BundleError, ItemError
-from rtx.runtime.pairs import PairTemplate, special_token_template
+from rtx.runtime.pairs import PairTemplate, RenderedPair, special_token_template
 
 Batch = dict[str, NDArray[np.int64]]
 """What a graph takes: by input name, [batch, tokens] int64."""
@@ -60,11 +60,19 @@ class TextPreprocessor:
         self._prompt_tokens: dict[str, int] = {"": 0}
         pairs = contract.task == "rerank"
         tokenizer = self._tokenizer(truncating=not pairs)
-        special = tokenizer.num_special_tokens_to_add(pairs)
+        self._rendered: RenderedPair | None = None
+        if contract.rendered:
+            try:
+                self._rendered = RenderedPair(tokenizer, contract.rendered)
+            except ValueError as wrong:
+                raise BundleError(str(wrong)) from wrong
+            special, template = self._rendered.special_tokens, self._rendered.template
+        else:
+            special = tokenizer.num_special_tokens_to_add(pairs)
+            template = special_token_template(tokenizer, pair=pairs)
         if contract.max_tokens <= special:
             # tokenizers would not truncate at all.
             raise BundleError(f"max_tokens: {contract.max_tokens} leaves no room beside {special} special tokens")
-        template = special_token_template(tokenizer, pair=pairs)
         if contract.template not in ("", template):
             raise BundleError(f"tokenizer.json: makes '{template}' of an item; the contract says '{contract.template}'")
 
@@ -89,10 +97,13 @@ class TextPreprocessor:
     def encode_pairs(self, pairs: Sequence[object]) -> list[Encoded | ItemError]:
         """Tokenise (query, document) pairs; the longer of the two is truncated first.
 
-        The contract's default prompt, if it has one, goes before the query.
+        The contract's default prompt, if it has one, goes before the query, or is in the rendered template.
         """
-        prefix = self.contract.prompt_text(None)
         checked = [check_pair(index, pair) for index, pair in enumerate(pairs)]
+        if self._rendered is not None:
+            given = [self._stripped(pair) for pair in checked if isinstance(pair, tuple)]
+            return _merged(checked, self._encode_rendered(self._rendered, given))
+        prefix = self.contract.prompt_text(None)
         valid = [self._precut_pair(prefix + pair[0], pair[1]) for pair in checked if isinstance(pair, tuple)]
         # One query stands beside many documents: each text is tokenised once.
         texts = list(dict.fromkeys(text for pair in valid for text in pair))
@@ -104,6 +115,18 @@ class TextPreprocessor:
         template, limit = self._pair_template, self.contract.max_tokens
         rows = (Encoded(*template.build(tokens[first], tokens[second], max_tokens=limit)) for first, second in valid)
         return _merged(checked, rows)
+
+    def _stripped(self, pair: tuple[str, str]) -> tuple[str, str]:
+        return (pair[0].strip(), pair[1].strip()) if self.contract.strip_sides else pair
+
+    def _encode_rendered(self, rendered: RenderedPair, pairs: Sequence[tuple[str, str]]) -> Iterator[Encoded]:
+        limit = self.contract.max_tokens
+        sides = [self._precut_pair(*pair) for pair in pairs]
+        texts = [rendered.text(*pair) for pair in sides]
+        encodings = self._tokenizer(truncating=False).encode_batch_fast(texts, add_special_tokens=False)
+        for pair, encoding in zip(sides, encodings, strict=True):
+            ids = encoding.ids if len(encoding.ids) <= limit else rendered.cut(*pair, max_tokens=limit)
+            yield Encoded(ids, [0] * len(ids))
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
         """Pad items to their longest: by input name of the contract, [len(items), longest] int64."""

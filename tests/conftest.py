@@ -19,6 +19,19 @@ hypothesis.settings.load_profile("rtx")
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
 
+# Causal language models that rerank by yes and no: with a chat template around the pair, and with the pair as it is.
+LANGUAGE_MODELS = ("qwen3-chat", "qwen3-plain")
+
+# As that of Qwen3-Reranker, but shorter.
+_CHAT_TEMPLATE = """<|im_start|>system
+Is it "yes" or "no"?<|im_end|>
+<|im_start|>user
+<I>: {{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | first | default('the query') }}
+<Q>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}
+<D>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>
+<|im_start|>assistant
+{{ '<think>\n\n</think>\n\n' }}"""
+
 _WORDS = [
     "the",
     "a",
@@ -53,8 +66,9 @@ _SIZES = {
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_checkpoint(architecture, task="embed", bare=False, seed=0, **layout)` gives a folder.
 
-    `architecture` is one of ARCHITECTURES, `bare` leaves out the Sentence Transformers side. `layout` sets fields of
-    rtx.trainer.layout.Layout, and for an embedder `normalize=True` and `dense=()`, the widths of Dense modules.
+    `architecture` is one of ARCHITECTURES, or with task "rerank" of LANGUAGE_MODELS; `bare` leaves out the Sentence
+    Transformers side. `layout` sets fields of rtx.trainer.layout.Layout, and for an embedder `normalize=True` and
+    `dense=()`, the widths of Dense modules.
     """
     folders: dict[str, Path] = {}
 
@@ -71,12 +85,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         backbone = cached(key, lambda folder: _build_backbone(folder, architecture, task, seed))
         if bare:
             return backbone
-        return cached((key, layout), lambda folder: _build_checkpoint(folder, backbone, seed, layout))
+        return cached((key, layout), lambda folder: _build_checkpoint(folder, backbone, task, seed, layout))
 
     return tiny
 
 
-def _build_checkpoint(folder: Path, backbone: Path, seed: int, options: dict[str, Any]) -> None:
+def _build_checkpoint(folder: Path, backbone: Path, task: Any, seed: int, options: dict[str, Any]) -> None:
     import dataclasses
 
     import torch
@@ -85,7 +99,7 @@ def _build_checkpoint(folder: Path, backbone: Path, seed: int, options: dict[str
     from rtx.trainer.layout import DenseConfig, HeadModule, NormalizeConfig
     from rtx.trainer.model import RetrievalModel
 
-    model = RetrievalModel.load(backbone)
+    model = RetrievalModel.load(backbone, task=task)
     options = dict(options)
     widths, normalize = options.pop("dense", ()), options.pop("normalize", True)
     layout = dataclasses.replace(model.layout, **options)
@@ -127,13 +141,18 @@ def _build_backbone(folder: Path, architecture: str, task: str, seed: int) -> No
             "share_att_key": True,
         },
         "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+        # The template alone has some 90 tokens.
+        "qwen3-chat": {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 192},
+        # Not shared with the embeddings.
+        "qwen3-plain": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
     }
-    config = transformers.AutoConfig.for_model(architecture, **{**_SIZES, **ids, **special.get(architecture, {})})
+    kind = "qwen3" if architecture in LANGUAGE_MODELS else architecture
+    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **ids, **special.get(architecture, {})})
     torch.manual_seed(seed)
-    if task == "rerank":
+    if task == "rerank" and architecture not in LANGUAGE_MODELS:
         config.num_labels = 1
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-    elif architecture == "qwen3":
+    elif kind == "qwen3":
         model = transformers.AutoModelForCausalLM.from_config(config)
     else:
         model = transformers.AutoModel.from_config(config)
@@ -179,15 +198,23 @@ def _byte_level_tokenizer(architecture: str) -> Any:
         "roberta": (["<s>", "<pad>", "</s>", "<unk>"], ["<mask>"]),
         "modernbert": (["[PAD]", "[CLS]", "[SEP]", "[UNK]"], ["[MASK]"]),
         "qwen3": ([], ["<|endoftext|>"]),
+        "qwen3-plain": ([], ["<|endoftext|>"]),
+        "qwen3-chat": ([], ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]),
     }[architecture]
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a"), ("o", "r"), ("e", "r"), ("Ġ", "of")]
+    if architecture in LANGUAGE_MODELS:
+        merges += [("y", "e"), ("ye", "s"), ("n", "o"), (".", "Ċ"), ("Ċ", "Ċ"), ("Ġ", "s")]
     merged = [left + right for left, right in [("o", "f"), *merges]]
     pieces = [*first, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, *last]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     merges.insert(0, ("o", "f"))
     if architecture == "roberta":
         return transformers.RobertaTokenizer(vocab=vocab, merges=merges)
-    if architecture == "qwen3":
+    if architecture == "qwen3-chat":
+        tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, additional_special_tokens=last[1:])
+        tokenizer.chat_template = _CHAT_TEMPLATE
+        return tokenizer
+    if architecture in ("qwen3", "qwen3-plain"):
         tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
         # As the tokenizer of Qwen3-Embedding: an end token, whose vector is the text's.
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

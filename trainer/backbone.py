@@ -99,7 +99,8 @@ def load_backbone(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Any:
-    """The transformer: without a head for an embedder, with one logit for a reranker. In evaluation mode.
+    """The transformer: without a head for an embedder, with one logit or a language model's head for a reranker. In
+    evaluation mode.
 
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing, left over or of another shape.
@@ -113,9 +114,7 @@ def load_backbone(
                 config.use_cache = False
             if layout.new_classifier:
                 config.num_labels = 1
-            loader = (
-                transformers.AutoModel if layout.task == "embed" else transformers.AutoModelForSequenceClassification
-            )
+            loader = _loader(layout)
             options = {**layout.model_kwargs, **location, "config": config, "dtype": dtype}
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
@@ -127,6 +126,14 @@ def load_backbone(
     _check_weights(backbone, info, source, layout)
     _align(backbone)
     return backbone.eval()
+
+
+def _loader(layout: Layout) -> Any:
+    if layout.task == "embed":
+        return transformers.AutoModel
+    if layout.is_language_model:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
 
 
 def _align(module: nn.Module) -> None:
@@ -146,7 +153,8 @@ def _check_config(config: Any, source: Source, layout: Layout) -> None:
         raise CheckpointError(f"{where}: {config.model_type} is an encoder-decoder; expected an encoder or a decoder")
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise CheckpointError(f"{where}: {config.model_type} has no hidden_size; expected a text model")
-    if layout.task == "rerank" and not layout.new_classifier and config.num_labels != 1:
+    classifies = layout.task == "rerank" and not layout.is_language_model and not layout.new_classifier
+    if classifies and config.num_labels != 1:
         raise CheckpointError(f"{where}: expected a reranker with one label, got {config.num_labels} labels")
 
 

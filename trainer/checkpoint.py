@@ -5,6 +5,7 @@
     sentence_bert_config.json           how the transformer is used; in older folders the limit on length
     1_Pooling/config.json               pooling modes
     2_Dense/config.json, .safetensors   any number of Dense and Normalize modules, in the chain's order
+    1_LogitScore/config.json            the tokens whose logits score a pair, of a reranker that is a language model
 
 Version 6 is written; version 6, all older ones and a bare Hugging Face folder are read. What changes a model's output
 and is not understood is an error, never ignored.
@@ -12,31 +13,33 @@ and is not understood is an error, never ignored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_args
 
 from rtx.runtime.contract import Activation, Pooling, Similarity, Task
 from rtx.runtime.errors import CheckpointError
 from rtx.runtime.schema import parse
-from rtx.trainer.layout import DenseConfig, HeadModule, Layout, NormalizeConfig
+from rtx.trainer.json_files import one_of, read_json, read_object, typed, write_json
+from rtx.trainer.layout import DenseConfig, HeadModule, Layout, LogitScoreConfig, NormalizeConfig
+from rtx.trainer.transformer_config import read_transformer, transformer_config
 
 # The version of the layout that is written. sentence-transformers warns about folders newer than itself.
 LAYOUT_VERSION = "6.0.0"
 
-_NO_LOGIT_SCORE = "rerankers that score by a language model's yes and no tokens are not supported yet"
-# By kind of model: the modules it starts with, and those that may follow in any number.
-_CHAINS = {
-    "SentenceTransformer": (["Transformer", "Pooling"], ["Dense", "Normalize"]),
-    "CrossEncoder": (["Transformer"], []),
-}
+# The kinds of model: the modules it starts with, and those that may follow in any number.
+_CHAINS: tuple[tuple[str, list[str], list[str]], ...] = (
+    ("SentenceTransformer", ["Transformer", "Pooling"], ["Dense", "Normalize"]),
+    ("CrossEncoder", ["Transformer"], []),
+    ("CrossEncoder", ["Transformer", "LogitScore"], []),
+)
 _TYPES = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "Dense": "sentence_transformers.base.modules.dense.Dense",
     "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
 }
 # In the order in which version 5 and older concatenate them.
 _LEGACY_MODES: dict[str, Pooling] = {
@@ -51,14 +54,6 @@ _ACTIVATION_FILES: dict[Activation, str] = {
     "sigmoid": "torch.nn.modules.activation.Sigmoid",
     "identity": "torch.nn.modules.linear.Identity",
 }
-# Before version 6 the file was named after the architecture.
-_TRANSFORMER_FILES = tuple(
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-_TRANSFORMER_TASK: dict[Task, str] = {"embed": "feature-extraction", "rerank": "sequence-classification"}
-_BACKBONE_OUTPUT: dict[Task, str] = {"embed": "last_hidden_state", "rerank": "logits"}
-_MODULE_OUTPUT: dict[Task, str] = {"embed": "token_embeddings", "rerank": "scores"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,26 +61,6 @@ class _PoolingConfig:
     pooling_mode: tuple[Pooling, ...]
     embedding_dimension: int | None = None
     include_prompt: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TransformerConfig:
-    """`sentence_bert_config.json`, version 6 and older names together."""
-
-    max_seq_length: int | None = None
-    do_lower_case: bool = False
-    transformer_task: str | None = None
-    modality_config: dict[str, Any] = field(default_factory=dict)
-    module_output_name: str | None = None
-    message_format: str | None = None
-    processing_kwargs: dict[str, Any] = field(default_factory=dict)
-    unpad_inputs: bool | None = None
-    query_length: int | None = None
-    document_length: int | None = None
-    query_expansion: dict[str, Any] | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    processor_kwargs: dict[str, Any] = field(default_factory=dict)
-    config_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def read_layout(folder: Path, task: Task | None = None) -> Layout:
@@ -101,13 +76,13 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
     """
     chain = _read_chain(folder)
     backbone_folder = chain[0][1] if chain else ""
-    model = _read_object(folder / "config_sentence_transformers.json") or {}
+    model = read_object(folder / "config_sentence_transformers.json") or {}
     kind = str(model.get("model_type", "SentenceTransformer"))
     if chain:
         _check_chain(folder, chain, kind)
     if (folder / backbone_folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds a PEFT adapter, not a whole model; merge it into its base model first")
-    backbone = _read_object(folder / backbone_folder / "config.json")
+    backbone = read_object(folder / backbone_folder / "config.json")
     if backbone is None:
         missing = folder / backbone_folder / "config.json"
         raise CheckpointError(
@@ -146,16 +121,15 @@ def _class_of(dotted: str) -> str:
 
 def _check_chain(folder: Path, chain: Sequence[tuple[str, str]], kind: str) -> None:
     names = [name for name, _ in chain]
-    expected, repeated = _CHAINS.get(kind, ([], []))
-    if expected and names[: len(expected)] == expected and set(names[len(expected) :]) <= set(repeated):
-        return
+    for known, first, rest in _CHAINS:
+        if kind == known and names[: len(first)] == first and set(names[len(first) :]) <= set(rest):
+            return
     supported = "; ".join(
-        f"{kind} of {', '.join(first)}" + (f", then any of {', '.join(rest)}" if rest else "")
-        for kind, (first, rest) in _CHAINS.items()
+        f"{known} of {', '.join(first)}" + (f", then any of {', '.join(rest)}" if rest else "")
+        for known, first, rest in _CHAINS
     )
-    hint = f"; {_NO_LOGIT_SCORE}" if "LogitScore" in names else ""
     raise CheckpointError(
-        f"{folder / 'modules.json'}: a {kind} of {', '.join(names)} is not supported; supported are: {supported}{hint}"
+        f"{folder / 'modules.json'}: a {kind} of {', '.join(names)} is not supported; supported are: {supported}"
     )
 
 
@@ -168,10 +142,10 @@ def _read_embedder(folder: Path, chain: Sequence[tuple[str, str]], model: Mappin
         pooling_dimension=pooling.embedding_dimension,
         include_prompt=pooling.include_prompt,
         head=tuple(_read_module(folder, name, path) for name, path in chain[2:]),
-        similarity=cast(Similarity, _one_of(source, model, "similarity_fn_name", get_args(Similarity)) or "cosine"),
-        truncate_dim=_typed(source, model, "truncate_dim", int),
+        similarity=cast(Similarity, one_of(source, model, "similarity_fn_name", get_args(Similarity)) or "cosine"),
+        truncate_dim=typed(source, model, "truncate_dim", int),
         **_read_prompts(source, model),
-        **_read_transformer(folder, chain[0][1], "embed"),
+        **read_transformer(folder, chain[0][1], "embed"),
     )
 
 
@@ -179,30 +153,49 @@ def _read_reranker(
     folder: Path, chain: Sequence[tuple[str, str]], model: Mapping[str, Any], backbone: Mapping[str, Any]
 ) -> Layout:
     source = folder / "config_sentence_transformers.json"
-    name = _typed(source, model, "activation_fn", str)
+    name = typed(source, model, "activation_fn", str)
+    logit_score = _read_logit_score(folder / chain[1][1] / "config.json") if len(chain) > 1 else None
     return Layout(
         task="rerank",
+        logit_score=logit_score,
         activation=_read_activation(source, name) if name else _legacy_activation(folder, backbone),
         **_read_prompts(source, model),
-        **_read_transformer(folder, chain[0][1], "rerank"),
+        **read_transformer(folder, chain[0][1], "rerank", generates=logit_score is not None),
     )
+
+
+def _read_logit_score(file: Path) -> LogitScoreConfig:
+    config = read_object(file)
+    if config is None:
+        raise CheckpointError(f"{file}: missing; expected the configuration of a LogitScore module")
+    return parse(LogitScoreConfig, config, source=str(file), error=CheckpointError)
 
 
 def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str, task: Task | None) -> Layout:
     """A model of transformers without a Sentence Transformers side.
 
-    An embedder pools as sentence-transformers does here, the mean or a causal model's last token, and normalises.
+    An embedder pools as sentence-transformers does here, the mean or a causal model's last token, and normalises. A
+    causal model as a reranker is scored by its yes and no, as there.
     """
     architectures = backbone.get("architectures") or [""]
     classifies = str(architectures[0]).endswith("ForSequenceClassification")
     causal = str(architectures[0]).endswith("ForCausalLM") and backbone.get("is_causal", True) is not False
     if task == "rerank" and str(architectures[0]).endswith("ForCausalLM"):
-        # A new classification head would rank at random what others rank by the model's yes and no.
-        raise CheckpointError(f"{folder / backbone_folder / 'config.json'}: {architectures[0]}: {_NO_LOGIT_SCORE}")
+        return Layout(
+            task="rerank",
+            backbone_folder=backbone_folder,
+            new_logit_score=True,
+            message_format="auto",
+            activation="sigmoid",
+        )
     if task == "rerank" or (task is None and classifies):
         activation = _legacy_activation(folder / backbone_folder, backbone)
         return Layout(
-            task="rerank", backbone_folder=backbone_folder, new_classifier=not classifies, activation=activation
+            task="rerank",
+            backbone_folder=backbone_folder,
+            new_classifier=not classifies,
+            message_format="auto" if classifies else None,
+            activation=activation,
         )
     return Layout(
         task="embed",
@@ -215,16 +208,16 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
 def _read_module(folder: Path, name: str, path: str) -> HeadModule:
     file = folder / path / "config.json"
     if name == "Normalize":
-        config = _read_object(file) or {}
+        config = read_object(file) or {}
         return HeadModule(config=parse(NormalizeConfig, config, source=str(file), error=CheckpointError), folder=path)
-    dense = _read_object(file)
+    dense = read_object(file)
     if dense is None:
         raise CheckpointError(f"{file}: missing; expected the configuration of a Dense module")
     return HeadModule(config=parse(DenseConfig, dense, source=str(file), error=CheckpointError), folder=path)
 
 
 def _read_pooling(file: Path) -> _PoolingConfig:
-    config = _read_object(file)
+    config = read_object(file)
     if config is None:
         raise CheckpointError(f"{file}: missing; expected the configuration of a Pooling module")
     data = {key: value for key, value in config.items() if key not in _LEGACY_MODES}
@@ -238,58 +231,11 @@ def _read_pooling(file: Path) -> _PoolingConfig:
     return parse(_PoolingConfig, data, source=str(file), error=CheckpointError)
 
 
-def _read_transformer(folder: Path, path: str, task: Task) -> dict[str, Any]:
-    """The fields of Layout that come from `sentence_bert_config.json`."""
-    names = [name for name in _TRANSFORMER_FILES if (folder / path / name).exists()]
-    if not names:
-        return {"backbone_folder": path}
-    file = folder / path / names[0]
-    data = dict(_read_object(file) or {})
-    for old, new in (
-        ("model_args", "model_kwargs"),
-        ("tokenizer_args", "processor_kwargs"),
-        ("config_args", "config_kwargs"),
-    ):
-        if old in data:
-            data.setdefault(new, data.pop(old))
-    config = parse(_TransformerConfig, data, source=str(file), error=CheckpointError)
-    text = {"method": "forward", "method_output_name": _BACKBONE_OUTPUT[task]}
-    expected: list[tuple[str, object, tuple[object, ...]]] = [
-        ("transformer_task", config.transformer_task, (None, _TRANSFORMER_TASK[task])),
-        ("module_output_name", config.module_output_name, (None, _MODULE_OUTPUT[task])),
-        ("modality_config", config.modality_config, ({}, {"text": text})),
-        ("processing_kwargs", config.processing_kwargs, ({},)),
-        ("query_length", config.query_length, (None,)),
-        ("document_length", config.document_length, (None,)),
-        ("query_expansion", config.query_expansion, (None,)),
-    ]
-    problems = [
-        f"{key}: expected {json.dumps(allowed[-1])}, got {json.dumps(value)}"
-        for key, value, allowed in expected
-        if value not in allowed
-    ]
-    if problems:
-        raise CheckpointError(f"{file}: not supported: {'; '.join(problems)}")
-    return {
-        "backbone_folder": path,
-        "max_tokens": config.max_seq_length,
-        "do_lower_case": config.do_lower_case,
-        "model_kwargs": _trusted(config.model_kwargs),
-        "tokenizer_kwargs": _trusted(config.processor_kwargs),
-        "config_kwargs": _trusted(config.config_kwargs),
-    }
-
-
-def _trusted(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what only the caller may decide."""
-    return {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "torch_dtype", "dtype")}
-
-
 def _read_prompts(source: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     prompts = model.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise CheckpointError(f"{source}: prompts: expected texts by name, got {prompts!r}")
-    default = _typed(source, model, "default_prompt_name", str)
+    default = typed(source, model, "default_prompt_name", str)
     if default is not None and default not in prompts:
         raise CheckpointError(f"{source}: default_prompt_name: '{default}' is not in prompts ({', '.join(prompts)})")
     return {"prompts": {name: text or "" for name, text in prompts.items()}, "default_prompt": default}
@@ -309,41 +255,6 @@ def _read_activation(source: Path, dotted: str) -> Activation:
     raise CheckpointError(
         f"{source}: activation_fn: expected {' or '.join(_ACTIVATION_FILES.values())}, got {dotted!r}"
     )
-
-
-def _one_of(source: Path, data: Mapping[str, Any], key: str, known: Sequence[str]) -> str | None:
-    value = data.get(key)
-    if value is not None and value not in known:
-        raise CheckpointError(f"{source}: {key}: expected one of {', '.join(known)}, got {value!r}")
-    return value
-
-
-def _typed(source: Path, data: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
-    value = data.get(key)
-    if value is not None and type(value) is not kind:
-        raise CheckpointError(f"{source}: {key}: expected {kind.__name__}, got {value!r}")
-    return value
-
-
-def read_json(path: Path) -> Any:
-    """The decoded file; None if there is none.
-
-    Raises:
-        CheckpointError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as broken:
-        raise CheckpointError(f"{path}: not readable as JSON: {broken}") from broken
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    data = read_json(path)
-    if data is not None and not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
 
 
 def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> Layout:
@@ -368,16 +279,19 @@ def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> L
             "pooling_mode": layout.pooling[0] if len(layout.pooling) == 1 else list(layout.pooling),
             "include_prompt": layout.include_prompt,
         }
-        _write_json(folder / "1_Pooling" / "config.json", pooling, indent=4)
+        write_json(folder / "1_Pooling" / "config.json", pooling, indent=4)
         for module in head:
-            _write_json(folder / module.folder / "config.json", _module_config(module), indent=4)
+            write_json(folder / module.folder / "config.json", _module_config(module), indent=4)
+    if layout.logit_score is not None:
+        chain.append(("LogitScore", "1_LogitScore"))
+        write_json(folder / "1_LogitScore" / "config.json", vars(layout.logit_score), indent=4)
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": _TYPES[name]}
         for index, (name, path) in enumerate(chain)
     ]
-    _write_json(folder / "modules.json", modules, indent=2)
-    _write_json(folder / "config_sentence_transformers.json", _model_config(layout, versions), indent=2, sort_keys=True)
-    _write_json(folder / "sentence_bert_config.json", _transformer_config(layout), indent=4)
+    write_json(folder / "modules.json", modules, indent=2)
+    write_json(folder / "config_sentence_transformers.json", _model_config(layout, versions), indent=2, sort_keys=True)
+    write_json(folder / "sentence_bert_config.json", transformer_config(layout), indent=4)
     return replace(layout, head=head, backbone_folder="", new_classifier=False)
 
 
@@ -401,20 +315,3 @@ def _model_config(layout: Layout, versions: Mapping[str, str]) -> dict[str, Any]
         return {**config, "activation_fn": _ACTIVATION_FILES[layout.activation]}
     config["similarity_fn_name"] = layout.similarity
     return config if layout.truncate_dim is None else {**config, "truncate_dim": layout.truncate_dim}
-
-
-def _transformer_config(layout: Layout) -> dict[str, Any]:
-    # The limit on length is not here: version 6 keeps it in the tokenizer's `model_max_length`.
-    text = {"method": "forward", "method_output_name": _BACKBONE_OUTPUT[layout.task]}
-    config = {
-        "transformer_task": _TRANSFORMER_TASK[layout.task],
-        "modality_config": {"text": text},
-        "module_output_name": _MODULE_OUTPUT[layout.task],
-    }
-    return {**config, "do_lower_case": True} if layout.do_lower_case else config
-
-
-def _write_json(path: Path, data: object, *, indent: int, sort_keys: bool = False) -> None:
-    path.parent.mkdir(exist_ok=True)
-    text = json.dumps(data, indent=indent, sort_keys=sort_keys)
-    path.write_text(text + "\n", encoding="utf-8")

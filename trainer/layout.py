@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rtx.runtime.contract import Activation, Pooling, Similarity, Task
 
 _EMBEDDING = "sentence_embedding"
+
+MessageFormat = Literal["flat", "structured", "auto"]
+"""How a chat template takes the content of a message: as a text, or as a list of parts; "auto" for what it carries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,19 @@ class HeadModule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitScoreConfig:
+    """`config.json` of a LogitScore module: logit of the true token, less that of the false one if it is not None."""
+
+    true_token_id: int
+    false_token_id: int | None = None
+    module_input_name: str = "causal_logits"
+
+    def __post_init__(self) -> None:
+        if self.module_input_name != "causal_logits":
+            raise ValueError(f"module_input_name: expected causal_logits, got {self.module_input_name}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A checkpoint's Sentence Transformers side.
 
@@ -53,6 +69,11 @@ class Layout:
         task: "embed" or "rerank".
         backbone_folder: where the transformer and the tokenizer lie in the checkpoint; "" for its root.
         new_classifier: the reranker's classification head is not in the checkpoint and starts at random.
+        logit_score: the tokens that a causal language model is scored by, as a reranker; None for any other model.
+        new_logit_score: the checkpoint is such a language model and does not say by which tokens; loading settles it.
+        message_format: a reranker's pairs go through the tokenizer's chat template, as messages of the roles query and
+            document; None if the tokenizer joins the sides of a pair. "auto" is settled by loading.
+        chat_template_kwargs: variables of the chat template.
         pooling: modes of an embedder.
         pooling_dimension: width that the pooling module expects of the backbone; None if it does not say.
         include_prompt: False if pooling leaves out the prompt.
@@ -69,6 +90,10 @@ class Layout:
     task: Task
     backbone_folder: str = ""
     new_classifier: bool = False
+    logit_score: LogitScoreConfig | None = None
+    new_logit_score: bool = False
+    message_format: MessageFormat | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     pooling: tuple[Pooling, ...] = ()
     pooling_dimension: int | None = None
     include_prompt: bool = True
@@ -83,6 +108,16 @@ class Layout:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
     config_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the reranker is a causal language model that is scored by the logits of its tokens."""
+        return self.new_logit_score or self.logit_score is not None
+
+    @property
+    def prompt(self) -> str:
+        """Text of the default prompt; "" for none."""
+        return self.prompts.get(self.default_prompt, "") if self.default_prompt is not None else ""
 
 
 def _check_names(*names: str | None) -> None:

@@ -12,14 +12,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.pairs import special_token_template
+from rtx.runtime.pairs import RenderedPair, special_token_template
 from rtx.runtime.text import TextPreprocessor
-from rtx.trainer import pooling
+from rtx.trainer import logit_score, pooling
 from rtx.trainer.adapters import merged
 from rtx.trainer.backbone import (
     Source,
@@ -35,6 +36,7 @@ from rtx.trainer.backbone import (
 from rtx.trainer.checkpoint import read_layout, write_layout
 from rtx.trainer.engine import TorchEngine
 from rtx.trainer.layout import DenseConfig, HeadModule, Layout
+from rtx.trainer.rendering import Rendered, render_pair
 
 # What `configure` may change: the rest follows from the weights.
 _SETTINGS: dict[Task, tuple[str, ...]] = {
@@ -47,7 +49,8 @@ class RetrievalModel(nn.Module):
     """An embedder or a reranker; `load` makes one.
 
     Args:
-        backbone: a model of transformers, without a head for an embedder, with one logit for a reranker.
+        backbone: a model of transformers, without a head for an embedder, with one logit or a language model's head for
+            a reranker.
         tokenizer: its fast tokenizer.
         head: the modules after pooling, as `layout.head` describes them.
         layout: everything else; `max_tokens` and, for an embedder, `pooling_dimension` are set.
@@ -85,9 +88,10 @@ class RetrievalModel(nn.Module):
 
         Args:
             path: a folder, or the name of a repository on the Hugging Face hub.
-            task: None for the checkpoint's own. "rerank" on anything but a reranker starts a classification head at
-                random (seed it with torch.manual_seed); "embed" on anything but an embedder starts with mean pooling,
-                or the last token's vector for a causal model, and normalisation.
+            task: None for the checkpoint's own. "rerank" on a causal language model scores by its yes and no, and on
+                anything else but a reranker starts a classification head at random (seed it with torch.manual_seed);
+                "embed" on anything but an embedder starts with mean pooling, or the last token's vector for a causal
+                model, and normalisation.
             max_tokens: limit on length, special tokens included; None for the checkpoint's own.
             dtype: of the backbone; pooling, head and logits are float32.
             revision: branch, tag or commit, on the hub.
@@ -105,6 +109,9 @@ class RetrievalModel(nn.Module):
         )
         tokenizer = load_tokenizer(source, layout, trust_remote_code=trust_remote_code)
         check_vocabulary(backbone, tokenizer, source.path_of(layout))
+        layout = logit_score.settle(layout, tokenizer, source.path_of(layout))
+        if layout.logit_score is not None:
+            logit_score.check_head(backbone, layout.logit_score, source.path_of(layout))
         if layout.task == "rerank" and backbone.config.pad_token_id is None:
             # Causal classifiers look for the last token that is no padding.
             backbone.config.pad_token_id = tokenizer.pad_token_id
@@ -166,15 +173,27 @@ class RetrievalModel(nn.Module):
         Returns:
             An embedder's vectors [rows, full_dimension], or a reranker's logits [rows], float32.
         """
+        if self.layout.logit_score is not None:
+            return self.score_last_token(self.encode_tokens(batch), batch, *self.score_direction())
         if self.task == "rerank":
             logits: Tensor = self.backbone(**self._backbone_inputs(batch)).logits
             return pooling.at_least_float32(logits).squeeze(-1)
         return self.pool(self.encode_tokens(batch), batch)
 
     def encode_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The backbone's last hidden states [rows, tokens, hidden], in its dtype."""
-        hidden: Tensor = self.backbone(**self._backbone_inputs(batch)).last_hidden_state
+        """The transformer's last hidden states [rows, tokens, hidden], in its dtype."""
+        transformer = self.backbone if self.layout.logit_score is None else logit_score.decoder_of(self.backbone)
+        hidden: Tensor = transformer(**self._backbone_inputs(batch)).last_hidden_state
         return hidden
+
+    def score_direction(self) -> tuple[Tensor, Tensor]:
+        """Of a language model that reranks: what last hidden states are projected on [hidden], and what is added []."""
+        assert self.layout.logit_score is not None
+        return logit_score.score_direction(self.backbone, self.layout.logit_score)
+
+    def score_last_token(self, hidden: Tensor, batch: Mapping[str, Tensor], direction: Tensor, bias: Tensor) -> Tensor:
+        """Token vectors [rows, tokens, hidden] to logits [rows], by what `score_direction` gives."""
+        return logit_score.score_last_token(hidden, batch["attention_mask"], direction, bias)
 
     def pool(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Token vectors [rows, tokens, hidden] through pooling and the head: [rows, full_dimension] float32."""
@@ -240,10 +259,22 @@ class RetrievalModel(nn.Module):
     def _backbone_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.contract.inputs if name != "pooling_mask"}
 
+    def _render(self, layout: Layout) -> Rendered | None:
+        """What the chat template makes of a pair; None if pairs do not go through one."""
+        if layout.message_format is None:
+            return None
+        return render_pair(self.tokenizer, layout.message_format, layout.prompt, layout.chat_template_kwargs)
+
     def _build_contract(self, layout: Layout) -> Contract:
         """Raises ValueError for a setting that does not fit the model."""
         embeds = layout.task == "embed"
-        special = self.tokenizer.num_special_tokens_to_add(pair=not embeds)
+        rendered = self._render(layout)
+        if rendered is not None:
+            around = RenderedPair(Tokenizer.from_str(self._tokenizer_json), rendered.parts)
+            special, template = around.special_tokens, around.template
+        else:
+            special = self.tokenizer.num_special_tokens_to_add(pair=not embeds)
+            template = special_token_template(self.tokenizer.backend_tokenizer, pair=not embeds)
         if layout.max_tokens is None or layout.max_tokens <= special:
             raise ValueError(f"max_tokens: expected more than the {special} special tokens, got {layout.max_tokens}")
         positions = position_limit(self.backbone)
@@ -261,7 +292,9 @@ class RetrievalModel(nn.Module):
             padding_side=self.tokenizer.padding_side,
             pad_token_id=self.tokenizer.pad_token_id,
             pad_token_type_id=self.tokenizer.pad_token_type_id,
-            template=special_token_template(self.tokenizer.backend_tokenizer, pair=not embeds),
+            template=template,
+            rendered=rendered.parts if rendered is not None else (),
+            strip_sides=rendered is not None and rendered.strip_sides,
             pooling=layout.pooling,
             dimension=(layout.truncate_dim or self.full_dimension) if embeds else 1,
             normalize=bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig),

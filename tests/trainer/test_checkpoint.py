@@ -10,7 +10,7 @@ import pytest
 
 from rtx.runtime.errors import CheckpointError
 from rtx.trainer.checkpoint import read_layout, write_layout
-from rtx.trainer.layout import DenseConfig, HeadModule, Layout, NormalizeConfig
+from rtx.trainer.layout import DenseConfig, HeadModule, Layout, LogitScoreConfig, NormalizeConfig
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 CLASSIFIER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
@@ -144,7 +144,10 @@ def test_a_cross_encoder_and_where_its_activation_stands(
     if model is not None:
         files["modules.json"] = modules(("Transformer", ""), package="sentence_transformers.base.modules.transformer")
         files["config_sentence_transformers.json"] = {"model_type": "CrossEncoder", **model}
-    assert read_layout(write(files)) == Layout(task="rerank", activation=activation)  # type: ignore[arg-type]
+    # Without a Sentence Transformers side, the tokenizer says whether there is a chat template.
+    message_format: Any = "auto" if model is None else None
+    expected = Layout(task="rerank", activation=activation, message_format=message_format)  # type: ignore[arg-type]
+    assert read_layout(write(files)) == expected
 
 
 NORMALIZED = (HeadModule(config=NormalizeConfig()),)
@@ -155,9 +158,14 @@ NORMALIZED = (HeadModule(config=NormalizeConfig()),)
     [
         (BERT, None, Layout(task="embed", pooling=("mean",), head=NORMALIZED)),
         (BERT, "rerank", Layout(task="rerank", new_classifier=True, activation="sigmoid")),
-        (CLASSIFIER, None, Layout(task="rerank", activation="sigmoid")),
+        (CLASSIFIER, None, Layout(task="rerank", activation="sigmoid", message_format="auto")),
         (CLASSIFIER, "embed", Layout(task="embed", pooling=("mean",), head=NORMALIZED)),
         ({"architectures": ["Qwen3ForCausalLM"]}, None, Layout(task="embed", pooling=("lasttoken",), head=NORMALIZED)),
+        (
+            {"architectures": ["Qwen3ForCausalLM"]},
+            "rerank",
+            Layout(task="rerank", new_logit_score=True, message_format="auto", activation="sigmoid"),
+        ),
         (
             {"architectures": ["Qwen3ForCausalLM"], "is_causal": False},
             None,
@@ -170,13 +178,80 @@ def test_a_bare_hugging_face_folder(write: Any, backbone: Any, task: Any, expect
     assert read_layout(write({"config.json": backbone}), task) == expected
 
 
-def test_a_language_model_is_no_start_for_a_classifier(write: Any) -> None:
-    """It would pass for a reranker that scores by yes and no, and rank at random."""
-    folder = write({"config.json": {"architectures": ["Qwen3ForCausalLM"]}})
-    with pytest.raises(
-        CheckpointError, match=r"config\.json: Qwen3ForCausalLM: rerankers that score by .* not supported"
-    ):
-        read_layout(folder, "rerank")
+TEXT = {"method": "forward", "method_output_name": "logits"}
+MESSAGE = {**TEXT, "format": "structured"}
+LOGIT_SCORE = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+    {
+        "idx": 1,
+        "name": "1",
+        "path": "1_LogitScore",
+        "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+    },
+]
+CAUSAL = {
+    "modules.json": LOGIT_SCORE,
+    "config.json": {"architectures": ["Qwen3ForCausalLM"]},
+    "config_sentence_transformers.json": {"model_type": "CrossEncoder"},
+    "1_LogitScore/config.json": {"true_token_id": 7, "false_token_id": 3, "module_input_name": "causal_logits"},
+    "sentence_bert_config.json": {
+        "transformer_task": "text-generation",
+        "modality_config": {"text": TEXT, "message": MESSAGE},
+        "module_output_name": "causal_logits",
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True, "restore_suffix": False}},
+    },
+}
+
+
+def test_a_language_model_scored_by_two_tokens(write: Any) -> None:
+    assert read_layout(write(CAUSAL)) == Layout(
+        task="rerank",
+        logit_score=LogitScoreConfig(true_token_id=7, false_token_id=3),
+        message_format="structured",
+        chat_template_kwargs={"add_generation_prompt": True},
+        activation="sigmoid",
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "chosen"), [({**TEXT, "format": "flat"}, "flat"), ({**TEXT, "format": "auto"}, "auto"), (TEXT, "auto")]
+)
+def test_the_form_of_messages_may_be_left_open(write: Any, message: Any, chosen: str) -> None:
+    use = {**CAUSAL["sentence_bert_config.json"], "modality_config": {"text": TEXT, "message": message}}
+    assert read_layout(write({**CAUSAL, "sentence_bert_config.json": use})).message_format == chosen
+
+
+def test_a_language_model_with_other_ideas_is_refused(write: Any) -> None:
+    def refused(name: str, content: Any) -> str:
+        folder = write({**CAUSAL, name: content})
+        if content is None:
+            (folder / name).unlink()
+        with pytest.raises(CheckpointError) as caught:
+            read_layout(folder)
+        return str(caught.value)
+
+    use = CAUSAL["sentence_bert_config.json"]
+    assert 'transformer_task: expected "text-generation", got "any-to-any"' in refused(
+        "sentence_bert_config.json", {**use, "transformer_task": "any-to-any"}
+    )
+    assert 'transformer_task: expected "text-generation", got null' in refused("sentence_bert_config.json", {})
+    assert "processing_kwargs: expected" in refused(
+        "sentence_bert_config.json", {**use, "processing_kwargs": {"chat_template": {"max_length": 8}}}
+    )
+    assert "processing_kwargs: expected" in refused(
+        "sentence_bert_config.json", {**use, "processing_kwargs": {"text": {"max_length": 8}}}
+    )
+    assert "modality_config: expected" in refused(
+        "sentence_bert_config.json", {**use, "modality_config": {"text": TEXT, "image": TEXT}}
+    )
+    write(CAUSAL)
+    assert "module_input_name: expected causal_logits, got logits" in refused(
+        "1_LogitScore/config.json", {"true_token_id": 7, "module_input_name": "logits"}
+    )
+    assert "true_token_id" in refused("1_LogitScore/config.json", {"false_token_id": 7})
+    assert "1_LogitScore/config.json: missing; expected the configuration of a LogitScore module" in refused(
+        "1_LogitScore/config.json", None
+    )
 
 
 def test_another_task_starts_from_the_backbone_alone(write: Any) -> None:
@@ -212,6 +287,16 @@ LAYOUTS = [
     ),
     Layout(task="rerank", activation="sigmoid", prompts={"query": "q"}),
     Layout(task="rerank", activation="identity"),
+    Layout(task="rerank", activation="identity", message_format="flat", chat_template_kwargs={"instruct": "judge"}),
+    Layout(
+        task="rerank",
+        logit_score=LogitScoreConfig(true_token_id=9, false_token_id=4),
+        message_format="structured",
+        prompts={"judge": "Is it?"},
+        default_prompt="judge",
+        activation="sigmoid",
+    ),
+    Layout(task="rerank", logit_score=LogitScoreConfig(true_token_id=9)),
 ]
 
 
@@ -263,7 +348,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"modules.json": modules(("Transformer", ""), ("Pooling", "1_Pooling"), ("LSTM", "2_LSTM"))},
         r"modules\.json: a SentenceTransformer of Transformer, Pooling, LSTM is not supported; supported are: "
-        r"SentenceTransformer of Transformer, Pooling, then any of Dense, Normalize; CrossEncoder of Transformer$",
+        r"SentenceTransformer of Transformer, Pooling, then any of Dense, Normalize; CrossEncoder of Transformer; "
+        r"CrossEncoder of Transformer, LogitScore$",
     ),
     ({"modules.json": modules(("Router", ""))}, "a SentenceTransformer of Router is not supported"),
     (
@@ -284,10 +370,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {
-            "modules.json": modules(("Transformer", ""), ("LogitScore", "1_LogitScore")),
+            "modules.json": modules(("Transformer", ""), ("LogitScore", "1_LogitScore"), ("Dense", "2_Dense")),
             "config_sentence_transformers.json": {"model_type": "CrossEncoder"},
         },
-        "a CrossEncoder of Transformer, LogitScore is not supported.*yes and no tokens are not supported yet",
+        "a CrossEncoder of Transformer, LogitScore, Dense is not supported; supported are",
     ),
     ({"config.json": None}, r"config\.json: missing; expected a Sentence Transformers checkpoint or"),
     ({"config.json": "[]"}, r"config\.json: expected a JSON object, got list"),
