@@ -104,8 +104,9 @@ class RowChecker:
         # Where no scores are needed, a column `score` has a meaning of its own.
         scores = ("scores",) if needs == "scores" else ()
         self._known = sorted({name for form in _FORMS[needs] for name in _COLUMNS[form]} | {*scores})
-        # Sets of columns that have been looked at, and whether rows with them can be used.
-        self._columns: dict[frozenset[str], bool] = {}
+        # Columns that have been looked at, with the form of the row: None where no such row can be used, else those of
+        # single negatives in order.
+        self._columns: dict[tuple[frozenset[str], Form], tuple[str, ...] | None] = {}
 
     def check(self, row: object) -> CheckedRow:
         """An example, or what is wrong with the row."""
@@ -115,13 +116,16 @@ class RowChecker:
         if len(given) > 1:
             return CheckedRow(None, None, (f"has {' and '.join(given)}; expected one of them",))
         form = given[0] if given else next((form for form in FORMS if form in row), _FORMS[self.needs][0])
-        names = frozenset(row)
-        problems = [] if names in self._columns else self._check_columns(names, form)
-        if not self._columns.setdefault(names, form in _FORMS[self.needs]):
+        columns = frozenset(row), form
+        problems: list[str] = []
+        if columns not in self._columns:
+            problems += self._check_columns(*columns)
+            self._columns[columns] = _single_negatives(row) if form in _FORMS[self.needs] else None
+        negatives = self._columns[columns]
+        if negatives is None:
             return CheckedRow(None, form, tuple(problems))
-        known = len(problems)
-        example = self._example(row, form, problems)
-        return CheckedRow(example if len(problems) == known else None, form, tuple(problems))
+        example = self._example(row, form, negatives, problems)
+        return CheckedRow(None if problems else example, form, tuple(problems))
 
     def _check_columns(self, names: frozenset[str], form: Form) -> list[str]:
         if form not in _FORMS[self.needs]:
@@ -135,10 +139,10 @@ class RowChecker:
                 problems.append(f"column '{name}' is not known; did you mean '{close[0]}'?")
         return problems
 
-    def _example(self, row: Row, form: Form, problems: list[str]) -> Example:
+    def _example(self, row: Row, form: Form, negatives: tuple[str, ...], problems: list[str]) -> Example:
         query = _text(row, "query", problems)
         if form == "positive":
-            documents = (_text(row, "positive", problems), *_negatives(row, problems))
+            documents = (_text(row, "positive", problems), *_negatives(row, negatives, problems))
             labels: tuple[float, ...] = (1.0,) + (0.0,) * (len(documents) - 1)
             if not _blank(row.get("scores")):
                 labels = self._numbers(row, "scores", len(documents), problems)
@@ -209,10 +213,14 @@ def _text(row: Row, name: str, problems: list[str]) -> str:
     return value
 
 
-def _negatives(row: Row, problems: list[str]) -> tuple[str, ...]:
-    """All negatives of a row, from `negative`, `negatives` and `negative_1` … together; null and "" are none."""
-    numbered = sorted((name for name in row if _NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
-    found = [(name, row[name]) for name in ("negative", *numbered) if not _blank(row.get(name))]
+def _single_negatives(names: Iterable[str]) -> tuple[str, ...]:
+    numbered = sorted((name for name in names if _NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
+    return ("negative", *numbered)
+
+
+def _negatives(row: Row, single: tuple[str, ...], problems: list[str]) -> tuple[str, ...]:
+    """All negatives of a row, from `negative`, `negative_1` … and `negatives` together; null and "" are none."""
+    found = [(name, row[name]) for name in single if not _blank(row.get(name))]
     if not _blank(row.get("negatives")):
         found += _items(row, "negatives", "texts", problems)
     return tuple(_text({name: value}, name, problems) for name, value in found)

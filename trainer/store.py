@@ -7,6 +7,7 @@ apart in a batch without a text being read.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
 import weakref
@@ -23,6 +24,9 @@ from rtx.trainer.examples import Example
 # Of one record batch: what is held while rows are written.
 _BATCH_ROWS = 8192
 _BATCH_BYTES = 16 * 2**20
+# A read maps what lies around it too. After so many, all pages are given back, or the whole file would come to count as
+# memory of the process; the system still has them.
+_READS_BEFORE_RELEASE = 1024
 
 
 class TextHashes(NamedTuple):
@@ -42,14 +46,17 @@ class ExampleStore:
 
     Args:
         batches: record batches that ExampleWriter made.
-        path: the file that they are mapped from; None for batches in memory. A copy in another process maps it again.
+        path: the file that they are in; None for batches in memory. A copy in another process maps it again.
+        mapped: the file's bytes.
     """
 
-    def __init__(self, batches: list[Any], path: Path | None = None) -> None:
+    def __init__(self, batches: list[Any], path: Path | None = None, mapped: mmap.mmap | None = None) -> None:
         self._batches = batches
         self._columns = [tuple(batch.columns) for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)], dtype=np.int64)
         self.path = path
+        self._mapped = mapped
+        self._reads = 0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -60,7 +67,11 @@ class ExampleStore:
             index: 0 to len - 1.
         """
         (queries, documents, labels, *_), place = self._find(index)
-        return Example(queries[place].as_py(), tuple(documents[place].as_py()), tuple(labels[place].as_py()))
+        found = Example(queries[place].as_py(), tuple(documents[place].as_py()), tuple(labels[place].as_py()))
+        self._reads += 1
+        if self._reads % _READS_BEFORE_RELEASE == 0:
+            self._release()
+        return found
 
     def line(self, index: int) -> int:
         columns, place = self._find(index)
@@ -84,11 +95,16 @@ class ExampleStore:
         values = np.empty(starts[-1], dtype=np.uint64)
         for chosen, lows, hashes in found:
             values[_ranges(starts[chosen], lengths[chosen])] = hashes[_ranges(lows, lengths[chosen])]
+        self._release()
         return TextHashes(starts, values)
 
     def _find(self, index: int) -> tuple[tuple[Any, ...], int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._columns[number], index - int(self._starts[number])
+
+    def _release(self) -> None:
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ExampleStore, (self._batches,)) if self.path is None else (_map, (self.path,))
@@ -211,8 +227,13 @@ class ExampleWriter:
 def _map(path: Path) -> ExampleStore:
     import pyarrow
 
-    reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-    return ExampleStore([reader.get_batch(number) for number in range(reader.num_record_batches)], path)
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Rows are read in no order: what follows one is not the next.
+        mapped.madvise(mmap.MADV_RANDOM)
+    reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
+    return ExampleStore([reader.get_batch(number) for number in range(reader.num_record_batches)], path, mapped)
 
 
 def _remove(path: Path, process: int) -> None:
