@@ -138,14 +138,15 @@ def _collect_in_file(blocks: Iterable[NDArray[np.float32]], dim: int, folder: Pa
     # Written, not mapped for writing: a full disk is then an error and not the death of the process.
     filled = 0
     with _as_artifact_error(folder):
-        stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        # Without a buffer, which would be written once more, and fail once more, when the stream is closed.
+        stream = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed below
     with stream:
         for block in blocks:
             with _as_artifact_error(folder):
-                stream.write(np.ascontiguousarray(block, dtype=np.float32).data)
+                rest = np.ascontiguousarray(block, dtype=np.float32).ravel().view(np.uint8)
+                while len(rest):
+                    rest = rest[stream.write(rest.data) :]
             filled += len(block)
-        with _as_artifact_error(folder):
-            stream.flush()
         if not filled:  # a mapping of nothing does not exist
             return np.empty((0, dim), dtype=np.float32)
         # The mapping outlives the stream.

@@ -265,7 +265,7 @@ class _Miner:
     def search(self, queries: Sequence[_Query]) -> tuple[_Block, list[Unusable]]:
         """The neighbours of some queries; and the rows of those whose vectors are not finite."""
         vectors = embed_or_nan(self._model, [query.text for query in queries], prompt="query")
-        finite: list[bool] = np.isfinite(vectors).all(axis=1).tolist()
+        finite = np.asarray(np.isfinite(vectors).all(axis=1))
         unusable = [
             Unusable(row, f"query: {_NO_VECTOR}")
             for query, usable in zip(queries, finite, strict=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rtx.runtime.errors import DataError
-from rtx.runtime.search import search
+from rtx.runtime.search import score_pairs, search
 
 FLOAT_SIMILARITIES = ["cosine", "dot", "euclidean", "manhattan"]
 
@@ -218,3 +218,18 @@ def test_vectors_that_are_not_finite_are_named(bad):
 def test_arguments_that_do_not_fit(queries, documents, k, similarity, message):
     with pytest.raises(ValueError, match=message):
         search(queries, documents, k, similarity=similarity)
+
+
+@pytest.mark.parametrize("similarity", FLOAT_SIMILARITIES)
+def test_scores_of_pairs_are_those_of_a_search_to_the_bit(similarity, monkeypatch):
+    random = np.random.default_rng(2)
+    queries = random.normal(size=(6, 33)).astype(np.float32)
+    documents = random.normal(size=(40, 33)).astype(np.float32)
+    hits = search(queries, documents, 40, similarity=similarity, block_documents=7)
+    rows, columns = np.repeat(np.arange(6), 40), hits.indices.ravel()
+    for elements in (1, 100, 1 << 21):
+        monkeypatch.setattr("rtx.runtime.search._RESCORE_ELEMENTS", elements)
+        scores = score_pairs(queries, documents, rows, columns, similarity=similarity)
+        np.testing.assert_array_equal(scores, hits.scores.ravel())
+    with pytest.raises(DataError, match="documents: 1 of 1 vectors are not finite"):
+        score_pairs(queries, np.full((1, 33), np.nan, np.float32), rows[:1], rows[:1], similarity=similarity)
