@@ -99,7 +99,7 @@ class RenderedPair:
         head, self._middle = encoding.ids[: stops[0]], encoding.ids[begins[0] : stops[1]]
         self._tail = encoding.ids[begins[1] :]
         # What a word takes with it of the part before: the space, in most tokenizers.
-        self._taken = (first - max(ends[: stops[0]], default=0), second - max(ends[: stops[1]], default=0))
+        self._taken = second - max(ends[: stops[1]], default=0)
         self.special_tokens = len(head) + len(self._middle) + len(self._tail)
         self.template = " ".join(map(str, [*head, "$A", *self._middle, "$B", *self._tail]))
 
@@ -113,18 +113,23 @@ class RenderedPair:
         ids, (starts, ends) = encoding.ids, zip(*encoding.offsets, strict=True)
         end_of_first = len(self._before) + len(first)
         start_of_second = end_of_first + len(self._between)
-        a = bisect_right(ends, len(self._before) - self._taken[0])
+        a = bisect_right(ends, len(self._before))
         b = max(a, bisect_left(starts, end_of_first))
-        c = max(b, bisect_right(ends, start_of_second - self._taken[1]))
+        c = max(b, bisect_right(ends, start_of_second - self._taken))
         d = max(c, bisect_left(starts, start_of_second + len(second)))
         head, middle, tail = ids[:a], ids[b:c], self._tail
-        lengths = longest_first(b - a, d - c, max_tokens - len(head) - len(middle) - len(tail))
+
+        def fit() -> tuple[int, int]:
+            return longest_first(b - a, d - c, max_tokens - len(head) - len(middle) - len(tail))
+
+        lengths = fit()
         if lengths[0] < b - a:
-            # The first side's last token, which may have held a piece of the middle, is gone.
+            # The first side's last token, which may have held a piece of the middle, goes.
             middle = self._middle
-            lengths = longest_first(b - a, d - c, max_tokens - len(head) - len(middle) - len(tail))
+            lengths = fit()
             if lengths[1] == d - c:
                 tail = ids[d:]
+                lengths = fit()
         return [*head, *ids[a : a + lengths[0]], *middle, *ids[c : c + lengths[1]], *tail]
 
 

@@ -310,6 +310,139 @@ def test_the_default_prompt_goes_before_the_query(toy_tokenizer: str):
     assert processor.encode_pairs([("sort", "list")]) == bare.encode_pairs([("find code: sort", "list")])
 
 
+# -- pairs in a chat template --------------------------------------------------------------------------------------
+
+RENDERED = ("judge: <s> query: ", "\n\ndocument: ", "</s>\nis it?\n")
+
+
+def rendered(tokenizer_json: str, parts: tuple[str, ...] = RENDERED, **changes: Any) -> TextPreprocessor:
+    return preprocessor(tokenizer_json, task="rerank", inputs=INPUTS[:2], rendered=parts, **changes)
+
+
+def whole_ids(tokenizer_json: str, text: str) -> list[int]:
+    return list(reference(tokenizer_json, 100_000).encode(text, add_special_tokens=False).ids)
+
+
+def test_a_rendered_pair_is_tokenised_as_one_text(tokenizer_json: str):
+    sides = ["", "a", " b ", "it's.", "\n", "12", "naïve</s>", *(long_text(5, seed=seed) for seed in range(5))]
+    pairs = [(query, document) for query in sides for document in sides]
+    encoded = rendered(tokenizer_json, max_tokens=400).encode_pairs(pairs)
+    for item, (query, document) in zip(encoded, pairs, strict=True):
+        text = f"{RENDERED[0]}{query}{RENDERED[1]}{document}{RENDERED[2]}"
+        ids = whole_ids(tokenizer_json, text)
+        assert tokens_of(item) == (ids, [0] * len(ids))
+
+
+def test_a_rendered_pair_by_hand(toy_tokenizer: str):
+    processor = rendered(toy_tokenizer, ("what is ", " in the ", " ?"), max_tokens=10)
+    vocabulary = Tokenizer.from_str(toy_tokenizer).get_vocab()
+
+    def ids(words: str) -> list[int]:
+        return [vocabulary[word] for word in words.split()]
+
+    (short, long_document, long_query, both) = processor.encode_pairs(
+        [("map", "index"), ("map", "a b c d e f g"), ("a b c d e f g", "map"), ("a b c d e f g", "h i j k l m")]
+    )
+    assert tokens_of(short)[0] == ids("what is map in the index ?")
+    assert tokens_of(long_document)[0] == ids("what is map in the a b c d ?")
+    assert tokens_of(long_query)[0] == ids("what is a b c d in the map ?")
+    assert tokens_of(both)[0] == ids("what is a b c in the h i ?")
+    what, is_, in_, the, mark = ids("what is in the ?")
+    assert processor._rendered is not None
+    assert processor._rendered.template == f"{what} {is_} $A {in_} {the} $B {mark}"
+
+
+def test_tokens_that_reach_from_a_side_into_the_template_by_hand():
+    """A full stop takes the line break behind it, and a letter the space before it, as in the tokenizer of Qwen."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(".", "Ċ"), *(("Ġ", letter) for letter in "abcd")]
+    vocabulary = {piece: index for index, piece in enumerate([*characters, *(left + right for left, right in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    processor = rendered(str(tokenizer.to_str()), ("Q: ", "\nD: ", "\nA:"), max_tokens=14)
+
+    def pieces(query: str, document: str) -> list[str]:
+        ids, _ = tokens_of(processor.encode_pairs([(query, document)])[0])
+        return [token.replace("Ġ", "_").replace("Ċ", "/") for token in map(tokenizer.id_to_token, ids)]
+
+    # Both sides whole: as the text reads.
+    assert pieces("x.", "9") == ["Q", ":", "_", "x", "./", "D", ":", "_", "9", "/", "A", ":"]
+    assert pieces("a.", "b.") == ["Q", ":", "_a", "./", "D", ":", "_b", "./", "A", ":"]
+    # The document cut: its end goes, and the line break of the template does not.
+    assert pieces("a.", "b123456.") == ["Q", ":", "_a", "./", "D", ":", "_b", "1", "2", "3", "4", "/", "A", ":"]
+    # The query cut: likewise, and what the document took of the template stays, joined to it or not.
+    assert pieces("a123456.", "b.") == ["Q", ":", "_a", "1", "2", "3", "4", "/", "D", ":", "_b", "./", "A", ":"]
+    assert pieces("a123456.", "9.") == ["Q", ":", "_a", "1", "2", "3", "/", "D", ":", "_", "9", "./", "A", ":"]
+    # Both cut.
+    cut = ["Q", ":", "_a", "1", "2", "/", "D", ":", "_", "9", "1", "/", "A", ":"]
+    assert pieces("a123456.", "9123456.") == cut
+
+
+@pytest.mark.parametrize("room", [1, 7, 20])
+def test_truncation_keeps_all_of_the_template(tokenizer_json: str, room: int):
+    """A document that is cut leaves what everybody gets who cuts the text and puts the template's end behind it."""
+    probe = rendered(tokenizer_json, max_tokens=400)._rendered
+    assert probe is not None
+    limit = probe.special_tokens + room
+    processor = rendered(tokenizer_json, max_tokens=limit)
+    tail = [int(token) for token in probe.template.partition("$B ")[2].split()]
+    for words in (1, 3, 30):
+        for query in ("find", "12 is?", "it's.\n", long_text(words, seed=words)):
+            for document in ("9 lives.", "\nold", long_text(40), long_text(40, seed=2)):
+                ids, _ = tokens_of(processor.encode_pairs([(query, document)])[0])
+                whole = whole_ids(tokenizer_json, f"{RENDERED[0]}{query}{RENDERED[1]}{document}{RENDERED[2]}")
+                if len(whole) <= limit:
+                    assert ids == whole
+                    continue
+                assert len(ids) == limit
+                # A document that is whole may have taken the template's line break.
+                assert ids[-len(tail) :] in (tail, whole[-len(tail) :])
+                if len(query) < 8 and room == 20:
+                    assert ids == [*whole[: limit - len(tail)], *tail]
+
+
+def test_very_long_rendered_pairs_are_cut_before_they_are_tokenised(toy_tokenizer: str, byte_level: str):
+    for tokenizer_json in (toy_tokenizer, byte_level):
+        processor = rendered(tokenizer_json, max_tokens=60)
+        for first, second in ((3, 2500), (2500, 3), (40, 2600)):
+            pair = (long_text(first, seed=first), long_text(second, seed=99))
+            assert processor._precut_pair(*pair) != pair
+            ids, _ = tokens_of(processor.encode_pairs([pair])[0])
+            assert processor._rendered is not None
+            assert ids == processor._rendered.cut(*pair, max_tokens=60)
+
+
+def test_whitespace_around_the_sides_goes_where_the_template_drops_it(byte_level: str):
+    kept, stripped = (rendered(byte_level, max_tokens=99, strip_sides=strip) for strip in (False, True))
+    pair, bare = (" cat\n", "\t the cat  "), ("cat", "the cat")
+    assert stripped.encode_pairs([pair]) == kept.encode_pairs([bare])
+    assert kept.encode_pairs([pair]) != kept.encode_pairs([bare])
+
+
+def test_the_prompt_is_in_the_rendered_template_already(byte_level: str):
+    bare = rendered(byte_level, max_tokens=99)
+    prompted = rendered(byte_level, max_tokens=99, prompts={"task": "find: "}, default_prompt="task")
+    assert prompted.encode_pairs([("a", "b")]) == bare.encode_pairs([("a", "b")])
+
+
+def test_a_rendered_template_that_cannot_work_is_refused(byte_level: str, undivided: str):
+    with pytest.raises(BundleError, match="the text behind a side goes on with its last word"):
+        rendered(undivided, ("q ", "the d ", " ?"))
+    special = rendered(byte_level, max_tokens=99)._rendered
+    assert special is not None
+    count = special.special_tokens
+    with pytest.raises(BundleError, match=f"{count} leaves no room beside {count} special tokens"):
+        rendered(byte_level, max_tokens=count)
+    with pytest.raises(BundleError, match=r"makes '.* \$A .* \$B .*' of an item; the contract says '1 \$A 2'"):
+        rendered(byte_level, max_tokens=99, template="1 $A 2")
+    bad = rendered(byte_level, max_tokens=99).encode_pairs([("a", 1), ("a", "b")])
+    assert isinstance(bad[0], ItemError)
+    assert isinstance(bad[1], Encoded)
+
+
+# -- the lengths of two sides ---------------------------------------------------------------------------------------
+
+
 def test_longest_first_by_hand():
     # 10 tokens of room: the longer side gives way until both have 5. Of 11 the longer keeps 6, of equals the second.
     assert longest_first(3, 4, 10) == (3, 4)
