@@ -77,7 +77,9 @@ class Contract:
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
             raise ValueError(f"default_prompt: '{self.default_prompt}' is not in prompts ({', '.join(self.prompts)})")
         if self.rendered and (self.task != "rerank" or len(self.rendered) != 3):
-            raise ValueError(f"rendered: expected three texts, and those of a reranker; got {len(self.rendered)}")
+            raise ValueError(
+                f"rendered: expected three texts of a reranker; got {len(self.rendered)} of task {self.task}"
+            )
         if ("pooling_mask" in self.inputs) == self.include_prompt:
             raise ValueError("inputs: pooling_mask has to be there if and only if include_prompt is false")
 

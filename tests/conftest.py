@@ -141,9 +141,13 @@ def _build_backbone(folder: Path, architecture: str, task: str, seed: int) -> No
             "share_att_key": True,
         },
         "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-        # The template alone has some 90 tokens.
-        "qwen3-chat": {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 192},
-        # Not shared with the embeddings.
+        # The chat template alone has some 90 tokens. The head is the matrix of the embeddings.
+        "qwen3-chat": {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 192,
+            "tie_word_embeddings": True,
+        },
         "qwen3-plain": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
     }
     kind = "qwen3" if architecture in LANGUAGE_MODELS else architecture

@@ -25,8 +25,10 @@ EMBED = Contract(
 )
 RERANK = Contract(task="rerank", inputs=("input_ids",), max_tokens=8, pad_token_id=0, activation="sigmoid")
 
+RENDERED = dataclasses.replace(RERANK, rendered=("Q: ", "\nD: ", "\n"), strip_sides=True)
 
-@pytest.mark.parametrize("contract", [EMBED, RERANK])
+
+@pytest.mark.parametrize("contract", [EMBED, RERANK, RENDERED])
 def test_a_contract_survives_json(contract: Contract):
     assert Contract.from_dict(json.loads(json.dumps(contract.to_dict()))) == contract
 
@@ -58,6 +60,7 @@ def test_an_unknown_prompt_names_the_nearest():
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
         ({"dimension": 0}, "dimension: expected at least 1, got 0"),
         ({"default_prompt": "x"}, "default_prompt: 'x' is not in prompts (query, title)"),
+        ({"rendered": ("a", "b", "c")}, "rendered: expected three texts of a reranker; got 3 of task embed"),
         ({"include_prompt": False}, "inputs: pooling_mask has to be there if and only if include_prompt is false"),
         (
             {"inputs": ("input_ids", "pooling_mask")},
@@ -72,6 +75,14 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(BundleError) as refused:
         Contract.from_dict(EMBED.to_dict() | changes)
     assert str(refused.value) == f"contract: {message}"
+
+
+def test_a_rendered_pair_has_three_parts():
+    with pytest.raises(ValueError, match="rendered: expected three texts of a reranker; got 2 of task rerank"):
+        dataclasses.replace(RENDERED, rendered=("Q: ", "D: "))
+    # As a bundle has it that was written before there were chat templates.
+    older = {key: value for key, value in RERANK.to_dict().items() if key not in ("rendered", "strip_sides")}
+    assert Contract.from_dict(older) == RERANK
 
 
 def test_a_mistyped_contract_is_an_error_of_the_callers_class():
