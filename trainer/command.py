@@ -29,14 +29,16 @@ def _flags() -> list[click.Option]:
 
 
 def _flag(item: dataclasses.Field[Any], hint: Any, option: Option) -> click.Option:
-    arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(argument for argument in arguments if argument is not type(None))
-    repeated = typing.get_origin(hint) is tuple
-    kind: Any = click.Choice(arguments) if typing.get_origin(hint) is typing.Literal else str if repeated else hint
+        hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
+    numbers = hint == tuple[int, ...]
+    repeated = typing.get_origin(hint) is tuple and not numbers
+    single = typing.get_args(hint)[0] if repeated else hint
+    choices = typing.get_args(single) if typing.get_origin(single) is typing.Literal else ()
+    kind: Any = _Numbers() if numbers else click.Choice(choices) if choices else single
     name = _spelling(item.name)
     words = option.help
-    if item.default not in (dataclasses.MISSING, None):
+    if item.default not in (dataclasses.MISSING, None, ()):
         words += f"  [default: {str(item.default).lower() if hint is bool else item.default}]"
     return click.Option(
         [item.name, f"{name}/--no-{name[2:]}" if hint is bool else name, *([option.short] if option.short else [])],
@@ -46,6 +48,18 @@ def _flag(item: dataclasses.Field[Any], hint: Any, option: Option) -> click.Opti
         default=None,
         help=words,
     )
+
+
+class _Numbers(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "integers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            return value if isinstance(value, tuple) else tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"expected whole numbers with commas between them, got {value!r}", param, ctx)
 
 
 def _spelling(field: str) -> str:
@@ -59,7 +73,10 @@ def _command(config: str | None, given: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(_spelling(name if value else f"no_{name}"))
         else:
-            for single in value if isinstance(value, tuple) else (value,):
+            several = value if isinstance(value, tuple) else (value,)
+            if several and isinstance(several[0], int):
+                several = (",".join(map(str, several)),)
+            for single in several:
                 words += [_spelling(name), str(single)]
     return shlex.join(words)
 

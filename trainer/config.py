@@ -15,10 +15,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rtx.runtime.contract import Task
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import UsageError, nearest
 from rtx.runtime.schema import parse
+from rtx.trainer.loss_table import (
+    DEFAULT_LOSS,
+    LOSS_OPTIONS,
+    LOSSES,
+    Direction,
+    Distance,
+    LossSpec,
+    MarginStrategy,
+    Partition,
+    Similarity,
+)
 
 Schedule = Literal["linear", "cosine", "constant"]
+Mixing = Literal["joined", "proportional", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,18 @@ class TrainingArguments:
     epochs: Annotated[float, Option("Passes over the training data; may be a fraction.", above=0)] = 1.0
     max_steps: Annotated[int | None, Option("Stop after so many steps, whatever epochs says.", at_least=1)] = None
     batch_size: Annotated[
-        int, Option("Rows of a step; an embedder's queries have each other's documents as negatives.", at_least=1)
+        int,
+        Option(
+            "Rows of a step, over all processes; in-batch losses have each other's documents as negatives.", at_least=1
+        ),
     ] = 64
+    mixing: Annotated[
+        Mixing,
+        Option(
+            "How several training files meet: joined (one pool), or each batch from one file, in proportion to their "
+            "sizes or in turn until the smallest is used up."
+        ),
+    ] = "joined"
     gradient_accumulation_steps: Annotated[
         int,
         Option("Batches whose gradients are averaged for a step; in-batch negatives stay within one.", at_least=1),
@@ -88,6 +110,29 @@ class TrainingArguments:
     ] = 0.1
     weight_decay: Annotated[float, Option("AdamW's weight decay; biases and norms have none.", at_least=0)] = 0.01
     max_grad_norm: Annotated[float, Option("Clip the gradient to this L2 norm; 0 does not clip.", at_least=0)] = 1.0
+    learning_rates: Annotated[
+        tuple[str, ...],
+        Option("PATTERN=RATE: another peak for the parameters of these names, as in 'head.*=1e-3'. May be repeated."),
+    ] = ()
+    layer_decay: Annotated[
+        float,
+        Option("Factor on the learning rate from each block of the transformer to the one below.", above=0, at_most=1),
+    ] = 1.0
+    freeze: Annotated[
+        tuple[str, ...],
+        Option("Parameters that stay as they are: 'embeddings', 'layers:0-5', or a pattern. May be repeated."),
+    ] = ()
+    lora_rank: Annotated[
+        int | None,
+        Option("Train low-rank adapters of this rank instead of the backbone's weights; they are merged.", at_least=1),
+    ] = None
+    lora_alpha: Annotated[
+        float | None, Option("The adapters' scale is alpha / rank; by default alpha is the rank.", above=0)
+    ] = None
+    lora_dropout: Annotated[float, Option("Dropout before the adapters.", at_least=0, at_most=0.9)] = 0.0
+    lora_targets: Annotated[
+        tuple[str, ...], Option("Modules that get adapters; by default all linear ones of the blocks. May be repeated.")
+    ] = ()
     bf16: Annotated[bool, Option("Run forward passes in bfloat16; weights, loss and optimizer stay float32.")] = False
     dropout: Annotated[
         float | None,
@@ -101,6 +146,17 @@ class TrainingArguments:
             at_least=1,
         ),
     ] = None
+    activation_tokens: Annotated[
+        int | None,
+        Option(
+            "Gradient cache: padded tokens of a batch whose activations are held; the rest runs twice, chunk by chunk. "
+            "0 holds one chunk at a time. Default: all.",
+            at_least=0,
+        ),
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Option("Hold the activations of block boundaries only, and compute the rest again.")
+    ] = False
     threads: Annotated[int | None, Option("CPU threads of PyTorch; by default PyTorch decides.", at_least=1)] = None
     workers: Annotated[
         int, Option("Processes that tokenise ahead; 0 tokenises between steps.", at_least=0, weights=False)
@@ -118,19 +174,37 @@ class TrainingArguments:
             "Write a checkpoint after every so many steps; by default with each evaluation.", at_least=1, weights=False
         ),
     ] = None
+    patience: Annotated[int | None, Option("Stop after so many evaluations without a better one.", at_least=1)] = None
     keep_checkpoints: Annotated[
         int, Option("Newest checkpoints that stay on disk; the best one always stays.", at_least=1, weights=False)
     ] = 1
     log_steps: Annotated[int, Option("Report the loss after every so many steps.", at_least=1, weights=False)] = 10
+    tensorboard: Annotated[
+        bool, Option("Write TensorBoard's event files to checkpoints/runs in the output folder.", weights=False)
+    ] = False
 
     def __post_init__(self) -> None:
-        self._raise(
-            [
-                f"{name}: {problem}"
-                for name, option in options(type(self)).items()
-                if (problem := option.problem(getattr(self, name))) is not None
-            ]
-        )
+        problems = [
+            f"{name}: {problem}"
+            for name, option in options(type(self)).items()
+            if (problem := option.problem(getattr(self, name))) is not None
+        ]
+        for rate in self.learning_rates:
+            pattern, _, number = rate.rpartition("=")
+            try:
+                usable = bool(pattern) and float(number) > 0
+            except ValueError:
+                usable = False
+            if not usable:
+                problems.append(f"learning_rates: expected PATTERN=RATE with a rate above 0, got '{rate}'")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_dropout or self.lora_targets):
+            problems.append("lora_rank: expected with the other options of LoRA")
+        self._raise(problems)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Pattern -> learning rate."""
+        return {pattern: float(rate) for pattern, _, rate in (item.rpartition("=") for item in self.learning_rates)}
 
     @staticmethod
     def _raise(problems: list[str]) -> None:
@@ -139,7 +213,9 @@ class TrainingArguments:
 
     def recipe(self) -> dict[str, Any]:
         """The options that the weights depend on."""
-        return {name: getattr(self, name) for name, option in options(type(self)).items() if option.weights}
+        values = {name: getattr(self, name) for name, option in options(type(self)).items() if option.weights}
+        # As JSON has them.
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +251,59 @@ class FinetuneConfig(TrainingArguments):
         int | None,
         Option("Longest input in training, evaluation and the saved model; by default the model's own.", at_least=2),
     ] = None
-    scale: Annotated[float, Option("For embed: factor of the cosine in the loss (1 / temperature).", above=0)] = 20.0
+    query_prompt: Annotated[
+        str | None, Option("Text before every query, kept in the model; by default the checkpoint's own.")
+    ] = None
+    document_prompt: Annotated[
+        str | None, Option("Text before every document, kept in the model; by default the checkpoint's own.")
+    ] = None
+    loss: Annotated[
+        str | None,
+        Option(
+            "embed: info_nce (default), gist, cosent, contrastive, online_contrastive, triplet, margin_mse, kl. rerank: bce (default), "
+            "cross_entropy, listnet, ranknet, lambda_ndcg, margin_mse."
+        ),
+    ] = None
+    scale: Annotated[
+        float | None,
+        Option("Factor of similarities or logits in the loss, 1 / temperature; by default the loss's own.", above=0),
+    ] = None
+    directions: Annotated[
+        tuple[Direction, ...],
+        Option("info_nce, gist: which texts are told apart from which; by default query_to_doc. May be repeated."),
+    ] = ()
+    partition: Annotated[
+        Partition | None, Option("info_nce: one softmax over all directions (the default), or one for each.")
+    ] = None
+    false_negative_margin: Annotated[
+        float | None,
+        Option("info_nce: leave out negatives whose cosine is more than this above the positive's.", at_least=0),
+    ] = None
+    guide_margin: Annotated[
+        float | None, Option("gist: leave out what the guide finds nearer than the positive less this; by default 0.")
+    ] = None
+    guide_margin_strategy: Annotated[
+        MarginStrategy | None, Option("gist: whether the margin is a share of the positive's cosine or absolute.")
+    ] = None
+    similarity: Annotated[
+        Similarity | None, Option("margin_mse, kl: what a teacher's scores are compared with; by default dot.")
+    ] = None
+    distance: Annotated[Distance | None, Option("triplet, contrastive: cosine (the default) or euclidean.")] = None
+    margin: Annotated[float | None, Option("triplet, contrastive: the distance to keep.", at_least=0)] = None
+    temperature: Annotated[float | None, Option("kl: of teacher and student; by default 1.", above=0)] = None
+    pos_weight: Annotated[float | None, Option("bce: factor of the positives' part of the loss.", above=0)] = None
+    sigma: Annotated[float | None, Option("ranknet, lambda_ndcg: factor of differences of logits.", above=0)] = None
+    mu: Annotated[
+        float | None, Option("lambda_ndcg: weight of NDCGLoss2 beside NDCGLoss1; by default 10.", above=0)
+    ] = None
+    k: Annotated[int | None, Option("lambda_ndcg: cutoff of the NDCG; by default none.", at_least=1)] = None
+    guide: Annotated[
+        str | None, Option("gist: an embedder, bundle or checkpoint, that tells false negatives.", weights=False)
+    ] = None
+    matryoshka: Annotated[
+        tuple[int, ...],
+        Option("Train these dimensions too, in one loss: cut, normalised again, and summed. As in 384,256,128."),
+    ] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,9 +312,39 @@ class FinetuneConfig(TrainingArguments):
             problems.append("train: expected at least one file")
         if self.task == "embed" and self.candidates is not None:
             problems.append("candidates: only a reranker has them; an embedder is evaluated on the whole corpus")
+        if self.task == "rerank" and self.matryoshka:
+            problems.append("matryoshka: only an embedder has dimensions")
+        if any(dimension < 1 for dimension in self.matryoshka):
+            problems.append(f"matryoshka: expected dimensions of at least 1, got {list(self.matryoshka)}")
+        problems += self._loss_problems()
         if self.task == "rerank" and (self.eval is None) != (self.candidates is None):
             problems.append("eval and candidates: a reranker is evaluated on both together, or not at all")
         self._raise(problems)
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        return LOSSES[self.task][self.loss or DEFAULT_LOSS[self.task]]
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The loss's keywords, those that were set."""
+        found = {name: getattr(self, name) for name in sorted(LOSS_OPTIONS)}
+        return {name: value for name, value in found.items() if value not in (None, ())}
+
+    def _loss_problems(self) -> list[str]:
+        name = self.loss or DEFAULT_LOSS[self.task]
+        if name not in LOSSES[self.task]:
+            return [f"loss: '{name}' does not exist for the task '{self.task}' ({nearest(name, LOSSES[self.task])})"]
+        spec = LOSSES[self.task][name]
+        having = ", ".join(spec.options) or "none"
+        problems = [
+            f"{option}: is no option of the loss {name}; it has: {having}"
+            for option in self.loss_options
+            if option not in spec.options
+        ]
+        if spec.guided != (self.guide is not None):
+            problems.append(f"guide: the loss {name} {'needs one' if spec.guided else 'takes none'}")
+        return problems
 
     @classmethod
     def read(cls, file: str | Path | None, flags: Mapping[str, Any]) -> FinetuneConfig:

@@ -5,25 +5,35 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import torch
+from torch import Tensor
 
 from rtx.runtime.atomic import sync
+from rtx.runtime.cli import open_model
+from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import UsageError
 from rtx.runtime.folder import replace_folder
+from rtx.trainer import losses
+from rtx.trainer.adapters import has_adapters, save_adapter
 from rtx.trainer.card import Measured, render_card
 from rtx.trainer.config import FinetuneConfig
-from rtx.trainer.data import TrainingData, Triple
+from rtx.trainer.data import TrainingData
 from rtx.trainer.evaluation import Evaluator
-from rtx.trainer.losses import bce, info_nce
+from rtx.trainer.loss_table import DEFAULT_LOSS
 from rtx.trainer.model import RetrievalModel
+from rtx.trainer.processes import from_main, is_main
 from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder
 from rtx.trainer.train import Outcome, Trainer
 
 # Without it no loader takes the folder for a model, so it is the last file that goes in and the first that goes out.
 _LAST_FILE = "config.json"
+# To count what a pass leaves out, it has to be planned whole.
+_COUNTED_ROWS = 100_000
 
 
 def finetune(
@@ -51,21 +61,32 @@ def finetune(
     """
     progress = progress or Progress()
     run = RunFolder(config.output)
-    check_output(config, resume=resume, overwrite=overwrite)
-    data = TrainingData.read(config.train, task=config.task)
+    # Knows whether other processes train with this one.
+    accelerate.PartialState()
+    if is_main():
+        check_output(config, resume=resume, overwrite=overwrite)
+    data = TrainingData.read(config.train, needs=config.loss_spec.needs)
     evaluator = None
     if config.eval is not None:
         evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
     # A reranker may start with a new head.
     torch.manual_seed(config.seed)
     model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
+    given = {"query": config.query_prompt, "document": config.document_prompt}
+    if prompts := {name: text for name, text in given.items() if text is not None}:
+        model.configure(prompts={**model.contract.prompts, **prompts})
+    guide = _open_guide(config.guide) if config.guide is not None else None
+    trainer = Trainer(
+        model, config, train_dataset=data, loss=build_loss(config), evaluator=evaluator, guide=guide, progress=progress
+    )
     # Only now, with everything read, does anything go.
-    if overwrite:
+    if overwrite and is_main():
         _remove(run)
-    loss = functools.partial(info_nce, scale=config.scale) if config.task == "embed" else bce
-    trainer = Trainer(model, config, train_dataset=data, loss=loss, evaluator=evaluator, progress=progress)
+    from_main(None)
     progress.say(_summary(data, trainer))
     outcome = trainer.train(resume=resume)
+    if not is_main():
+        return outcome
     record = run.read()
     assert record is not None
     measured = None
@@ -85,13 +106,33 @@ def finetune(
         measured=measured,
         command=command,
     )
-    _publish(model, card, run)
+    _publish(model, card, run, base=config.model)
     if outcome.after and outcome.after[config.metric] < outcome.before[config.metric]:
         progress.say(
             f"warning: {config.metric} is lower than before finetuning "
             f"({outcome.before[config.metric]:.4f} → {outcome.after[config.metric]:.4f})"
         )
     return outcome
+
+
+def build_loss(config: FinetuneConfig) -> Callable[..., Tensor]:
+    """The run's loss with its options bound.
+
+    Raises:
+        ValueError: an option is out of the loss's bounds.
+    """
+    room = losses.embed if config.task == "embed" else losses.rerank
+    loss: Callable[..., Tensor] = getattr(room, config.loss or DEFAULT_LOSS[config.task])
+    if config.loss_options:
+        loss = functools.partial(loss, **config.loss_options)
+    return losses.matryoshka(loss, config.matryoshka) if config.matryoshka else loss
+
+
+def _open_guide(path: str) -> Embedder:
+    guide = open_model(path)
+    if not isinstance(guide, Embedder):
+        raise UsageError(f"guide: expected an embedder, {path} is a reranker")
+    return guide
 
 
 def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> None:
@@ -134,21 +175,23 @@ def _remove(run: RunFolder) -> None:
 
 
 def _summary(data: TrainingData, trainer: Trainer) -> str:
-    text = f"{len(data):,} {'pairs' if data.task == 'rerank' else 'queries'}"
-    if negatives := sum(len(example.negatives) for example in data.examples if isinstance(example, Triple)):
-        text += f" with {negatives:,} given negatives"
-    text += f" from {', '.join(source.name for source in data.sources)}"
-    if left_out := len(data) - sum(map(len, trainer.sampler.plan(0))):
+    text = (
+        f"{len(data):,} rows with {data.documents:,} documents from {', '.join(source.name for source in data.sources)}"
+    )
+    if len(data) <= _COUNTED_ROWS and (left_out := len(data) - sum(map(len, trainer.sampler.plan(0)))):
         text += f"; {left_out:,} left out of an epoch, as too many others share their text"
     return text
 
 
-def _publish(model: RetrievalModel, card: str, run: RunFolder) -> None:
+def _publish(model: RetrievalModel, card: str, run: RunFolder, *, base: str) -> None:
     """Put the model beside its checkpoints. A folder with them cannot be replaced in one go, so the files go in one by
     one, and until the last of them is there, none of them is taken for a model."""
     staged = run.path / "final"
     with replace_folder(staged) as folder:
         model.write(folder)
+        if has_adapters(model):
+            (folder / "adapter").mkdir()
+            save_adapter(model, folder / "adapter", base=base)
         (folder / "README.md").write_text(card, encoding="utf-8")
     (run.output / _LAST_FILE).unlink(missing_ok=True)
     names = [item.name for item in staged.iterdir() if item.name != _LAST_FILE]

@@ -49,6 +49,11 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._bars.stop()
 
+    def silence(self) -> None:
+        """Say nothing from now on: another process speaks for this one."""
+        self.console.quiet = True
+        self._bars.disable = True
+
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)
 

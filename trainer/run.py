@@ -2,6 +2,7 @@
 
     OUT/checkpoints/run.json     what the run is made of: recipe, hashes of model and data, the metrics before it
     OUT/checkpoints/ndcg-N.npy   NDCG of each query in the evaluation at step N, 0 for before
+    OUT/checkpoints/stopped-N.json   the rows of step N, if the run stopped there because its loss was not finite or went off
     OUT/checkpoints/step-N/      a checkpoint: the model as a Sentence Transformers folder, optimizer, schedule, RNG
 
 A checkpoint has its name only once it is whole, and loses it before a file of it goes: one that is there is complete.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -122,6 +123,12 @@ class RunFolder:
 
     def read_ndcg(self, step: int) -> NDArray[np.float64]:
         return cast(NDArray[np.float64], np.load(self.path / f"ndcg-{step}.npy"))
+
+    def write_stopped(self, step: int, problem: str, rows: Sequence[str]) -> None:
+        """Keep why a run stopped at a step, and the rows that the step was made of."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path / f"stopped-{step}.json") as stream:
+            stream.write(json.dumps({"step": step, "problem": problem, "rows": list(rows)}, indent=2).encode())
 
     def check_same(self, record: RunRecord) -> None:
         """

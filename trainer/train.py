@@ -1,44 +1,47 @@
-"""The trainer: Hugging Face's loop with our data, loss, evaluation and checkpoints."""
+"""The trainer: Hugging Face's loop with our data, step, loss, evaluation and checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
-import os
-import platform
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from rtx.runtime.atomic import atomic_file
-from rtx.runtime.contract import Task
+from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import TrainingError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.metrics import Interval, bootstrap_interval
-from rtx.trainer.batches import BatchSampler, Collator, EmbedBatch, RerankBatch, Side
-from rtx.trainer.config import Schedule, TrainingArguments
+from rtx.trainer import losses
+from rtx.trainer.adapters import ADAPTER_STATE_NAME, adapter_state, add_lora, has_adapters, load_adapter_state
+from rtx.trainer.batches import Batch, Chunk, Collator, NumberedRows, plan_chunks
+from rtx.trainer.config import TrainingArguments
 from rtx.trainer.data import Row, TrainingData
+from rtx.trainer.describe import describe_loss, environment, hash_model
 from rtx.trainer.evaluation import Evaluator
-from rtx.trainer.losses import Loss, bce, info_nce
+from rtx.trainer.loop import EpochLoader, loop_arguments, repeatable
+from rtx.trainer.loss_table import DEFAULT_LOSS, SUFFICES, spec_of
 from rtx.trainer.model import RetrievalModel
+from rtx.trainer.parameters import freeze, parameter_groups
+from rtx.trainer.processes import from_main, gather_objects, is_main, world_size
 from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder, RunRecord
+from rtx.trainer.sampler import BatchSampler
+from rtx.trainer.step import backward, batch_run, joined_loss, loss_of
+from rtx.trainer.watch import LossWatch, out_of_patience
 
-_DEFAULT_LOSS: dict[Task, Loss] = {"embed": info_nce, "rerank": bce}
 # Short chunks leave out padding, and on a CPU they cost little else; elsewhere, few large ones keep the device busy.
 _CHUNK_TOKENS_CPU, _CHUNK_TOKENS = 1024, 16384
-_SCHEDULES: dict[Schedule, str] = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +74,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         model: what to train.
         arguments: how.
         train_dataset: examples, or rows with their columns (a list of dicts, a `datasets.Dataset`).
-        loss: (queries, documents) or (logits, labels) -> scalar; None for InfoNCE, or BCE for a reranker.
+        loss: from rtx.trainer.losses, with options bound by functools.partial, or any function of that form; None for
+            InfoNCE, or BCE for a reranker.
         evaluator: measures the model before, during and after; its metric picks the weights that are kept.
+        guide: a second embedder whose vectors of the same texts the loss is given (for `gist`).
         progress: where to report; None for standard error.
 
     Raises:
         DataError: rows that cannot be used.
-        UsageError: the data is for another task than the model.
+        UsageError: parts that do not fit together.
     """
 
     # Our losses are means over a batch, so the loop divides by the number of accumulated batches.
@@ -90,34 +95,54 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         *,
         train_dataset: TrainingData | Iterable[Row],
-        loss: Loss | None = None,
+        loss: Callable[..., Tensor] | None = None,
         evaluator: Evaluator | None = None,
+        guide: Embedder | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if not isinstance(train_dataset, TrainingData):
-            train_dataset = TrainingData.from_rows(train_dataset, task=model.task)
-        if train_dataset.task != model.task:
-            raise UsageError(f"the data is for the task '{train_dataset.task}', the model for '{model.task}'")
         self.arguments = arguments
         self.run = RunFolder(arguments.output)
-        self.loss = loss or _DEFAULT_LOSS[model.task]
+        self.loss = loss or getattr(losses, DEFAULT_LOSS[model.task])
+        spec = spec_of(self.loss, model.task)
+        if spec is not None and spec.guided and guide is None:
+            raise UsageError(f"loss {describe_loss(self.loss)}: needs a guide, a second embedder")
+        needs = spec.needs if spec is not None else "positives" if model.task == "embed" else "labels"
+        if not isinstance(train_dataset, TrainingData):
+            train_dataset = TrainingData.from_rows(train_dataset, needs=needs)
+        elif spec is not None and train_dataset.needs not in SUFFICES[needs]:
+            raise UsageError(
+                f"loss {describe_loss(self.loss)}: needs rows with {needs}; the data was read for {train_dataset.needs}"
+            )
+        _prepare(model, arguments)
+        self.guide = guide
         self.evaluator = evaluator
         self.progress = progress or Progress()
-        self.sampler = BatchSampler(train_dataset, batch_size=arguments.batch_size, seed=arguments.seed)
+        self._watch = LossWatch()
+        # The rows since the last step of the optimizer: what a loss that is not finite came from.
+        self._rows: list[int] = []
         super().__init__(
             model=model,
-            args=_loop_arguments(arguments, self.run.path, evaluator),
+            args=loop_arguments(arguments, self.run.path, None if evaluator is None else evaluator.metric),
             train_dataset=cast(Dataset[Any], train_dataset),
             # Only asked whether it is there: `evaluate` below does the work.
             eval_dataset=evaluator,
             callbacks=[self.progress],
         )
         self.remove_callback(PrinterCallback)
+        if not is_main():
+            self.progress.silence()
+        self.sampler = BatchSampler(
+            train_dataset,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            no_duplicates=spec.in_batch if spec is not None else model.task == "embed",
+            mixing=arguments.mixing,
+            process=self.args.process_index,
+            processes=world_size(),
+        )
         on_cpu = self.args.device.type == "cpu"
-        chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
-        self.data_collator = Collator(model.preprocessor, chunk_tokens=chunk_tokens)
-        if arguments.dropout is not None:
-            set_dropout(model, arguments.dropout)
+        self._chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
+        self.data_collator = Collator(model.preprocessor, task=model.task)
 
     def train(self, *, resume: bool = False) -> Outcome:
         """Train to the end. The model then has the best weights that were evaluated; without evaluator, the last.
@@ -127,30 +152,32 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
         Raises:
             UsageError: a run has begun in the output folder and `resume` is false, or it is another run.
-            TrainingError: the loss or the gradient is not finite; nothing was updated by it.
+            TrainingError: the loss or the gradient is not finite, nothing was updated by it; or the loss diverges.
             DataError: a text gives no token.
         """
-        begun = self.run.read()
+        begun = from_main(self.run.read() if is_main() else None)
         if begun is not None and not resume:
             raise UsageError(f"{self.run.output}: holds a run already; resume it, or train into another folder")
-        with self.progress, _repeatable(self.args.device, self.arguments.threads):
+        with self.progress, repeatable(self.args.device, self.arguments.threads):
             record = self._record()
             if begun is None:
                 record = dataclasses.replace(record, before=self._measure(0))
-                self.run.write(record)
+                if is_main():
+                    self.run.write(record)
             else:
                 self.run.check_same(record)
-                self.run.clean()
+                if is_main():
+                    self.run.clean()
                 before = begun.before[self.evaluator.metric] if self.evaluator is not None else None
                 self.progress.resumed(self.run.newest(), begun.environment, record.environment, before)
                 record = dataclasses.replace(record, before=begun.before)
-            self._loop(self.run.newest())
+            self._loop(from_main(self.run.newest()))
             return self._finish(record)
 
     def _loop(self, newest: Path | None) -> None:
         if newest is not None:
             state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:
+            if state.global_step >= state.max_steps or self._out_of_patience(state):
                 # Killed after the last step: the loop of transformers would take one more.
                 self._load_from_checkpoint(str(newest))
                 self.state = state
@@ -163,13 +190,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         best = last = self.state.global_step
         interval = None
         if self.evaluator is not None:
-            if last not in dict(self._logged("eval_")):
+            if last not in dict(_logged(self.state, "eval_")):
                 self._determine_best_metric(self.evaluate(), None)
             best = self.state.best_global_step
             if best != last:
                 self._load_from_checkpoint(str(self.run.checkpoint(best)))
-            interval = bootstrap_interval(self.run.read_ndcg(best) - self.run.read_ndcg(0))
-        evaluations = self._logged("eval_")
+            if is_main():
+                interval = bootstrap_interval(self.run.read_ndcg(best) - self.run.read_ndcg(0))
+        evaluations = _logged(self.state, "eval_")
         return Outcome(
             steps=last,
             best_step=best,
@@ -181,21 +209,23 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         )
 
     def _measure(self, step: int) -> dict[str, float]:
+        """The main process measures; the others wait for the numbers."""
         if self.evaluator is None:
             return {}
-        with self.progress.evaluating() as report:
-            evaluation = self.evaluator(self.model, progress=report)
-        self.progress.measured(step, self.evaluator.metric, evaluation.metrics)
-        self.run.write_ndcg(step, evaluation.ndcg)
-        return evaluation.metrics
+        metrics: dict[str, float] = {}
+        if is_main():
+            with self.progress.evaluating() as report:
+                evaluation = self.evaluator(self.model, progress=report)
+            metrics = evaluation.metrics
+            self.progress.measured(step, self.evaluator.metric, metrics)
+            self.run.write_ndcg(step, evaluation.ndcg)
+        return cast(dict[str, float], from_main(metrics))
 
-    def _logged(self, prefix: str) -> list[tuple[int, dict[str, float]]]:
-        """Step and values of each entry of the log with such names; a checkpoint keeps them over a resume."""
-        found = [
-            (entry["step"], {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)})
-            for entry in self.state.log_history
-        ]
-        return [(step, values) for step, values in found if values]
+    def _out_of_patience(self, state: TrainerState) -> bool:
+        if self.evaluator is None:
+            return False
+        values = [metrics[self.evaluator.metric] for _, metrics in _logged(state, "eval_")]
+        return out_of_patience(values, self.arguments.patience)
 
     def _record(self) -> RunRecord:
         data = cast(TrainingData, self.train_dataset)
@@ -214,50 +244,111 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def compute_loss(
         self,
         model: Any,
-        inputs: EmbedBatch | RerankBatch,
+        inputs: Batch,
         return_outputs: bool = False,  # noqa: ARG002 - the signature of transformers
         num_items_in_batch: object = None,  # noqa: ARG002
     ) -> Tensor:
-        with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.arguments.bf16):
-            if self.model.task == "rerank":
-                pairs = cast(RerankBatch, inputs)
-                outputs, targets = _run(model, pairs["pairs"]), pairs["labels"]
-            else:
-                texts = cast(EmbedBatch, inputs)
-                outputs, targets = _run(model, texts["queries"]), _run(model, texts["documents"])
-        loss = self.loss(outputs, targets)
-        self._check_finite("loss", loss)
-        return loss
+        """The loss of a batch, with the graph of all of it."""
+        chunks = plan_chunks(inputs, chunk_tokens=self._chunk_tokens)
+        return loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs))
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # noqa: ARG002
+        """Add the gradient of a batch, and give its share of the step's loss."""
+        model.train()
+        self._rows += [row for row, _ in inputs.rows]
+        accumulated = self.current_gradient_accumulation_steps
+        value = backward(
+            self._runner(model, inputs),
+            plan_chunks(inputs, chunk_tokens=self._chunk_tokens),
+            self._joined_loss(inputs),
+            activation_tokens=self.arguments.activation_tokens,
+            propagate=lambda scalar: self.accelerator.backward(scalar / accumulated),
+            unsynchronised=lambda: self.accelerator.no_sync(model),
+            check=lambda loss: self._check_finite("loss", loss),
+        )
+        if (problem := self._watch.add(value.item())) is not None:
+            self._stop(problem)
+        return value / accumulated
+
+    def _runner(self, model: Any, batch: Batch) -> Callable[[Chunk], Tensor]:
+        run = batch_run(model, batch, self.model.preprocessor.collate, self.args.device)
+
+        def autocast(chunk: Chunk) -> Tensor:
+            with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.arguments.bf16):
+                return run(chunk)
+
+        return autocast
+
+    def _joined_loss(self, batch: Batch) -> Callable[..., Tensor]:
+        targets = batch.targets
+        if self.guide is not None:
+            examples = [example for _, example in batch.rows]
+            queries = self.guide.embed([example.query for example in examples], prompt="query")
+            texts = [text for example in examples for text in example.documents]
+            documents = self.guide.embed(texts, prompt="document")
+            targets = targets._replace(guide=(torch.from_numpy(queries), torch.from_numpy(documents)))
+        return joined_loss(self.loss, targets.to(self.args.device))
+
+    def _get_num_items_in_batch(self, *_: Any) -> None:
+        """A mean over rows is not scaled by a number of tokens."""
+
+    def floating_point_ops(self, inputs: Batch) -> int:  # noqa: ARG002 - the signature of transformers
+        """Not counted."""
+        return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         # A finite loss can have a gradient that is not; after the step, all weights would be NaN.
         self._check_finite("norm of the gradient", torch.as_tensor(norm))
+        self._rows = []
         return norm
 
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not torch.isfinite(value):
-            newest = self.run.newest()
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the {what} is {value.item()}; "
-                f"last good checkpoint: {newest or 'none was written yet'}. "
-                "A lower learning rate, a longer warm-up or gradient clipping may help"
-            )
+            self._stop(f"the {what} is {value.item()}")
+
+    def _stop(self, problem: str) -> NoReturn:
+        data = cast(TrainingData, self.train_dataset)
+        rows = [row for rows in gather_objects(self._rows) for row in rows]
+        step = self.state.global_step + 1
+        listed = self.run.path / f"stopped-{step}.json"
+        if is_main():
+            self.run.write_stopped(step, problem, [data.where(row) for row in rows])
+        newest = self.run.newest()
+        raise TrainingError(
+            f"step {step}: {problem}; the batch: {', '.join(map(data.where, rows[:3]))} "
+            f"and so on, {len(rows)} rows, all in {listed}; last good checkpoint: {newest or 'none was written yet'}. "
+            "A lower learning rate, a longer warm-up or gradient clipping may help"
+        )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        loader = DataLoader(
-            self.train_dataset,
+        # Not through accelerate: the sampler has dealt the rows out to the processes, and a chunk moves by itself.
+        return EpochLoader(
+            NumberedRows(cast(TrainingData, self.train_dataset)),
             batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
         )
-        return cast(DataLoader[Any], self.accelerator.prepare(loader))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model,
+                learning_rate=self.arguments.learning_rate,
+                weight_decay=self.arguments.weight_decay,
+                rates=self.arguments.rates,
+                layer_decay=self.arguments.layer_decay,
+            )
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self._measure(self.state.global_step).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._out_of_patience(self.state):
+            self.control.should_training_stop = True
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -273,6 +364,15 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the signature of transformers
+        """The main process writes, also what only the others know: the states of their random generators."""
+        with tempfile.TemporaryDirectory() as own:
+            self._save_rng_state(own)
+            states = gather_objects({file.name: file.read_bytes() for file in Path(own).iterdir()})
+        if is_main():
+            self._write_checkpoint({name: content for state in states for name, content in state.items()})
+        from_main(None)
+
+    def _write_checkpoint(self, random_states: dict[str, bytes]) -> None:
         target = self.run.checkpoint(self.state.global_step)
         if target.exists():
             # Written at this step already, before the evaluation at the end of the epoch: only what is known changed.
@@ -281,16 +381,49 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         else:
             with replace_folder(target, marker=TRAINER_STATE_NAME) as folder:
                 self.model.write(folder)
+                if has_adapters(self.model):
+                    save_file(adapter_state(self.model), folder / ADAPTER_STATE_NAME)
                 self._save_optimizer_and_scheduler(str(folder))
-                self._save_rng_state(str(folder))
+                for name, content in random_states.items():
+                    (folder / name).write_bytes(content)
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.run.keep(self.arguments.keep_checkpoints, self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        if has_adapters(self.model):
+            load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_STATE_NAME))
+            return
         saved = RetrievalModel.load(
             resume_from_checkpoint, task=self.model.task, dtype=next(self.model.backbone.parameters()).dtype
         )
         self.model.load_state_dict(saved.state_dict())
+
+
+def _logged(state: TrainerState, prefix: str) -> list[tuple[int, dict[str, float]]]:
+    """Step and values of each entry of the log with such names; a checkpoint keeps them over a resume."""
+    found = [
+        (entry["step"], {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)})
+        for entry in state.log_history
+    ]
+    return [(step, values) for step, values in found if values]
+
+
+def _prepare(model: RetrievalModel, arguments: TrainingArguments) -> None:
+    """What of a model is trained, and with which dropout. In place."""
+    if arguments.dropout is not None:
+        set_dropout(model, arguments.dropout)
+    if arguments.lora_rank is not None:
+        # The adapters start at random.
+        torch.manual_seed(arguments.seed)
+        add_lora(
+            model,
+            rank=arguments.lora_rank,
+            alpha=arguments.lora_alpha or arguments.lora_rank,
+            dropout=arguments.lora_dropout,
+            targets=arguments.lora_targets or None,
+        )
+    if arguments.freeze:
+        freeze(model, arguments.freeze)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
@@ -302,91 +435,3 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, probability)
-
-
-def describe_loss(loss: Loss) -> str:
-    """The name of a loss with the options that were bound to it: "info_nce(scale=20.0)"."""
-    if isinstance(loss, functools.partial):
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(loss.keywords.items()))
-        return f"{describe_loss(loss.func)}({options})"
-    return str(getattr(loss, "__name__", type(loss).__name__))
-
-
-def hash_model(model: RetrievalModel) -> str:
-    """SHA-256 of all that a model is: its contract, its tokenizer, and every weight with name, shape and type."""
-    digest = hashlib.sha256(json.dumps(model.contract.to_dict(), sort_keys=True).encode())
-    digest.update(model.preprocessor.tokenizer_json.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        # numpy has no bfloat16: look at the bytes.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a run depend on beside its recipe."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _run(model: Any, side: Side) -> Tensor:
-    """[texts, dim] or [pairs], in the order in which they were given."""
-    return torch.cat([model(chunk) for chunk in side["chunks"]])[side["places"]]
-
-
-def _loop_arguments(
-    arguments: TrainingArguments, checkpoints: Path, evaluator: Evaluator | None
-) -> transformers.TrainingArguments:
-    """Our options as those of transformers' loop, with all of its own reporting off."""
-    save_steps = arguments.save_steps or arguments.eval_steps
-    return transformers.TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=arguments.epochs,
-        max_steps=arguments.max_steps or -1,
-        per_device_train_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=arguments.learning_rate,
-        lr_scheduler_type=_SCHEDULES[arguments.schedule],
-        # Below 1 it is a share of the steps.
-        warmup_steps=arguments.warmup_ratio,
-        weight_decay=arguments.weight_decay,
-        max_grad_norm=arguments.max_grad_norm,
-        seed=arguments.seed,
-        dataloader_num_workers=arguments.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        eval_strategy="no" if evaluator is None else "steps" if arguments.eval_steps else "epoch",
-        eval_steps=arguments.eval_steps,
-        metric_for_best_model=None if evaluator is None else f"eval_{evaluator.metric}",
-        greater_is_better=True,
-        save_strategy="steps" if save_steps else "epoch",
-        **({"save_steps": save_steps} if save_steps else {}),
-        logging_steps=arguments.log_steps,
-        # Would replace a loss that is not a number by the average so far.
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to="none",
-        log_level="error",
-    )
-
-
-@contextlib.contextmanager
-def _repeatable(device: torch.device, threads: int | None) -> Iterator[None]:
-    """Sums in a fixed order: for a CPU a fixed number of threads, for a GPU algorithms that have one."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device.type == "cuda":
-        # cuBLAS reads it when it starts; without it, a matrix product may pick its work space by what is free.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])

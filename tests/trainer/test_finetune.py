@@ -80,7 +80,7 @@ def test_an_embedder_from_the_command_line(work, base):
     model = RetrievalModel.load(work / "tuned")
     assert model.contract == dataclasses.replace(RetrievalModel.load(base).contract, max_tokens=32)
     assert not same(model.state_dict(), weights_of(base))
-    assert "24 queries with 24 given negatives from pairs.jsonl" in result.stderr
+    assert "24 rows with 48 documents from pairs.jsonl" in result.stderr
     assert "step 3/6  loss " in result.stderr
     assert "│ ndcg@10     │ 0." in result.stdout
     assert "ndcg@10 changed by " in result.stdout
@@ -101,7 +101,7 @@ def test_a_reranker_from_a_file_of_options(work, base):
     )
     result = rtx("--config run.toml --epochs 1")
     assert result.exit_code == 0, result.output
-    assert "48 pairs from pairs.jsonl" in result.stderr
+    assert "24 rows with 48 documents from pairs.jsonl" in result.stderr
     assert "before training: mrr@5 " in result.stderr
     model = RetrievalModel.load(work / "judge")
     assert model.task == "rerank"
@@ -250,7 +250,8 @@ def test_a_loss_that_explodes_ends_the_run(base):
     result = embed(base, learning_rate=1e30, warmup_ratio=0.0, save_steps=1)
     assert result.exit_code == 7
     newest = os.path.join("tuned", "checkpoints", "step-1")
-    assert f"error: step 2: the loss is nan; last good checkpoint: {newest}." in result.stderr
+    assert "error: step 2: the loss is nan; the batch: pairs.jsonl:" in result.stderr
+    assert f"last good checkpoint: {newest}." in result.stderr
 
 
 @pytest.mark.usefixtures("work")

@@ -35,9 +35,7 @@ def examples(count=7, negatives=2, labels=None):
 EMBED = {
     "info_nce": (losses.info_nce, None),
     "info_nce, all directions": (
-        functools.partial(
-            losses.info_nce, directions=("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
-        ),
+        functools.partial(losses.info_nce, directions=("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")),
         None,
     ),
     "info_nce, masked": (functools.partial(losses.info_nce, false_negative_margin=0.01), None),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import json
 import pickle
 import re
 import shutil
@@ -23,10 +24,11 @@ from rtx.runtime.reranker import Reranker
 from rtx.trainer import losses
 from rtx.trainer.batches import Collator
 from rtx.trainer.config import TrainingArguments
-from rtx.trainer.data import TrainingData, Triple
+from rtx.trainer.data import Example, TrainingData
+from rtx.trainer.describe import describe_loss
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.progress import Progress
-from rtx.trainer.train import Trainer, describe_loss, set_dropout
+from rtx.trainer.train import Trainer, set_dropout
 
 WORDS = ["how", "are", "what", "code", "list", "file", "model", "text", "query", "the", "with", "that"]
 
@@ -117,8 +119,8 @@ def test_an_embedder_learns_its_pairs(checkpoint, tmp_path):
         return float(((queries @ documents.T).argmax(axis=1) == np.arange(len(rows))).mean())
 
     before = accuracy()
-    outcome = trainer(model, tmp_path, epochs=15, learning_rate=3e-3, save_steps=60).train()
-    assert outcome.steps == 60
+    outcome = trainer(model, tmp_path, epochs=25, learning_rate=3e-3, save_steps=100).train()
+    assert outcome.steps == 100
     assert accuracy() > before + 0.3
     assert outcome.losses[-1][1] < outcome.losses[0][1] - 0.5
 
@@ -135,16 +137,17 @@ def test_a_reranker_learns_its_labels(reranker, tmp_path):
 @pytest.mark.parametrize("chunk_tokens", [1, 40, 10_000])
 def test_the_loss_of_a_batch_is_that_of_its_texts_one_by_one(checkpoint, tmp_path, chunk_tokens):
     built = trainer(checkpoint, tmp_path, chunk_tokens=chunk_tokens)
-    examples = TrainingData.from_rows(triples(6), task="embed").examples
+    examples = list(TrainingData.from_rows(triples(6), needs="positives"))
     model = built.model.eval()
     with torch.no_grad():
-        loss = built.compute_loss(model, built.data_collator(examples))
+        loss = built.compute_loss(model, built.data_collator(list(enumerate(examples))))
     # The runtime embeds each text by itself, with the contract's prompts.
     embedder = Embedder(model.preprocessor, model.engine())
     queries = [embedder.embed([example.query], prompt="query")[0] for example in examples]
-    texts = [example.positive for example in examples] + [text for example in examples for text in example.negatives]
+    texts = [text for example in examples for text in example.documents]
     documents = [embedder.embed([text], prompt="document")[0] for text in texts]
-    expected = losses.info_nce(torch.tensor(np.array(queries)), torch.tensor(np.array(documents)))
+    targets = losses.Targets.of([example.labels for example in examples])
+    expected = losses.info_nce(torch.tensor(np.array(queries)), torch.tensor(np.array(documents)), targets)
     # Cosines agree to some 1e-6, the scale is 20.
     assert loss.item() == pytest.approx(expected.item(), abs=5e-5)
 
@@ -163,7 +166,7 @@ def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(checkpoint, tmp_
 def test_each_epoch_has_its_own_batches_and_a_resumed_one_goes_on_with_them(checkpoint, tmp_path):
     def seen(built, **options):
         batches, collate = [], built.data_collator
-        built.data_collator = lambda examples: batches.append(examples) or collate(examples)
+        built.data_collator = lambda rows: batches.append([example for _, example in rows]) or collate(rows)
         built.train(**options)
         return batches
 
@@ -402,22 +405,28 @@ def test_processes_that_tokenise_ahead_change_nothing(checkpoint, tmp_path):
 def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(checkpoint, tmp_path):
     calls = []
 
-    def loss(queries, documents):
+    def loss(queries, documents, targets):
         calls.append(1)
-        return losses.info_nce(queries, documents) * (float("nan") if len(calls) == 6 else 1.0)
+        return losses.info_nce(queries, documents, targets) * (float("nan") if len(calls) == 6 else 1.0)
 
     built = trainer(checkpoint, tmp_path, loss=loss, save_steps=2)
     with pytest.raises(TrainingError) as error:
         built.train()
     good = tmp_path / "checkpoints" / "step-4"
-    assert str(error.value).startswith(f"step 6: the loss is nan; last good checkpoint: {good}. ")
+    listed = tmp_path / "checkpoints" / "stopped-6.json"
+    batch = [built.train_dataset.where(row) for row in [*built.sampler.plan(1)][1]]
+    assert str(error.value).startswith(
+        f"step 6: the loss is nan; the batch: {', '.join(batch[:3])} and so on, {len(batch)} rows, all in {listed}; "
+        f"last good checkpoint: {good}. "
+    )
+    assert json.loads(listed.read_text()) == {"step": 6, "problem": "the loss is nan", "rows": batch}
     assert all(torch.isfinite(weights).all() for weights in built.model.parameters())
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(checkpoint, tmp_path):
-    def loss(queries, documents):
+    def loss(queries, documents, targets):
         # The square root of an exact zero: the value is finite, its slope is not.
-        return losses.info_nce(queries, documents) + (queries - queries.detach()).abs().sum().sqrt()
+        return losses.info_nce(queries, documents, targets) + (queries - queries.detach()).abs().sum().sqrt()
 
     built = trainer(checkpoint, tmp_path, loss=loss)
     with pytest.raises(TrainingError, match=r"step 1: the norm of the gradient is nan; .* none was written yet"):
@@ -448,8 +457,8 @@ def test_bf16_rounds_the_forward_pass_and_neither_the_weights_nor_the_evaluation
 )
 def test_without_dropout_training_sees_what_evaluation_sees(tiny_checkpoint, architecture):
     model = RetrievalModel.load(tiny_checkpoint(architecture))
-    batch = Collator(model.preprocessor, chunk_tokens=999)([Triple("the code of a model", "text")])
-    chunk = batch["queries"]["chunks"][0]
+    batch = Collator(model.preprocessor, task="embed")([(0, Example("the code of a model", ("text",), (1.0,)))])
+    chunk = {name: torch.from_numpy(array) for name, array in model.preprocessor.collate(batch.sides[0]).items()}
     with torch.no_grad():
         expected = model(chunk)
         set_dropout(model, 0.5)
@@ -466,10 +475,115 @@ def test_dropout_is_an_option_and_changes_nothing_that_is_saved(checkpoint, tmp_
     assert (tmp_path / "saved" / "config.json").read_text() == (checkpoint / "config.json").read_text()
 
 
-def test_data_for_another_task_is_an_error(checkpoint, tmp_path):
-    pairs = TrainingData.from_rows([{"query": "q", "document": "d", "label": 1}], task="rerank")
-    with pytest.raises(UsageError, match="the data is for the task 'rerank', the model for 'embed'"):
+def test_data_that_was_read_for_another_loss_is_an_error(checkpoint, tmp_path):
+    pairs = TrainingData.from_rows([{"query": "q", "document": "d", "label": 1}], needs="labels")
+    with pytest.raises(UsageError, match="loss info_nce: needs rows with positives; the data was read for labels"):
         trainer(checkpoint, tmp_path, data=pairs)
+
+
+def test_a_guided_loss_without_guide_is_an_error(checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="loss gist: needs a guide"):
+        trainer(checkpoint, tmp_path, loss=losses.gist)
+
+
+def test_a_guide_keeps_false_negatives_out(checkpoint, tmp_path):
+    """A guide that finds all texts alike leaves no negative, and nothing to learn."""
+
+    class Alike:
+        def embed(self, texts, *, prompt):
+            assert prompt in ("query", "document")
+            return np.ones((len(texts), 3), dtype=np.float32)
+
+    loss = functools.partial(losses.gist, guide_margin=0.5)
+    built = Trainer(
+        RetrievalModel.load(checkpoint),
+        TrainingArguments(output=str(tmp_path), batch_size=8, max_steps=1, log_steps=1),
+        train_dataset=triples(),
+        loss=loss,
+        guide=Alike(),
+        progress=quiet(),
+    )
+    assert built.train().losses == [(1, 0.0)]
+
+
+def test_a_diverging_loss_stops_the_run(checkpoint, tmp_path):
+    calls = []
+
+    def loss(queries, documents, targets):
+        calls.append(1)
+        return losses.info_nce(queries, documents, targets) * (1 if len(calls) < 25 else 100)
+
+    built = trainer(checkpoint, tmp_path, loss=loss, epochs=20, save_steps=20)
+    with pytest.raises(TrainingError, match=r"step 34: the loss diverges: at least .* in each of the last 10 steps"):
+        built.train()
+
+
+def test_a_run_stops_when_evaluations_get_no_better(checkpoint, tmp_path):
+    values = [0.5, 0.6, 0.7, 0.6, 0.7, 0.9]
+    built = trainer(checkpoint, tmp_path, evaluator=ScriptedEvaluator(*values), epochs=5, patience=2)
+    outcome = built.train()
+    # The third and the fourth are no better than the second.
+    assert (outcome.steps, outcome.best_step, outcome.after["ndcg@10"]) == (16, 8, 0.7)
+    again = trainer(checkpoint, tmp_path, evaluator=ScriptedEvaluator(), epochs=5, patience=2)
+    assert again.train(resume=True) == outcome
+    assert same(weights_of(again.model), weights_of(built.model))
+
+
+def test_the_gradient_cache_trains_the_same_model(checkpoint, tmp_path):
+    plain, cached = (
+        trainer(checkpoint, tmp_path / str(held), activation_tokens=held, chunk_tokens=40, dropout=0.3, epochs=2)
+        for held in (None, 0)
+    )
+    expected, found = plain.train(), cached.train()
+    assert [loss for _, loss in found.losses] == pytest.approx([loss for _, loss in expected.losses], abs=1e-4)
+
+
+def test_adapters_resume_bit_for_bit_and_are_merged_in_what_is_saved(checkpoint, tmp_path):
+    options = {"lora_rank": 4, "lora_dropout": 0.1, "save_steps": 6, "keep_checkpoints": 2}
+    unbroken = trainer(checkpoint, tmp_path / "unbroken", **options)
+    unbroken.train()
+    start = weights_of(RetrievalModel.load(checkpoint))
+    # The weights below the adapters are those it started from.
+    for name, weights in weights_of(unbroken.model).items():
+        if "lora_" not in name:
+            assert torch.equal(weights, start[name.replace(".base_layer", "")])
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-12")
+    resumed = trainer(checkpoint, tmp_path / "stopped", **options)
+    resumed.train(resume=True)
+    assert same(weights_of(resumed.model), weights_of(unbroken.model))
+    saved = RetrievalModel.load(tmp_path / "unbroken" / "checkpoints" / "step-12")
+    texts = ["how are you", "code"]
+    vectors = [Embedder(model.preprocessor, model.engine()).embed(texts) for model in (saved, unbroken.model)]
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-6
+    base = RetrievalModel.load(checkpoint)
+    assert np.abs(vectors[0] - Embedder(base.preprocessor, base.engine()).embed(texts)).max() > 1e-3
+
+
+def test_frozen_parts_stay_and_groups_have_their_own_rates(checkpoint, tmp_path):
+    built = trainer(
+        checkpoint, tmp_path, freeze=("embeddings", "layers:0"), learning_rates=("*.output.*=1e-9",), max_steps=2
+    )
+    before = weights_of(built.model)
+    built.train()
+    moved = {name: float((weights - before[name]).abs().max()) for name, weights in built.model.state_dict().items()}
+    for name, change in moved.items():
+        if "embeddings" in name or ".layer.0." in name:
+            assert change == 0, name
+        elif ".layer.1." in name and ".output." in name:
+            assert 0 <= change < 1e-6, name
+        elif ".layer.1." in name and "key.bias" not in name:
+            assert change > 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing"])
+def test_checkpointed_activations_give_the_same_model(checkpoint, tmp_path, name):
+    plain, other = (trainer(checkpoint, tmp_path / str(on), max_steps=3, **{name: on}) for on in (False, True))
+    plain.train()
+    other.train()
+    assert other.model.backbone.is_gradient_checkpointing
+    one, two = weights_of(plain.model), weights_of(other.model)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_losses_are_described_with_what_is_bound_to_them():
