@@ -275,7 +275,7 @@ def train_rtx(
 
     from rich.console import Console
 
-    from rtx.trainer import RetrievalModel, Trainer, TrainingArguments, TrainingData, losses
+    from rtx.trainer import Trainer, TrainingArguments, TrainingData, losses
     from rtx.trainer.progress import Progress
 
     del side
@@ -293,9 +293,7 @@ def train_rtx(
             activation_tokens=0 if name == "cached" else None,
             chunk_tokens=CHUNK_TOKENS,
         )
-        model = RetrievalModel.load(
-            base_model() if case.task == "embed" else root / "reranker", max_tokens=case.max_tokens
-        )
+        model = start_model(case, root)
         data = TrainingData.read([data_file(case, root)], needs="positives" if case.task == "embed" else "labels")
         trainer = Trainer(
             model, arguments, train_dataset=data, loss=loss, progress=Progress(Console(file=io.StringIO()))
@@ -355,7 +353,7 @@ def train_peer(
             weight_decay=0.01,
             max_grad_norm=1.0,
             seed=seed,
-            batch_sampler=lambda dataset, **_: FixedBatches(batches, case.batch_size),
+            batch_sampler=lambda _, **__: FixedBatches(batches, case.batch_size),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -260,8 +260,8 @@ class FinetuneConfig(TrainingArguments):
     loss: Annotated[
         str | None,
         Option(
-            "embed: info_nce (default), gist, cosent, contrastive, online_contrastive, triplet, margin_mse, kl. rerank: bce (default), "
-            "cross_entropy, listnet, ranknet, lambda_ndcg, margin_mse."
+            "embed: info_nce (default), gist, cosent, contrastive, online_contrastive, triplet, margin_mse, kl. "
+            "rerank: bce (default), cross_entropy, listnet, ranknet, lambda_ndcg, margin_mse."
         ),
     ] = None
     scale: Annotated[

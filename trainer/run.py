@@ -2,7 +2,7 @@
 
     OUT/checkpoints/run.json     what the run is made of: recipe, hashes of model and data, the metrics before it
     OUT/checkpoints/ndcg-N.npy   NDCG of each query in the evaluation at step N, 0 for before
-    OUT/checkpoints/stopped-N.json   the rows of step N, if the run stopped there because its loss was not finite or went off
+    OUT/checkpoints/stopped-N.json   why the run stopped in step N, and the rows of that step
     OUT/checkpoints/step-N/      a checkpoint: the model as a Sentence Transformers folder, optimizer, schedule, RNG
 
 A checkpoint has its name only once it is whole, and loses it before a file of it goes: one that is there is complete.

@@ -24,7 +24,7 @@ JoinedLoss = Callable[[Sequence[Tensor]], Tensor]
 
 
 def joined_loss(loss: Callable[..., Tensor], targets: Targets) -> JoinedLoss:
-    """A loss of the outputs of all processes: outputs of this process, one a side -> the same scalar in each of them."""
+    """A loss of the outputs of all processes: outputs of this one, one a side -> the same scalar in each."""
     everything = gather_targets(targets)
     return lambda outputs: loss(*[gather(output) for output in outputs], everything)
 
@@ -42,7 +42,7 @@ def backward(
     activation_tokens: int | None = None,
     propagate: Callable[[Tensor], Any] = torch.Tensor.backward,
     unsynchronised: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    check: Callable[[Tensor], None] = lambda value: None,
+    check: Callable[[Tensor], None] = lambda _: None,
 ) -> Tensor:
     """Add the gradient of a batch to the parameters' gradients.
 

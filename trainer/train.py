@@ -330,7 +330,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             num_workers=self.args.dataloader_num_workers,
         )
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - the signature of transformers
         if self.optimizer is None:
             groups = parameter_groups(
                 self.model,

@@ -91,6 +91,10 @@ def test_two_processes_train_as_one_with_the_joined_batch(runs, run):
     one, two = (load_file(runs / name / run / "final" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, weights in one.items():
+        # A softmax does not see what all keys, or all logits of a list, have in common: this gradient is rounding,
+        # and Adam makes a step of it.
+        if name.endswith(("key.bias", "classifier.bias")):
+            continue
         assert torch.allclose(two[name], weights, rtol=0, atol=1e-5), name
 
 

@@ -100,7 +100,8 @@ def check(model, rows, loss, chunk_tokens, activation_tokens):
         model, rows, loss, chunk_tokens=chunk_tokens, activation_tokens=activation_tokens
     )
     assert cached_value.item() == pytest.approx(value.item(), abs=1e-12)
-    assert cached.keys() == plain.keys() and len(plain) > 20
+    assert cached.keys() == plain.keys()
+    assert len(plain) > 20
     assert max(float(gradient.abs().max()) for gradient in plain.values()) > 1e-3
     for name, gradient in plain.items():
         assert torch.allclose(cached[name], gradient, rtol=0, atol=1e-10), name
@@ -163,7 +164,8 @@ def test_gradients_are_averaged_over_processes_once_at_the_end(models):
         propagate=propagate,
         unsynchronised=Unsynchronised,
     )
-    assert seen[:-1] == [True] * (len(seen) - 1) and seen[-1] is False
+    assert seen[:-1] == [True] * (len(seen) - 1)
+    assert seen[-1] is False
 
 
 def test_the_check_comes_before_any_gradient(models):
@@ -202,7 +204,8 @@ def test_outputs_come_back_in_the_order_of_the_texts():
     chunks = [Chunk(0, [2, 0], 2), Chunk(1, [1], 1), Chunk(0, [1], 1), Chunk(1, [0], 1)]
     outputs = [torch.tensor([2.0, 0.0]), torch.tensor([11.0]), torch.tensor([1.0]), torch.tensor([10.0])]
     first, second = assemble(outputs, chunks)
-    assert first.tolist() == [0, 1, 2] and second.tolist() == [10, 11]
+    assert first.tolist() == [0, 1, 2]
+    assert second.tolist() == [10, 11]
 
 
 def test_documents_stand_row_by_row(models):
@@ -214,4 +217,4 @@ def test_documents_stand_row_by_row(models):
     assert batch.targets.first.tolist() == [0, 3]
     assert [row for row, _ in batch.rows] == [5, 9]
     pairs = Collator(models["rerank"].preprocessor, task="rerank")([(0, rows[0]), (1, rows[1])])
-    assert len(pairs.sides) == 1 and len(pairs.sides[0]) == 4
+    assert [len(side) for side in pairs.sides] == [4]
