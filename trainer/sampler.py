@@ -22,6 +22,8 @@ from rtx.trainer.store import TextHashes
 # among them, and the sets that tell which are held for one window.
 _WINDOW_BATCHES = 64
 _WINDOW_ROWS = 32768
+# Rows beyond a window, one for so many of it, that take the place of those that wait.
+_AHEAD = 4
 
 
 class BatchSampler:
@@ -29,8 +31,8 @@ class BatchSampler:
 
     With `no_duplicates`, no query and no positive occurs twice in a batch, and none is another row's negative: in-batch
     negatives would tell the model that a text does not match itself. A row that fits no batch of its window comes with
-    a later one; one that fits none until the end of the pass is left out of it. The first document of a row is its
-    positive.
+    a later one; one that fits none until the end of the pass is left out of it, and so are some earlier where far too
+    many wait. The first document of a row is its positive.
 
     Args:
         data: what to draw from.
@@ -120,16 +122,18 @@ class BatchSampler:
                 yield order[ends[number] : ends[number + 1]].tolist()
             return
         window = max(_WINDOW_BATCHES, _WINDOW_ROWS // self.batch_size)
-        waiting = order[:0]
+        ahead = window * self.batch_size // _AHEAD
+        waiting, read = order[:0], 0
         for first in range(0, batches, window):
             last = min(first + window, batches)
             room = [ends[batch + 1] - ends[batch] for batch in range(first, last)]
-            here = np.concatenate([waiting, order[ends[first] : ends[last]]])
+            until = min(ends[last] + ahead, rows)
+            here, read = np.concatenate([waiting, order[read:until]]), until
             plan, left = plan_window(self._data.hashes(here), room, generator)
             for batch in plan:
                 yield here[batch].tolist()
-            # As many as a window has: where one text is that of most rows, they would become more and more.
-            waiting = here[left[: sum(room)]]
+            # Not all: where one text is that of most rows, they would become more and more.
+            waiting = here[left[: sum(room) + ahead]]
 
 
 class _Ends:

@@ -4,12 +4,18 @@ import csv
 import gzip
 import hashlib
 import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from rtx.runtime.errors import DataError, UsageError
+from rtx.runtime.errors import ArtifactError, DataError, UsageError
 from rtx.runtime.hashing import sha256_of
-from rtx.trainer.data import Pair, TrainingData, Triple
+from rtx.trainer.data import Example, TrainingData
 
 
 def write_jsonl(path, rows):
@@ -17,30 +23,14 @@ def write_jsonl(path, rows):
     return path
 
 
-def problems_of(paths, task="embed"):
+def problems_of(paths, needs="positives", **options):
     with pytest.raises(DataError) as error:
-        TrainingData.read(paths, task=task)
+        TrainingData.read(paths, needs=needs, **options)
     return str(error.value)
 
 
-def test_all_spellings_of_negatives(tmp_path):
-    rows = [
-        {"query": "q0", "positive": "p0"},
-        {"query": "q1", "positive": "p1", "negative": "n1"},
-        {"query": "q2", "positive": "p2", "negatives": ["n2", "n3"]},
-        {"query": "q3", "positive": "p3", "negative_2": "n5", "negative_10": "n6", "negative_1": "n4"},
-        {"query": "q4", "positive": "p4", "negative": "", "negatives": None, "negative_1": None, "source": "web"},
-    ]
-    data = TrainingData.read([write_jsonl(tmp_path / "pairs.jsonl", rows)], task="embed")
-    assert data.examples == [
-        Triple("q0", "p0"),
-        Triple("q1", "p1", ("n1",)),
-        Triple("q2", "p2", ("n2", "n3")),
-        Triple("q3", "p3", ("n4", "n5", "n6")),
-        Triple("q4", "p4"),
-    ]
-    assert len(data) == 5
-    assert data[1] == Triple("q1", "p1", ("n1",))
+def triples(count):
+    return [{"query": f"q{i}", "positive": f"p{i}", "negatives": [f"n{j}" for j in range(i % 3)]} for i in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet", "datasets", "datasets_dict"])
@@ -72,24 +62,38 @@ def test_every_format_gives_the_same_examples(tmp_path, kind):
         datasets = pytest.importorskip("datasets")
         made = datasets.Dataset.from_list(rows)
         (made if kind == "datasets" else datasets.DatasetDict(train=made, test=made)).save_to_disk(path)
-    data = TrainingData.read([path], task="embed")
-    assert data.examples == [Triple(row["query"], row["positive"], tuple(row["negatives"])) for row in rows]
+    data = TrainingData.read([path], needs="positives")
+    assert list(data) == [
+        Example(row["query"], (row["positive"], *row["negatives"]), (1.0,) + (0.0,) * len(row["negatives"]))
+        for row in rows
+    ]
     assert [(source.name, source.rows) for source in data.sources] == [(path.name, 2)]
+    # A csv row starts on line 2 and, with a line end in its cell, takes two.
+    lines = {"csv": (2, 4), "tsv": (2, 3)}.get(kind, (1, 2))
+    assert [data.where(0), data.where(1)] == [f"{path}:{line}" for line in lines]
 
 
-def test_a_reranker_takes_labelled_pairs_and_rows_with_negatives(tmp_path):
+def test_all_forms_of_a_row_meet_in_one_data_set(tmp_path):
     pairs = write_jsonl(
         tmp_path / "pairs.jsonl",
         [{"query": "q", "document": name, "label": label} for name, label in [("d", 1), ("e", 0.25), ("f", False)]],
     )
     (tmp_path / "pairs.csv").write_text("query,document,label\nq,g,0\n")
-    mined = write_jsonl(tmp_path / "mined.jsonl", [{"query": "r", "positive": "a", "negatives": ["b", "c"]}])
-    data = TrainingData.read([pairs, tmp_path / "pairs.csv", mined], task="rerank")
-    assert data.examples == [
-        Pair("q", "d", 1.0), Pair("q", "e", 0.25), Pair("q", "f", 0.0), Pair("q", "g", 0.0),
-        Pair("r", "a", 1.0), Pair("r", "b", 0.0), Pair("r", "c", 0.0),
+    mined = write_jsonl(
+        tmp_path / "mined.jsonl",
+        ["\n", {"query": "r", "positive": "a", "negatives": ["b", "c"]}, "\n", {"query": "s", "positive": "d"}],
+    )
+    data = TrainingData.read([pairs, tmp_path / "pairs.csv", mined], needs="labels")
+    assert list(data) == [
+        Example("q", ("d",), (1.0,)), Example("q", ("e",), (0.25,)), Example("q", ("f",), (0.0,)),
+        Example("q", ("g",), (0.0,)), Example("r", ("a", "b", "c"), (1.0, 0.0, 0.0)), Example("s", ("d",), (1.0,)),
     ]  # fmt: skip
-    assert [source.rows for source in data.sources] == [3, 1, 1]
+    assert [source.rows for source in data.sources] == [3, 1, 2]
+    assert data.needs == "labels"
+    assert data.documents == 8
+    assert [data.where(index) for index in (0, 2, 3, 4, 5, -1)] == [
+        f"{pairs}:1", f"{pairs}:3", f"{tmp_path / 'pairs.csv'}:2", f"{mined}:2", f"{mined}:4", f"{mined}:4",
+    ]  # fmt: skip
 
 
 def test_every_bad_row_is_named_by_file_and_line(tmp_path):
@@ -135,44 +139,37 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
     assert message.endswith("… and 27 more")
 
 
-@pytest.mark.parametrize(
-    ("label", "shown"), [(1.5, "1.5"), ("yes", "'yes'"), (None, "None"), (float("nan"), "nan"), ([1], r"\[1\]")]
-)
-def test_labels_are_numbers_from_0_to_1(label, shown):
-    with pytest.raises(DataError, match=f"rows:1: label: expected a number from 0 to 1, got {shown}"):
-        TrainingData.from_rows([{"query": "q", "document": "d", "label": label}], task="rerank")
+def test_rows_for_another_loss_are_one_error(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "document": "d", "label": 1}] * 37)
+    assert problems_of([path]) == (
+        f"training data: 1 problem:\n  {path}:1: has the columns document, label, query; "
+        "expected query, positive and, where there are any, negative(s)"
+    )
 
 
-@pytest.mark.parametrize("name", ["negatve", "Negative", "negative1", "negativs"])
-def test_a_misspelt_column_is_not_left_out_in_silence(tmp_path, name):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p", name: "n"}] * 3)
+def test_a_misspelt_column_is_told_once(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p", "negatve": "n"}] * 3)
     message = problems_of([path])
-    assert message.startswith(f"training data: 1 problem:\n  {path}:1: column '{name}' is not known; did you mean 'neg")
-
-
-def test_columns_of_another_meaning_are_left_out():
-    row = {"query": "q", "positive": "p", "id": 1.5, "query_id": 2, "positive_id": 3, "negative_ids": [4], "title": "t"}
-    assert TrainingData.from_rows([row], task="embed").examples == [Triple("q", "p")]
-    pair = {"query": "q", "document": "d", "label": 1, "document_id": 5, "label_source": "web"}
-    assert TrainingData.from_rows([pair], task="rerank").examples == [Pair("q", "d", 1.0)]
+    assert message == f"training data: 1 problem:\n  {path}:1: column 'negatve' is not known; did you mean 'negative'?"
 
 
 def test_files_that_cannot_be_read(tmp_path):
     assert "none.jsonl: cannot be read: No such file" in problems_of([tmp_path / "none.jsonl"])
     (tmp_path / "pairs.xml").write_text("<xml/>")
     with pytest.raises(UsageError, match=r"pairs\.xml: the ending tells no format that can be read \(\.jsonl"):
-        TrainingData.read([tmp_path / "pairs.xml"], task="embed")
+        TrainingData.read([tmp_path / "pairs.xml"], needs="positives")
     (tmp_path / "empty.jsonl").write_text("\n")
     assert problems_of([tmp_path / "empty.jsonl"]) == "training data: no rows in empty.jsonl"
     (tmp_path / "folder").mkdir()
     assert "folder: is no folder that datasets' save_to_disk wrote" in problems_of([tmp_path / "folder"])
     with pytest.raises(DataError, match="rows:1: expected a mapping of columns, got tuple"):
-        TrainingData.from_rows([("q", "p")], task="embed")
+        TrainingData.from_rows([("q", "p")], needs="positives")
 
 
 def test_hashes_follow_the_content_not_the_name(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "positive": "p"}])
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert TrainingData.read([path], needs="positives").sources[0].sha256 == sha256_of(path)
     before = sha256_of(tmp_path)
     assert before == sha256_of(tmp_path)
     path.rename(tmp_path / "b.jsonl")
@@ -182,6 +179,141 @@ def test_hashes_follow_the_content_not_the_name(tmp_path):
     (tmp_path / "checkpoints" / "state").write_text("x")
     assert sha256_of(tmp_path, without="checkpoints") == left != sha256_of(tmp_path)
     rows = [{"query": "q", "positive": "p"}]
-    first, again = (TrainingData.from_rows(rows, task="embed").sources[0].sha256 for _ in range(2))
-    other = TrainingData.from_rows([{"query": "q", "positive": "r"}], task="embed").sources[0].sha256
+    first, again = (TrainingData.from_rows(rows, needs="positives").sources[0].sha256 for _ in range(2))
+    other = TrainingData.from_rows([{"query": "q", "positive": "r"}], needs="positives").sources[0].sha256
     assert first == again != other
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Record batches of three rows."""
+    monkeypatch.setattr("rtx.trainer.store._BATCH_ROWS", 3)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("memory_bytes", [0, 300, 2**30])
+def test_examples_on_disk_are_those_in_memory(tmp_path, memory_bytes):
+    rows = triples(20)
+    data = TrainingData.from_rows(iter(rows), needs="positives", folder=tmp_path, memory_bytes=memory_bytes)
+    assert len(list(tmp_path.iterdir())) == (memory_bytes < 2**30)
+    expected = [
+        Example(row["query"], (row["positive"], *row["negatives"]), (1.0,) + (0.0,) * len(row["negatives"]))
+        for row in rows
+    ]
+    assert list(data) == expected
+    assert data[-20] == expected[0]
+    assert data[3:18:4] == expected[3:18:4]
+    assert [data.where(index) for index in range(20)] == [f"rows:{number}" for number in range(1, 21)]
+    for wrong in (20, -21):
+        with pytest.raises(IndexError):
+            data[wrong]
+    # The file goes with the data.
+    del data
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("memory_bytes", [0, 2**30])
+def test_hashes_are_of_the_texts_in_the_order_asked_for(memory_bytes):
+    rows = triples(20)
+    data = TrainingData.from_rows(rows, needs="positives", memory_bytes=memory_bytes)
+    asked = np.array([19, 0, 7, 7, 2, 11], dtype=np.uint32)
+    hashes = data.hashes(asked)
+    texts = [[rows[row]["query"], rows[row]["positive"], *rows[row]["negatives"]] for row in asked]
+    assert np.diff(hashes.starts).tolist() == [len(row) for row in texts]
+    expected = [
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        for row in texts
+        for text in row
+    ]
+    assert hashes.values.tolist() == expected
+
+
+def _in_child(data, sent):
+    sent.send((len(data), data[7], data.where(7), data.sources, data._store.path))
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_another_process_reads_the_same_file(tmp_path, way):
+    data = TrainingData.from_rows(triples(2000), needs="positives", folder=tmp_path, memory_bytes=0)
+    (file,) = tmp_path.iterdir()
+    # A copy is a path and no rows.
+    assert len(pickle.dumps(data)) < 1000
+    context = multiprocessing.get_context(way)
+    received, sent = context.Pipe()
+    child = context.Process(target=_in_child, args=(data, sent))
+    child.start()
+    assert received.recv() == (2000, data[7], "rows:8", data.sources, file)
+    child.join()
+    # The child has gone; its end is not that of the file.
+    assert file.exists()
+    assert data[1999].query == "q1999"
+
+
+def test_a_forked_process_that_drops_the_data_leaves_the_file(tmp_path):
+    data = TrainingData.from_rows(triples(10), needs="positives", folder=tmp_path, memory_bytes=0)
+    pid = os.fork()
+    if pid == 0:
+        del data
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_and_rows_that_are_refused_leave_nothing(tmp_path):
+    with pytest.raises(ArtifactError, match="nowhere: the checked training data cannot be written: "):
+        TrainingData.from_rows(triples(10), needs="positives", folder=tmp_path / "nowhere", memory_bytes=0)
+    with pytest.raises(DataError):
+        TrainingData.from_rows([*triples(10000), {}], needs="positives", folder=tmp_path, memory_bytes=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_reports_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("rtx.trainer.data._ROWS_BETWEEN_REPORTS", 10)
+    path = write_jsonl(tmp_path / "pairs.jsonl", triples(25))
+    told = []
+    TrainingData.read([path], needs="positives", report=lambda rows, fraction: told.append((rows, fraction)))
+    assert [rows for rows, _ in told] == [10, 20]
+    assert all(0 < fraction <= 1 for _, fraction in told)
+
+
+# Peak of what the process holds of its own: pages of a mapped file can be dropped at any time.
+MEASURE = """
+import sys, threading, time
+from rtx.trainer.data import TrainingData
+from rtx.trainer.sampler import BatchSampler
+peak = 0
+def watch():
+    global peak
+    while True:
+        with open("/proc/self/status") as status:
+            peak = max(peak, *(int(line.split()[1]) for line in status if line.startswith("RssAnon")))
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+data = TrainingData.read([sys.argv[1]], needs="positives", folder=sys.argv[2], memory_bytes=2**20)
+rows = 0
+for batch in BatchSampler(data, batch_size=64, seed=0, no_duplicates=True):
+    rows += len(batch)
+    if rows < 2**14:
+        assert all(data[row].documents for row in batch)
+print(rows, peak, data.sources[0].rows)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_times_the_rows_take_hardly_more_memory(tmp_path):
+    peaks = []
+    for count in (10_000, 100_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as stream:
+            for i in range(count):
+                text = f"{i} some words" + " that make it as long as an answer may be" * 5
+                stream.write(f'{{"query": "number {i}", "positive": "yes {text}", "negatives": ["no {text}"]}}\n')
+        command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows, peak, read = map(int, done.stdout.split())
+        assert rows == read == count
+        peaks.append(peak / 1024)
+    # MiB; the texts of the larger file are 45 MiB.
+    assert peaks[1] - peaks[0] < 12, peaks
