@@ -192,13 +192,16 @@ def work(name: str, side: str, seed: int, folder: str) -> dict[str, Any]:
         root / "data" / "eval", candidates=root / "data" / "candidates.jsonl" if case.task == "rerank" else None
     )
     found["ndcg"] = evaluator(RetrievalModel.load(output, max_tokens=case.max_tokens)).ndcg.tolist()
-    start = base_model() if case.task == "embed" else root / "reranker"
-    found["ndcg_before"] = (
-        evaluator(RetrievalModel.load(start, max_tokens=case.max_tokens)).ndcg.tolist()
-        if seed == 0 and side == RTX
-        else []
-    )
+    found["ndcg_before"] = []
+    if seed == 0 and side == RTX:
+        found["ndcg_before"] = evaluator(start_model(case, root)).ndcg.tolist()
     return found
+
+
+def start_model(case: Case, root: Path) -> Any:
+    from rtx.trainer import RetrievalModel
+
+    return RetrievalModel.load(base_model() if case.task == "embed" else root / "reranker", max_tokens=case.max_tokens)
 
 
 def data_file(case: Case, root: Path) -> Path:
