@@ -12,20 +12,81 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rtx.runtime.errors import INTERRUPTED
-from rtx.trainer.config import FinetuneConfig, Option, TrainingArguments, options
+from rtx.trainer.config import FinetuneConfig, Option, options
 from rtx.trainer.run import RunFolder
 
 if TYPE_CHECKING:
     from rtx.trainer.train import Outcome
 
 
+# How `--help` groups the flags, by field.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Run": ("task", "model", "train", "eval", "candidates", "output", "metric"),
+    "Texts": ("max_tokens", "query_prompt", "document_prompt", "batch_size", "mixing", "workers"),
+    "Loss": (
+        "loss",
+        "scale",
+        "directions",
+        "partition",
+        "false_negative_margin",
+        "guide",
+        "guide_margin",
+        "guide_margin_strategy",
+        "similarity",
+        "distance",
+        "margin",
+        "temperature",
+        "pos_weight",
+        "sigma",
+        "mu",
+        "k",
+        "matryoshka",
+    ),
+    "Optimizer": (
+        "epochs",
+        "max_steps",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "learning_rates",
+        "layer_decay",
+        "schedule",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "dropout",
+        "freeze",
+        "seed",
+    ),
+    "LoRA": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
+    "Memory and speed": ("bf16", "activation_tokens", "chunk_tokens", "gradient_checkpointing", "threads"),
+    "Evaluation, checkpoints and log": (
+        "eval_steps",
+        "patience",
+        "save_steps",
+        "keep_checkpoints",
+        "log_steps",
+        "tensorboard",
+    ),
+}
+
+
+class _Sections(click.Command):
+    """Shows the flags in groups: there are too many for one list."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {option.name: option.get_help_record(ctx) for option in self.get_params(ctx)}
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([record for name in names if (record := records.pop(name))])
+        with formatter.section("This command"):
+            formatter.write_dl([record for record in records.values() if record])
+
+
 def _flags() -> list[click.Option]:
-    """One flag a field, the run's own fields first."""
-    inherited = {item.name for item in dataclasses.fields(TrainingArguments)} - {"output"}
+    """One flag a field."""
     hints = typing.get_type_hints(FinetuneConfig)
-    fields = sorted(dataclasses.fields(FinetuneConfig), key=lambda item: item.name in inherited)
     described = options(FinetuneConfig)
-    return [_flag(item, hints[item.name], described[item.name]) for item in fields]
+    return [_flag(item, hints[item.name], described[item.name]) for item in dataclasses.fields(FinetuneConfig)]
 
 
 def _flag(item: dataclasses.Field[Any], hint: Any, option: Option) -> click.Option:
@@ -81,7 +142,7 @@ def _command(config: str | None, given: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-@click.command(params=_flags())
+@click.command(cls=_Sections, params=_flags())
 @click.option(
     "--config", type=click.Path(dir_okay=False), help="TOML file with any of these options; flags win over it."
 )

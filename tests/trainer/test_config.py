@@ -86,3 +86,51 @@ def test_every_option_has_a_sentence_for_its_help():
 def test_the_configuration_is_free_of_torch():
     code = "import sys, rtx.trainer.config, rtx.trainer.data; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_option_is_in_one_group_of_the_help():
+    from rtx.trainer.command import SECTIONS
+
+    grouped = [name for names in SECTIONS.values() for name in names]
+    assert sorted(grouped) == sorted(options(FinetuneConfig))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"loss": "info_nse"}, "loss: 'info_nse' does not exist for the task 'embed' (did you mean 'info_nce'? "),
+        ({"loss": "bce"}, "loss: 'bce' does not exist for the task 'embed'"),
+        ({"margin": 0.2}, "margin: is no option of the loss info_nce; it has: scale, directions, partition, "),
+        ({"loss": "gist"}, "guide: the loss gist needs one"),
+        ({"guide": "model"}, "guide: the loss info_nce takes none"),
+        ({"matryoshka": [64, 0]}, "matryoshka: expected dimensions of at least 1, got [64, 0]"),
+        ({"task": "rerank", "matryoshka": [64]}, "matryoshka: only an embedder has dimensions"),
+        ({"learning_rates": ["head"]}, "learning_rates: expected PATTERN=RATE with a rate above 0, got 'head'"),
+        ({"learning_rates": ["head.*=0"]}, "learning_rates: expected PATTERN=RATE with a rate above 0, got 'head.*=0'"),
+        ({"lora_alpha": 8.0}, "lora_rank: expected with the other options of LoRA"),
+        ({"directions": ["sideways"]}, "directions"),
+        ({"mixing": "both"}, "mixing"),
+    ],
+)
+def test_options_that_do_not_fit_the_loss_are_named(flags, expected):
+    given = {"task": "embed", "model": "m", "train": ["t.jsonl"], "output": "o", **flags}
+    with pytest.raises(UsageError) as error:
+        FinetuneConfig.read(None, given)
+    assert expected in str(error.value)
+
+
+def test_every_option_of_a_loss_is_a_keyword_of_its_function():
+    pytest.importorskip("torch")
+    import inspect
+
+    from rtx.trainer import losses
+    from rtx.trainer.loss_table import LOSSES, spec_of
+
+    for task, room in (("embed", losses.embed), ("rerank", losses.rerank)):
+        for name, spec in LOSSES[task].items():
+            function = getattr(room, name)
+            keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+            assert keywords == set(spec.options), name
+            assert spec_of(function, task) is spec
+    assert spec_of(losses.matryoshka(losses.info_nce, [4]), "embed") is LOSSES["embed"]["info_nce"]
+    assert spec_of(lambda *_: None, "embed") is None
