@@ -5,11 +5,11 @@ reranker's are its logits, one a document, `loss(logits, targets)` (rerank.py). 
 functools.partial. All are computed in float32, under autocast too (in float64 if the outputs are), and none knows of
 chunks, caches or processes: those belong to the step.
 
-`margin_mse` is there for both: `losses.embed.margin_mse` and `losses.rerank.margin_mse`.
+`margin_mse` here is the embedder's; the reranker's is `losses.rerank.margin_mse`.
 """
 
 from rtx.trainer.losses import embed, rerank
-from rtx.trainer.losses.embed import contrastive, cosent, gist, info_nce, kl, online_contrastive, triplet
+from rtx.trainer.losses.embed import contrastive, cosent, gist, info_nce, kl, margin_mse, online_contrastive, triplet
 from rtx.trainer.losses.matryoshka import Matryoshka, matryoshka
 from rtx.trainer.losses.rerank import bce, cross_entropy, lambda_ndcg, listnet, ranknet
 from rtx.trainer.losses.targets import Targets
@@ -27,6 +27,7 @@ __all__ = [
     "kl",
     "lambda_ndcg",
     "listnet",
+    "margin_mse",
     "matryoshka",
     "online_contrastive",
     "ranknet",

@@ -6,21 +6,16 @@ Vectors may have any norm and floating type; the result is float32, or float64 i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rtx.runtime.errors import UsageError, nearest
+from rtx.trainer.loss_table import Direction, Distance, MarginStrategy, Partition, Similarity
 from rtx.trainer.losses.arithmetic import at_least_float32, mean
 from rtx.trainer.losses.targets import Targets
-
-Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
-Partition = Literal["joint", "per_direction"]
-MarginStrategy = Literal["absolute", "relative"]
-Similarity = Literal["dot", "cosine"]
-Distance = Literal["cosine", "euclidean"]
 
 
 @at_least_float32
@@ -69,8 +64,7 @@ def info_nce(
     cosines = _cosines(queries, documents, targets, directions)
     beyond: dict[Direction, Tensor] = {}
     if false_negative_margin is not None:
-        found = {direction: values.detach() for direction, values in cosines.items()}
-        beyond = _beyond(found, _of_positives(found, targets) + false_negative_margin)
+        beyond = _beyond(cosines, _of_positives(cosines, targets) + false_negative_margin)
     return _contrast(cosines, beyond, targets, scale=scale, partition=partition)
 
 

@@ -108,8 +108,7 @@ def lambda_ndcg(
         seen = torch.minimum(rank[better], rank[worse]) < k
         better, worse, best = better[seen], worse[seen], best * (ideal < k)
     best_dcg = gains.new_zeros(len(targets.first)).index_add(0, targets.owner, best)
-    # No pair is without a gain; the bound is for gains too small for the type.
-    gained = (gains[better] - gains[worse]) / best_dcg[targets.owner[better]].clamp(min=torch.finfo(gains.dtype).tiny)
+    gained = (gains[better] - gains[worse]) / best_dcg[targets.owner[better]]
     apart = (rank[better] - rank[worse]).abs()
     delta = 1 / _discount(apart, gains.dtype) - 1 / _discount(apart + 1, gains.dtype)
     rho = (1 / _discount(rank[better] + 1, gains.dtype) - 1 / _discount(rank[worse] + 1, gains.dtype)).abs()
