@@ -8,7 +8,6 @@ neighbours of one block, however many queries there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +230,8 @@ class _Ranked:
 
     Attributes:
         query: the query.
-        positives: [rows] float32 scores, NaN where a positive cannot be compared.
+        positives: [rows] float32 scores.
+        faults: [rows], why a positive cannot be compared; "" where it can.
         ranks: [rows], as in Positive.
         places: [candidates] int64, positions in the corpus from rank `skip + 1` on, in order of rank.
         scores: [candidates] float32.
@@ -239,6 +239,7 @@ class _Ranked:
 
     query: _Query
     positives: NDArray[np.float32]
+    faults: list[str]
     ranks: list[int | None]
     places: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -318,16 +319,18 @@ class _Miner:
         found, scores = hits.indices[at][others][:depth], hits.scores[at][others][:depth]
         above = (scores[None, :] > positives[:, None]).sum(axis=1).tolist()
         ranks = [None if count == depth else count + 1 for count in above]
-        return _Ranked(query, positives, ranks, found[skip:], scores[skip:])
+        faults = ["" if usable else _NO_VECTOR for usable in np.isfinite(positives).tolist()]
+        return _Ranked(query, positives, faults, ranks, found[skip:], scores[skip:])
 
     def _choose(self, found: _Ranked) -> Iterator[MinedQuery | Unusable]:
         rules, texts, known = self._rules, self._corpus.texts, self._corpus.places
         positives: list[Positive] = []
-        for row, score, rank in zip(found.query.rows, found.positives.tolist(), found.ranks, strict=True):
-            if math.isfinite(score):
-                positives.append(Positive(row.positive, score, rank, key_of(row.positive) in known))
+        scores = found.positives.tolist()
+        for row, score, fault, rank in zip(found.query.rows, scores, found.faults, found.ranks, strict=True):
+            if fault:
+                yield Unusable(row, f"positive: {fault}")
             else:
-                yield Unusable(row, f"positive: {_NO_VECTOR if self._reranker is None else _NO_SCORE}")
+                positives.append(Positive(row.positive, score, rank, key_of(row.positive) in known))
         if not positives:
             return
         lowest = min(positive.score for positive in positives)
@@ -358,7 +361,7 @@ def _rescore(ranked: Sequence[_Ranked], reranker: RerankingModel, texts: Sequenc
     start = 0
     for found in ranked:
         middle, end = start + len(found.positives), start + len(found.positives) + len(found.places)
-        # What the embedder could not compare has no rank, and what has no rank is not used.
-        found.positives = np.where(np.isfinite(found.positives), scores[start:middle], np.nan).astype(np.float32)
-        found.scores = scores[middle:end]
+        found.positives, found.scores = scores[start:middle], scores[middle:end]
+        finite = np.isfinite(found.positives).tolist()
+        found.faults = [fault or ("" if ok else _NO_SCORE) for fault, ok in zip(found.faults, finite, strict=True)]
         start = end

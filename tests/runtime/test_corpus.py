@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def test_vectors_that_cannot_be_kept_are_one_error(monkeypatch, tmp_path):
 def test_a_full_disk_is_one_error(monkeypatch, rows):
     monkeypatch.setattr(corpus_module, "_MEMORY_BYTES", 0)
     monkeypatch.setattr(
-        tempfile, "TemporaryFile", lambda **options: Path("/dev/full").open("w+b", options["buffering"])  # noqa: SIM115
+        tempfile,
+        "TemporaryFile",
+        lambda **options: Path("/dev/full").open("w+b", options["buffering"]),  # noqa: SIM115
     )
     with pytest.raises(ArtifactError, match=f"^{tempfile.gettempdir()}: the vectors .*: No space left on device$"):
         collect([np.ones((rows, 4), np.float32)], rows=rows, dim=4)
@@ -71,3 +74,14 @@ def test_a_corpus_of_nothing(texts, left_out):
     assert str(raised.value) == (
         f"the corpus has no text that can be compared; left out: {left_out}, 0 repeated, {without} without a vector"
     )
+
+
+def test_a_stream_may_take_a_part_at_a_time(monkeypatch, tmp_path):
+    class Slow(io.FileIO):
+        def write(self, content):
+            return super().write(content[:5])
+
+    monkeypatch.setattr(corpus_module, "_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Slow(tmp_path / "vectors", "w+"))
+    block = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(collect([block, block], rows=4, dim=4), np.concatenate([block, block]))

@@ -16,7 +16,8 @@ def test_search_by_faiss_equals_ours_in_any_blocks(similarity, block):
     pytest.importorskip("faiss")
     random = np.random.default_rng(0)
     queries = random.normal(size=(5, 16)).astype(np.float32)
-    documents = random.normal(size=(90, 16)).astype(np.float32)
+    # Of all lengths, which count for some similarities and not for others.
+    documents = (random.normal(size=(90, 16)) * random.uniform(0.01, 10, size=(90, 1))).astype(np.float32)
     for k in (1, 10, 89, 200):
         expected = search(queries, documents, k, similarity=similarity)
         found = search_faiss(queries, documents, k, similarity=similarity, block_documents=block)

@@ -196,6 +196,7 @@ def test_a_draw_depends_on_the_seed_and_the_query_alone():
     assert sum(a[2] != b[2] for a, b in zip(whole, other, strict=True)) >= 7
     ranks = {rank for _, _, negatives in whole for _, _, rank in negatives}
     assert max(ranks) > 15  # not the top alone
+    assert len({tuple(rank for _, _, rank in negatives) for _, _, negatives in whole}) == 9
 
 
 @pytest.mark.parametrize("rescored", [False, True])
@@ -362,8 +363,10 @@ def test_ranks_count_what_is_not_known_to_answer():
     assert [(negative.text, negative.rank) for negative in found.negatives] == [("d5", 3), ("d4", 4), ("d3", 5)]
     # d2 has d8, d7, d5, d4 and d3 before it, all that were looked at.
     assert [positive.rank for positive in found.positives] == [1, 3, None]
-    (shallow,) = mine(plane(), rows, corpus=DOCUMENTS, rules=Rules(depth=50))
-    assert [positive.rank for positive in shallow.positives] == [1, 3, 6]
+    model = plane()
+    model.vectors["document", "as d6"] = model.vectors["document", "d6"]
+    (deep,) = mine(model, rows, corpus=["as d6", *DOCUMENTS], rules=Rules(depth=50))
+    assert [positive.rank for positive in deep.positives] == [1, 3, 7]
 
 
 def test_without_a_corpus_positives_and_negatives_of_all_rows_are_it():
@@ -397,7 +400,9 @@ def test_a_reranker_scores_what_is_looked_at_and_no_more():
     assert found.positives[0].rank == 2  # the embedder's
 
 
-def test_what_is_not_finite_is_left_out_and_named():
+@pytest.mark.parametrize("reranker", [None, TableReranker()])
+def test_what_is_not_finite_is_left_out_and_named(monkeypatch, reranker):
+    monkeypatch.setattr(mining, "_QUERIES_PER_STEP", 1)
     model = plane()
     for key in (("document", "d9"), ("document", "d7"), ("query", "r")):
         model.vectors[key] = np.array([np.inf, 0, 0, 0], dtype=np.float32)
@@ -408,7 +413,10 @@ def test_what_is_not_finite_is_left_out_and_named():
         Relevant("q  q", "<silent>", where="t:4"),
     ]
     model.vectors["query", "q  q"] = np.array([1, 0, 0, 0], dtype=np.float32)
-    mined = list(mine(model, rows, corpus=[*DOCUMENTS, "<silent>"]))
+    told: list[tuple[str, int, int]] = []
+    corpus = [*DOCUMENTS, "<silent>"]
+    mined = list(mine(model, rows, corpus=corpus, reranker=reranker, on_progress=lambda *state: told.append(state)))
+    assert told[1:] == [("queries", 2, 3), ("queries", 3, 3)]
     unusable = {found.row.where: found.message for found in mined if isinstance(found, Unusable)}
     assert unusable == {
         "t:1": "positive: the model gives it no finite vector",
@@ -417,7 +425,8 @@ def test_what_is_not_finite_is_left_out_and_named():
     }
     (found,) = (found for found in mined if isinstance(found, MinedQuery))
     assert [positive.text for positive in found.positives] == ["d5"]
-    assert negatives_of(found) == ["d8", "d6", "d4"]
+    assert reranker is not None or negatives_of(found) == ["d8", "d6", "d4"]
+    assert not {"d9", "d7"} & {*negatives_of(found)}
 
 
 def test_scores_of_a_reranker_that_are_not_finite_are_left_out():
