@@ -26,7 +26,7 @@ MODELS = [
     (architecture, task)
     for architecture in ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
     for task in ("embed", "rerank")
-]
+] + [("qwen3-chat", "rerank")]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def architecture_and_task(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def each(architecture_and_task: tuple[str, str], exported: Callable[..., Exported]) -> Exported:
-    """Every architecture, as an embedder and as a reranker."""
+    """Every architecture, as an embedder and as a reranker, and a language model that reranks."""
     return exported(*architecture_and_task)
 
 

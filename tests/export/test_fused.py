@@ -17,6 +17,7 @@ OPERATORS = {
     "modernbert": {"MultiHeadAttention"},
     "deberta-v2": {"BiasGelu", "FusedMatMul", "SkipLayerNormalization"},
     "qwen3": {"MultiHeadAttention", "SkipSimplifiedLayerNormalization"},
+    "qwen3-chat": {"MultiHeadAttention", "SkipSimplifiedLayerNormalization"},
 }
 
 

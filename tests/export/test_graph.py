@@ -121,6 +121,30 @@ def test_pooling_and_head_in_the_graph(exported, side):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=FP32)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("architecture", "activation"), [("qwen3-chat", "sigmoid"), ("qwen3-plain", "identity")])
+def test_a_language_models_head_is_one_dot_product(exported, architecture, activation, side):
+    # Without fields of its own it is the one that all tests share.
+    found = exported(architecture, "rerank", **({} if activation == "sigmoid" else {"activation": activation}))
+    reference, engine = found.model.engine(), found.engine()
+    for batch in found.batches():
+        turned = {name: array[:, ::-1].copy() for name, array in batch.items()}
+        chosen = batch if side == found.model.contract.padding_side else turned
+        np.testing.assert_allclose(engine.run(chosen), reference.run(chosen), atol=FP32)
+    graph, vocabulary = found.graph.graph, found.model.backbone.config.vocab_size
+    as_large = [value for value in graph.initializers.values() if vocabulary in value.shape]
+    # The embeddings, which are looked up and not multiplied by.
+    assert [list(value.shape) for value in as_large] == [[vocabulary, 32]]
+    assert [use.node.op_type for use in as_large[0].uses()] == ["Gather"]
+    assert not any(vocabulary in output.shape for node in graph for output in node.outputs if output.shape)
+    direction = found.model.score_direction()[0].detach().numpy()
+    constants = {value: value.const_value.numpy().ravel() for value in graph.initializers.values()}
+    same = [value for value, content in constants.items() if np.array_equal(content, direction)]
+    assert len(same) == 1
+    (use,) = same[0].uses()
+    assert is_scoring(use.node)
+
+
 def test_the_model_is_left_as_it_was(tiny_checkpoint):
     model = RetrievalModel.load(tiny_checkpoint("distilbert"), attn_implementation="sdpa")
     model.train()

@@ -75,6 +75,29 @@ def test_a_reranker_scores_as_pytorch_does(tiny_checkpoint, evalset, tmp_path):
     assert (tmp_path / "judge.rtx" / "config.json").exists()
 
 
+def test_a_language_model_scores_as_sentence_transformers_does(tiny_checkpoint, evalset, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    source = tiny_checkpoint("qwen3-chat", "rerank", prompts={"judge": "Find the text."}, default_prompt="judge")
+    candidates = {query: list(evalset.corpus) for query in evalset.queries}
+    options = ExportOptions(
+        variants=("fp32", "fp16", "int8"), evalset=evalset, candidates=candidates, max_ndcg_drop=1.0, min_cosine=0.5
+    )
+    outcome = export_bundle(str(source), tmp_path / "judge.rtx", options)
+    assert set(outcome.manifest.variants) == {"fp32", "fp16", "int8"}
+    # Where the query is too long, theirs cuts off all of the document.
+    pairs = [(query, text) for query in TEXTS if len(query) < 60 for text in TEXTS]
+    theirs = CrossEncoder(str(source), device="cpu").predict(pairs)
+    assert np.ptp(theirs) > 0.3
+    for variant, atol in (("fp32", 1e-5), ("fp16", 5e-3), ("int8", 0.1)):
+        with Reranker.open(tmp_path / "judge.rtx", variant=variant, threads=1) as reranker:
+            np.testing.assert_allclose(reranker.score(pairs), theirs, atol=atol)
+    tokens = Bundle.open(tmp_path / "judge.rtx").golden().tokens
+    # Whatever was cut, the template's end is there, whose last token is scored.
+    assert max(len(item.ids) for item in tokens) == outcome.manifest.contract.max_tokens
+    assert len({tuple(item.ids[-17:]) for item in tokens}) == 1
+
+
 def test_left_padding_with_a_prompt_that_is_not_pooled(tiny_checkpoint, tmp_path):
     source = tmp_path / "checkpoint"
     shutil.copytree(
