@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,8 @@ def train_peer(
     data = datasets.Dataset.from_list([json.loads(line) for line in lines])
     model: Any
     loss: Any
+    # The second are its arguments, whose type of batch_sampler asks for a class of its own.
+    kinds: tuple[Any, Any]
     if case.task == "embed":
         data = data.select_columns(["query", "positive"])
         model = SentenceTransformer(base_model(), device="cpu")
@@ -347,7 +350,7 @@ def train_peer(
         kinds = CrossEncoderTrainer, CrossEncoderTrainingArguments
     model.max_seq_length = case.max_tokens
     with tempfile.TemporaryDirectory() as checkpoints:
-        arguments = kinds[1](
+        arguments: Any = kinds[1](
             output_dir=checkpoints,
             max_steps=len(batches),
             per_device_train_batch_size=case.batch_size,
@@ -356,7 +359,7 @@ def train_peer(
             weight_decay=0.01,
             max_grad_norm=1.0,
             seed=seed,
-            batch_sampler=lambda _, **__: FixedBatches(batches, case.batch_size),
+            batch_sampler=partial(FixedBatches, batches),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -364,7 +367,7 @@ def train_peer(
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        trainer = kinds[0](model=model, args=arguments, train_dataset=data, loss=loss)
+        trainer: Any = kinds[0](model=model, args=arguments, train_dataset=data, loss=loss)
         trainer.add_callback(stopwatch(found, case))
         with measured(found):
             trainer.train()
@@ -373,9 +376,9 @@ def train_peer(
 
 
 class FixedBatches:
-    """The batches that were dealt out to both sides."""
+    """The batches that were dealt out to both sides, for whatever data set."""
 
-    def __init__(self, batches: Sequence[Sequence[int]], batch_size: int) -> None:
+    def __init__(self, batches: Sequence[Sequence[int]], *_: Any, batch_size: int, **__: Any) -> None:
         self.batches, self.batch_size, self.drop_last = batches, batch_size, False
 
     def __iter__(self) -> Iterator[Sequence[int]]:

@@ -111,7 +111,7 @@ def _flag(item: dataclasses.Field[Any], hint: Any, option: Option) -> click.Opti
     )
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType[tuple[int, ...]]):
     """Whole numbers with commas between them."""
 
     name = "integers"

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from rtx.trainer.model import RetrievalModel
 
 
-def describe_loss(loss: Callable[..., Any]) -> str:
+def describe_loss(loss: Any) -> str:
     """The name of a loss with the options that were bound to it: "info_nce(scale=20.0)"."""
     if isinstance(loss, functools.partial):
         options = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(loss.keywords.items()))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from rtx.trainer.batches import Numbered
 from rtx.trainer.config import Schedule, TrainingArguments
@@ -24,9 +24,9 @@ _TIMEOUT_S = 24 * 3600
 class EpochLoader(DataLoader[Numbered]):
     """Tells the sampler which pass it is."""
 
-    def __init__(self, *args: Any, batch_sampler: BatchSampler, **options: Any) -> None:
-        super().__init__(*args, batch_sampler=batch_sampler, **options)
-        self._epochs = batch_sampler
+    def __init__(self, rows: Dataset[Numbered], sampler: BatchSampler, **options: Any) -> None:
+        super().__init__(rows, batch_sampler=sampler, **options)
+        self._epochs = sampler
 
     def set_epoch(self, epoch: int) -> None:
         self._epochs.set_epoch(epoch)

@@ -111,7 +111,7 @@ def _live(chunks: Sequence[Chunk], activation_tokens: int | None) -> set[int]:
 
 
 def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
 def _restore(state: Sequence[Tensor]) -> None:

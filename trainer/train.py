@@ -88,6 +88,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     # Our losses are means over a batch, so the loop divides by the number of accumulated batches.
     loss_is_scaled_for_ga = False
     control: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -250,7 +251,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of a batch, with the graph of all of it."""
         chunks = plan_chunks(inputs, chunk_tokens=self._chunk_tokens)
-        return loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs))
+        loss: Tensor = loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs))
+        return loss
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # noqa: ARG002
         """Add the gradient of a batch, and give its share of the step's loss."""
@@ -268,7 +270,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         )
         if (problem := self._watch.add(value.item())) is not None:
             self._stop(problem)
-        return value / accumulated
+        share: Tensor = value / accumulated
+        return share
 
     def _runner(self, model: Any, batch: Batch) -> Callable[[Chunk], Tensor]:
         run = batch_run(model, batch, self.model.preprocessor.collate, self.args.device)
@@ -325,7 +328,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         # Not through accelerate: the sampler has dealt the rows out to the processes, and a chunk moves by itself.
         return EpochLoader(
             NumberedRows(cast(TrainingData, self.train_dataset)),
-            batch_sampler=self.sampler,
+            self.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
         )
