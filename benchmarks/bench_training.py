@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -359,7 +359,7 @@ def train_peer(
             weight_decay=0.01,
             max_grad_norm=1.0,
             seed=seed,
-            batch_sampler=partial(FixedBatches, batches),
+            batch_sampler=cast(Any, partial(FixedBatches, batches)),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
