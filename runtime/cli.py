@@ -28,6 +28,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
+    "data": _Command("rtx.trainer.data_command:data", "Look at training data: counts, lengths, duplicates, leaks."),
     "finetune": _Command("rtx.trainer.command:finetune", "Finetune an embedder or a reranker.", "train"),
     "export": _Command("rtx.export.command:export", "Turn a checkpoint into a bundle, through the gate.", "export"),
     "verify": _Command("rtx.runtime.commands.verify:verify", "Check a bundle: hashes, contract, golden vectors."),

@@ -148,7 +148,7 @@ class ExampleWriter:
         for text in (example.query, *example.documents):
             encoded = text.encode()
             self._open_bytes += len(encoded)
-            self._hashes += hashlib.blake2b(encoded, digest_size=8).digest()
+            self._hashes += hash_text(encoded)
         if len(self._queries) >= _BATCH_ROWS or self._open_bytes >= _BATCH_BYTES:
             self._flush()
 
@@ -222,6 +222,11 @@ class ExampleWriter:
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
             raise ArtifactError(f"{place}: the checked training data cannot be written: {broken}") from broken
+
+
+def hash_text(text: bytes) -> bytes:
+    """64 bits of a text in UTF-8, little-endian; equal in every process."""
+    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 def _map(path: Path) -> ExampleStore:

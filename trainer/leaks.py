@@ -1,0 +1,60 @@
+"""Texts of an evaluation set that training data has too: what is measured on them is no longer what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rtx.runtime.evalset import EvalSet
+from rtx.trainer.examples import Example
+from rtx.trainer.findings import Finding, quoted
+from rtx.trainer.store import hash_text
+
+_ALMOST = " but for case and white space"
+
+
+class Leaks:
+    """Looks for the texts of an evaluation set, as they are and with case and white space made alike."""
+
+    def __init__(self, evalset: EvalSet) -> None:
+        relevant = {document for grades in evalset.qrels.values() for document, grade in grades.items() if grade > 0}
+        self._queries = _Texts(evalset.queries)
+        self._answers = _Texts({key: evalset.corpus[key] for key in relevant})
+        self._others = _Texts({key: text for key, text in evalset.corpus.items() if key not in relevant})
+        query, answer = "queries that are evaluation queries", "documents that answer an evaluation query"
+        self._leaked_queries = Finding("leaked_queries", query), Finding("leaked_queries_almost", query + _ALMOST)
+        self._leaked_answers = Finding("leaked_documents", answer), Finding("leaked_documents_almost", answer + _ALMOST)
+        self._shared = Finding("shared_documents", "documents that are others of the evaluation corpus")
+
+    def look(self, where: str, example: Example) -> None:
+        _compare(where, example.query, self._queries, self._leaked_queries)
+        for document in example.documents:
+            if not _compare(where, document, self._answers, self._leaked_answers):
+                _compare(where, document, self._others, (self._shared, self._shared))
+
+    def findings(self) -> list[Finding]:
+        """Those that there are."""
+        return [item for item in (*self._leaked_queries, *self._leaked_answers, self._shared) if item.count]
+
+
+class _Texts:
+    """Finds the id of a text."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self.exact = {text: key for key, text in texts.items()}
+        # As hashes: a large corpus is not held twice.
+        self.almost = {_alike(text): key for key, text in texts.items()}
+
+
+def _compare(where: str, text: str, known: _Texts, findings: tuple[Finding, Finding]) -> bool:
+    exact, almost = findings
+    if (key := known.exact.get(text)) is not None:
+        exact.add(f"{where}: {quoted(text)} is {key}")
+        return True
+    if (key := known.almost.get(_alike(text))) is not None:
+        almost.add(f"{where}: {quoted(text)} is {key}")
+        return True
+    return False
+
+
+def _alike(text: str) -> bytes:
+    return hash_text(" ".join(text.casefold().split()).encode())
