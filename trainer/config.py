@@ -270,7 +270,7 @@ class FinetuneConfig(TrainingArguments):
     ] = None
     directions: Annotated[
         tuple[Direction, ...],
-        Option("info_nce, gist: which texts are told apart from which; by default query_to_doc. May be repeated."),
+        Option("info_nce, gist: which texts are told apart from which. May be repeated."),
     ] = ()
     partition: Annotated[
         Partition | None, Option("info_nce: one softmax over all directions (the default), or one for each.")
@@ -294,7 +294,7 @@ class FinetuneConfig(TrainingArguments):
     pos_weight: Annotated[float | None, Option("bce: factor of the positives' part of the loss.", above=0)] = None
     sigma: Annotated[float | None, Option("ranknet, lambda_ndcg: factor of differences of logits.", above=0)] = None
     mu: Annotated[
-        float | None, Option("lambda_ndcg: weight of NDCGLoss2 beside NDCGLoss1; by default 10.", above=0)
+        float | None, Option("lambda_ndcg: weight of NDCGLoss2 beside LambdaRank; by default 10.", at_least=0)
     ] = None
     k: Annotated[int | None, Option("lambda_ndcg: cutoff of the NDCG; by default none.", at_least=1)] = None
     guide: Annotated[

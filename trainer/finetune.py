@@ -119,7 +119,7 @@ def build_loss(config: FinetuneConfig) -> Callable[..., Tensor]:
     """The run's loss with its options bound.
 
     Raises:
-        ValueError: an option is out of the loss's bounds.
+        UsageError: an option does not fit the loss.
     """
     room = losses.embed if config.task == "embed" else losses.rerank
     loss: Callable[..., Tensor] = getattr(room, config.loss or DEFAULT_LOSS[config.task])
