@@ -137,7 +137,11 @@ def test_only_adapters_and_heads_are_trained(tiny_checkpoint: Tiny) -> None:
     add_lora(new, rank=2, alpha=2)
     heads = {name.removeprefix("backbone.") for name in trained(new) if "lora_" not in name}
     assert heads == {f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")}
-    assert not any("lora" in name for name in new.state_dict() if "classifier" in name)
+    torch.manual_seed(0)
+    named = RetrievalModel.load(tiny_checkpoint("roberta", bare=True), task="rerank")
+    add_lora(named, rank=2, alpha=2, targets=("dense",))
+    for model in (new, named):
+        assert not any("lora" in name for name in model.state_dict() if "classifier" in name)
 
 
 def test_the_classifier_of_a_new_reranker_and_bert_s_pooler_go_with_the_adapter(

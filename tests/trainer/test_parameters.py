@@ -97,6 +97,7 @@ def test_patterns_add_up(tiny_checkpoint: Tiny) -> None:
     [
         (["embedings"], r"^freeze: 'embedings' matches no parameter \(nearest: embeddings"),
         (["layers:2"], "expected blocks of layers:0 to layers:1"),
+        (["layers:0-2"], "expected blocks of layers:0 to layers:1"),
         (["layers:1-0"], "expected blocks of layers:0 to layers:1"),
         (["layers:"], "expected blocks of layers:0 to layers:1"),
         (["head"], "nothing with weights follows the transformer"),
