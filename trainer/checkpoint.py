@@ -80,8 +80,7 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
     kind = str(model.get("model_type", "SentenceTransformer"))
     if chain:
         _check_chain(folder, chain, kind)
-    if (folder / backbone_folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: holds a PEFT adapter, not a whole model; merge it into its base model first")
+    _refuse_adapter(folder / backbone_folder / "adapter_config.json")
     backbone = read_object(folder / backbone_folder / "config.json")
     if backbone is None:
         missing = folder / backbone_folder / "config.json"
@@ -93,6 +92,17 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
     if chain and kind == "CrossEncoder" and task in (None, "rerank"):
         return _read_reranker(folder, chain, model, backbone)
     return _bare_layout(folder, backbone, backbone_folder, task)
+
+
+def _refuse_adapter(file: Path) -> None:
+    adapter = read_object(file)
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path") or "its base model"
+        raise CheckpointError(
+            f"{file.parent}: holds a PEFT adapter of {base}, not a whole model; merge them first: load {base}, then "
+            "peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(merged), and save the "
+            "tokenizer beside it"
+        )
 
 
 def _read_chain(folder: Path) -> list[tuple[str, str]]:

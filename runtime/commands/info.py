@@ -24,7 +24,7 @@ _REPORT_FILE = "report.json"
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 _ONLY_FOR = {
     "embed": ("pooling", "dimension", "normalize", "similarity", "include_prompt"),
-    "rerank": ("activation",),
+    "rerank": ("rendered", "strip_sides", "activation"),
 }
 
 
@@ -149,7 +149,11 @@ def _show(found: Mapping[str, Any]) -> None:
 def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a contract that mean something for its task, in words."""
     hidden = {field for task, fields in _ONLY_FOR.items() if task != contract["task"] for field in fields}
-    return {field: _in_words(value) for field, value in contract.items() if field not in hidden}
+    rows = {field: _in_words(value) for field, value in contract.items() if field not in hidden}
+    if contract.get("rendered"):
+        before, between, behind = contract["rendered"]
+        return {**rows, "rendered": repr(f"{before}$A{between}$B{behind}")}
+    return {field: row for field, row in rows.items() if field not in ("rendered", "strip_sides")}
 
 
 def _in_words(value: object) -> str:

@@ -156,6 +156,14 @@ def test_a_checkpoint_shows_its_contract(tiny_checkpoint: Callable[..., Path]):
     assert {"task embed", "dimension 32", "pooling mean"} <= set(lines)
 
 
+def test_a_checkpoint_shows_the_chat_template_around_a_pair(tiny_checkpoint: Callable[..., Path]):
+    lines = lines_of(tiny_checkpoint("qwen3-chat", "rerank"))
+    shown = " ".join(lines[next(index for index, line in enumerate(lines) if line.startswith("rendered")) :])
+    assert shown.startswith("rendered '<|im_start|>system\\nIs it")
+    assert "\\n<Q>: $A\\n<D>: $B<|im_end|>" in shown
+    assert not any(line.startswith(("rendered", "strip_sides")) for line in lines_of(tiny_checkpoint("bert", "rerank")))
+
+
 def test_a_folder_of_something_else_exits_with_5(tmp_path: Path):
     result = run(tmp_path)
     assert result.exit_code == 5

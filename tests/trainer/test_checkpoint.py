@@ -377,7 +377,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     ({"config.json": None}, r"config\.json: missing; expected a Sentence Transformers checkpoint or"),
     ({"config.json": "[]"}, r"config\.json: expected a JSON object, got list"),
-    ({"adapter_config.json": {}}, "holds a PEFT adapter, not a whole model"),
+    (
+        {"adapter_config.json": {"base_model_name_or_path": "some/base"}},
+        r"holds a PEFT adapter of some/base, not a whole model; merge them first: load some/base, .*merge_and_unload",
+    ),
+    ({"adapter_config.json": {}}, "holds a PEFT adapter of its base model"),
     (
         {"1_Pooling/config.json": None},
         r"1_Pooling/config\.json: missing; expected the configuration of a Pooling module",

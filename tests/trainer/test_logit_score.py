@@ -317,6 +317,53 @@ def test_what_was_trained_is_a_language_model(tiny_checkpoint: Tiny, tmp_path: P
     assert torch.equal(language_model.get_output_embeddings().weight, trained)
 
 
+def test_adapters_in_a_language_model(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from rtx.trainer.adapters import add_lora
+
+    model = RetrievalModel.load(tiny_checkpoint("qwen3-plain", "rerank"))
+    before = score(model)
+    add_lora(model, rank=2, alpha=4)
+    model.train()(tensors(model)).sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    after = score(model.eval())
+    assert np.abs(after - before).max() > 0.05
+    model.save(tmp_path / "merged")
+    np.testing.assert_allclose(cross_encoder(tmp_path / "merged").predict(PAIRS), after, atol=TOLERANCE)
+
+
+def test_from_the_command_line(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Finetuned from a bare language model, exported, and served without PyTorch."""
+    from click.testing import CliRunner
+
+    from rtx.runtime.cli import main
+
+    rows = [{"query": f"file {i}", "positive": f"the file {i}", "negative": f"a {i}"} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*arguments: object) -> None:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+
+    base, tuned, bundle = tiny_checkpoint("qwen3-chat", "rerank", bare=True), tmp_path / "tuned", tmp_path / "tuned.rtx"
+    options = ("--batch-size", 4, "--epochs", 1, "--threads", 1, "--learning-rate", 1e-3)
+    run("finetune", "--task", "rerank", "--model", base, "--train", tmp_path / "train.jsonl", "-o", tuned, *options)
+    run("export", tuned, "-o", bundle, "--threads", 1)
+    run("verify", bundle, "--threads", 1)
+    model = RetrievalModel.load(tuned)
+    scores = score(model)
+    assert np.abs(scores - score(RetrievalModel.load(base, task="rerank"))).max() > 1e-3
+    with Reranker.open(bundle, threads=1) as reranker:
+        assert reranker.contract == model.contract
+        np.testing.assert_allclose(reranker.score(PAIRS), scores, atol=TOLERANCE)
+
+
 def test_half_precision_scores_in_float32(tiny_checkpoint: Tiny) -> None:
     folder = tiny_checkpoint("qwen3-chat", "rerank")
     low, model = RetrievalModel.load(folder, dtype=torch.bfloat16), RetrievalModel.load(folder)
