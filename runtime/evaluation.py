@@ -237,6 +237,23 @@ def evaluate_reranker(
     return _measure(_rank(places, scores, depth), evalset, k, depth)
 
 
+def evaluate_candidates(
+    evalset: EvalSet, candidates: Candidates, *, k: int = 10, depth: int = 100, ignore_identical_ids: bool = True
+) -> Evaluation:
+    """Measure a first stage's own ranking: what a reranker of its candidates has to beat.
+
+    Args:
+        evalset, candidates, k, depth, ignore_identical_ids: as in `evaluate_reranker`.
+
+    Raises:
+        DataError, UsageError: as there.
+    """
+    _check_cutoffs(k, depth)
+    places = _candidate_places(evalset, candidates, ignore_identical_ids)
+    ranks = np.concatenate([np.zeros(0), *(-np.arange(len(row), dtype=np.float32) for row in places)])
+    return _measure(_rank(places, ranks.astype(np.float32), depth), evalset, k, depth)
+
+
 def compare(
     reference: Evaluation,
     other: Evaluation,

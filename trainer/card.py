@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from rtx.runtime.contract import Contract, Task
 from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.data import TrainingData
+from rtx.trainer.loss_table import DEFAULT_LOSS
 from rtx.trainer.run import RunRecord
 from rtx.trainer.train import Outcome
 
@@ -28,7 +29,7 @@ class _Kind(NamedTuple):
     words: str
     tags: tuple[str, ...]
     pipeline: str
-    loss: str
+    losses: dict[str, str]
     result: str
 
 
@@ -38,14 +39,30 @@ _KINDS: dict[Task, _Kind] = {
         "a text embedder",
         ("sentence-transformers", "sentence-similarity", "feature-extraction", "dense", "generated_from_trainer"),
         "sentence-similarity",
-        "MultipleNegativesRankingLoss",
+        {
+            "info_nce": "MultipleNegativesRankingLoss",
+            "gist": "GISTEmbedLoss",
+            "cosent": "CoSENTLoss",
+            "contrastive": "ContrastiveLoss",
+            "online_contrastive": "OnlineContrastiveLoss",
+            "triplet": "TripletLoss",
+            "margin_mse": "MarginMSELoss",
+            "kl": "DistillKLDivLoss",
+        },
         "information-retrieval",
     ),
     "rerank": _Kind(
         "a reranker (cross-encoder)",
         ("sentence-transformers", "cross-encoder", "reranker", "generated_from_trainer"),
         "text-ranking",
-        "BinaryCrossEntropyLoss",
+        {
+            "bce": "BinaryCrossEntropyLoss",
+            "cross_entropy": "CrossEntropyLoss",
+            "listnet": "ListNetLoss",
+            "ranknet": "RankNetLoss",
+            "lambda_ndcg": "LambdaLoss",
+            "margin_mse": "MarginMSELoss",
+        },
         "cross-encoder-reranking",
     ),
 }
@@ -142,6 +159,7 @@ def _front_matter(
     config: FinetuneConfig, outcome: Outcome, name: str, base: str, examples: int, measured: Measured | None
 ) -> str:
     kind = _KINDS[config.task]
+    names = (["MatryoshkaLoss"] if config.matryoshka else []) + [kind.losses[config.loss or DEFAULT_LOSS[config.task]]]
     results = None
     if measured is not None:
         results = [
@@ -159,7 +177,7 @@ def _front_matter(
         base_model=base,
         library_name="sentence-transformers",
         pipeline_tag=kind.pipeline,
-        tags=[*kind.tags, f"dataset_size:{examples}", f"loss:{kind.loss}"],
+        tags=[*kind.tags, f"dataset_size:{examples}", *(f"loss:{name}" for name in names)],
         metrics=[metric.replace("@", "_at_") for metric in outcome.after] or None,
         model_name=name,
         eval_results=results,
@@ -173,16 +191,22 @@ def _results(outcome: Outcome, measured: Measured | None) -> list[str]:
     ranked = "first-stage candidates of each query" if measured.candidates else "whole corpus"
     low, high = outcome.interval
     ndcg = next(metric for metric in outcome.after if metric.startswith("ndcg@"))
+    columns = {"first stage": outcome.first_stage} if outcome.first_stage else {}
+    columns |= {"before": outcome.before, "after": outcome.after}
     rows = [
-        (metric, f"{outcome.before[metric]:.4f}", f"{after:.4f}", f"{after - outcome.before[metric]:+.4f}")
+        (metric, *(f"{values[metric]:.4f}" for values in columns.values()), f"{after - outcome.before[metric]:+.4f}")
         for metric, after in outcome.after.items()
     ]
+    against = ""
+    if outcome.first_stage_interval is not None:
+        first_low, first_high = outcome.first_stage_interval
+        against = f" Of the difference to the first stage's own order: {first_low:+.4f} to {first_high:+.4f}."
     return [
         "## Results\n",
         f"On the evaluation set `{measured.name}` ({measured.queries:,} queries, {measured.documents:,} documents), "
         f"ranking the {ranked}, before finetuning and after {outcome.best_step} of {outcome.steps} steps:\n",
-        _table(("metric", "before", "after", "change"), rows),
-        f"95 % bootstrap interval of the change in {ndcg} over the queries: {low:+.4f} to {high:+.4f}.\n",
+        _table(("metric", *columns, "change"), rows),
+        f"95 % bootstrap interval of the change in {ndcg} over the queries: {low:+.4f} to {high:+.4f}.{against}\n",
     ]
 
 

@@ -181,14 +181,20 @@ def _show(outcome: Outcome, output: str) -> None:
     console = Console(highlight=False)
     if outcome.after:
         table = Table("metric")
-        for name in ("before", "after", "change"):
+        columns = [("first stage", outcome.first_stage)] if outcome.first_stage else []
+        columns += [("before", outcome.before), ("after", outcome.after)]
+        for name in (*(name for name, _ in columns), "change"):
             table.add_column(name, justify="right")
         for metric, after in outcome.after.items():
-            before = outcome.before[metric]
-            table.add_row(metric, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            values = [f"{values[metric]:.4f}" for _, values in columns]
+            table.add_row(metric, *values, f"{after - outcome.before[metric]:+.4f}")
         console.print(table)
-        if outcome.interval is not None:
-            ndcg = next(metric for metric in outcome.after if metric.startswith("ndcg@"))
-            low, high = outcome.interval
-            console.print(f"{ndcg} changed by {low:+.4f} to {high:+.4f} (95 % interval over the queries)", markup=False)
+        ndcg = next(metric for metric in outcome.after if metric.startswith("ndcg@"))
+        for interval, what in (
+            (outcome.interval, f"{ndcg} changed by"),
+            (outcome.first_stage_interval, f"{ndcg} differs from the first stage's order by"),
+        ):
+            if interval is not None:
+                low, high = interval
+                console.print(f"{what} {low:+.4f} to {high:+.4f} (95 % interval over the queries)", markup=False)
     console.print(f"{output}: weights of step {outcome.best_step} of {outcome.steps}", markup=False, soft_wrap=True)

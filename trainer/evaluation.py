@@ -13,7 +13,13 @@ from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import UsageError, nearest
 from rtx.runtime.evalset import EvalSet, load_evalset
-from rtx.runtime.evaluation import Evaluation, Progress, evaluate_embedder, evaluate_reranker
+from rtx.runtime.evaluation import (
+    Evaluation,
+    Progress,
+    evaluate_candidates,
+    evaluate_embedder,
+    evaluate_reranker,
+)
 from rtx.runtime.reranker import Reranker
 from rtx.trainer.model import RetrievalModel
 
@@ -72,6 +78,12 @@ class Evaluator:
         """Hash of what is measured on."""
         candidates = json.dumps(self.candidates, sort_keys=True)
         return hashlib.sha256(f"{self.evalset.sha256} {candidates}".encode()).hexdigest()
+
+    def first_stage(self) -> Evaluation | None:
+        """What the candidates' own order is worth; None without candidates."""
+        if self.candidates is None:
+            return None
+        return evaluate_candidates(self.evalset, self.candidates, k=self._k, depth=self._depth)
 
     def __call__(self, model: RetrievalModel, *, progress: Progress | None = None) -> Evaluation:
         """Rank the corpus with an embedder, or the candidates with a reranker.

@@ -56,6 +56,9 @@ class Outcome:
         evaluations: step and metrics of each evaluation.
         interval: 95 % bootstrap interval, over the queries, of the change in NDCG from `before` to `after`.
         losses: step and mean loss since the last report.
+        learning_rates: step and learning rate.
+        first_stage: of a reranker, the metrics of its candidates' own order; else empty.
+        first_stage_interval: as `interval`, of the change from the candidates' order to the reranker's.
     """
 
     steps: int
@@ -65,6 +68,9 @@ class Outcome:
     evaluations: list[tuple[int, dict[str, float]]]
     interval: Interval | None
     losses: list[tuple[int, float]]
+    learning_rates: list[tuple[int, float]]
+    first_stage: dict[str, float] = dataclasses.field(default_factory=dict)
+    first_stage_interval: Interval | None = None
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
@@ -189,7 +195,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _finish(self, record: RunRecord) -> Outcome:
         """The best weights into the model, and what came of the run."""
         best = last = self.state.global_step
-        interval = None
+        interval = first_stage_interval = None
+        first_stage: dict[str, float] = {}
         if self.evaluator is not None:
             if last not in dict(_logged(self.state, "eval_")):
                 self._determine_best_metric(self.evaluate(), None)
@@ -198,6 +205,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 self._load_from_checkpoint(str(self.run.checkpoint(best)))
             if is_main():
                 interval = bootstrap_interval(self.run.read_ndcg(best) - self.run.read_ndcg(0))
+                if (found := self.evaluator.first_stage()) is not None:
+                    first_stage = found.metrics
+                    first_stage_interval = bootstrap_interval(self.run.read_ndcg(best) - found.ndcg)
         evaluations = _logged(self.state, "eval_")
         return Outcome(
             steps=last,
@@ -206,8 +216,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             after=dict(evaluations).get(best, {}),
             evaluations=evaluations,
             interval=interval,
-            losses=[(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry],
+            losses=self._reported("loss"),
+            learning_rates=self._reported("learning_rate"),
+            first_stage=first_stage,
+            first_stage_interval=first_stage_interval,
         )
+
+    def _reported(self, name: str) -> list[tuple[int, float]]:
+        return [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
 
     def _measure(self, step: int) -> dict[str, float]:
         """The main process measures; the others wait for the numbers."""

@@ -21,10 +21,19 @@ from rtx.runtime.commands.progress import Progress
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import EvalSet, load_evalset
-from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
+from rtx.runtime.evaluation import (
+    Comparison,
+    Evaluation,
+    compare,
+    evaluate_candidates,
+    evaluate_embedder,
+    evaluate_reranker,
+)
 from rtx.runtime.reranker import Reranker
 
 _SHOWN_CHARS = 100
+# What stands for the order of the candidates among the names of models.
+_FIRST_STAGE = "first stage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,8 @@ def evaluate(**arguments: Any) -> None:
     """Measure how well MODEL, a bundle or a checkpoint, ranks the evaluation set in EVAL_DIR (BEIR layout).
 
     An embedder ranks the whole corpus, a reranker the documents in --candidates. With --against, both models are
-    measured, and the difference comes with its 95 % interval and the queries that lost most.
+    measured, and the difference comes with its 95 % interval and the queries that lost most; without it, a reranker is
+    compared with the order of its candidates.
 
     \b
     rtx eval manuals.rtx manuals/eval --save-candidates found.jsonl
@@ -87,6 +97,12 @@ def _run(given: _Arguments) -> None:
             stack.callback(models[-1].close)
         _check_candidates(models, given)
         evaluations = [_measure(model, evalset, candidates, given) for model in models]
+    if len(evaluations) == 1 and candidates is not None:
+        ignored = not given.keep_identical_ids
+        names.append((_FIRST_STAGE, None))
+        evaluations.append(
+            evaluate_candidates(evalset, candidates, k=given.k, depth=given.depth, ignore_identical_ids=ignored)
+        )
     measured = evaluations[0]
     reports = [
         {"model": path, "variant": variant, **found.to_dict()}

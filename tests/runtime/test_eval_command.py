@@ -78,6 +78,14 @@ def test_embedder_then_reranker(toy_bundle, toy_reranker_bundle, folder, tmp_pat
         second = evaluate_reranker(reranker, evalset, candidates, k=2)
     assert report["metrics"] == second.metrics
     assert report["against"]["metrics"]["ndcg@2"] == first.metrics["ndcg@2"]
+    # Without another model, the order of the candidates is what it has to beat.
+    result = run(toy_reranker_bundle, folder, "--k", 2, "--candidates", found, "--json", json_file)
+    assert "first stage" in result.stdout
+    alone = json.loads(json_file.read_text())
+    assert alone["metrics"] == second.metrics
+    assert alone["against"]["model"] == "first stage"
+    assert alone["against"]["metrics"]["ndcg@2"] == first.metrics["ndcg@2"]
+    assert alone["comparison"] == report["comparison"]
 
 
 def test_worst_queries_are_named_with_their_text(toy_bundle, folder, monkeypatch):

@@ -9,7 +9,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.metrics import Interval
 from rtx.trainer.card import Measured, render_card
 from rtx.trainer.config import FinetuneConfig
-from rtx.trainer.data import Source, TrainingData, Triple
+from rtx.trainer.data import Source
 from rtx.trainer.run import RunRecord
 from rtx.trainer.train import Outcome
 
@@ -31,6 +31,7 @@ OUTCOME = Outcome(
     after={"ndcg@10": 0.61239, "mrr@10": 0.39},
     evaluations=[],
     interval=Interval(0.08, 0.1204),
+    learning_rates=[(1, 1e-5)],
     losses=[],
 )
 RECORD = RunRecord(
@@ -39,9 +40,15 @@ RECORD = RunRecord(
     environment={"torch": "2.13.0", "threads": 2},
     before={},
 )
-DATA = TrainingData(
-    "embed", [Triple("q", "p")] * 3912, (Source("pairs.jsonl", 3900, "beef" * 16), Source("mined.csv", 12, "f00d" * 16))
-)
+
+
+class Data:
+    sources = (Source("pairs.jsonl", 3900, "beef" * 16), Source("mined.csv", 12, "f00d" * 16))
+
+    def __len__(self):
+        return 3912
+
+
 MEASURED = Measured("manuals", 500, 3012, candidates=False)
 COMMAND = "rtx finetune --config run.toml"
 
@@ -53,7 +60,7 @@ def card(config=CONFIG, outcome=OUTCOME, contract=CONTRACT, measured=MEASURED):
         base="base",
         contract=contract,
         record=RECORD,
-        data=DATA,
+        data=Data(),
         measured=measured,
         command=COMMAND,
     )

@@ -9,8 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from rtx.runtime.candidates import read_candidates
 from rtx.runtime.cli import main
 from rtx.runtime.errors import CheckpointError
+from rtx.runtime.evalset import load_evalset
+from rtx.runtime.evaluation import evaluate_candidates
 from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.train import Trainer
@@ -108,6 +111,12 @@ def test_a_reranker_from_a_file_of_options(work, base):
     card = (work / "judge" / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "ranking the first-stage candidates of each query" in card
+    assert "| metric | first stage | before | after | change |" in card
+    assert "loss:BinaryCrossEntropyLoss" in card
+    candidates = read_candidates(work / "first.jsonl", load_evalset(work / "beir"))
+    first = evaluate_candidates(load_evalset(work / "beir"), candidates, k=5).metrics["mrr@5"]
+    assert f"│ mrr@5      │      {first:.4f} │" in result.stdout
+    assert "ndcg@5 differs from the first stage's order by " in result.stdout
     assert "rtx finetune --config run.toml --epochs 1.0" in card
     # The head is new: it comes from the seed too.
     assert rtx("--config run.toml --epochs 1 -o again").exit_code == 0
