@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -10,17 +11,17 @@ import pytest
 from rtx.runtime.plots import (
     Bar,
     Mark,
+    Panel,
     Point,
     Series,
     Span,
-    log_ticks,
-    nice_ticks,
-    spread_apart,
     svg_bars,
     svg_dots,
     svg_lines,
+    svg_panels,
     svg_scatter,
 )
+from rtx.runtime.svg import log_ticks, nice_ticks, spread_apart, standalone
 
 
 def _classes(svg: str, tag: str, name: str) -> list[ElementTree.Element]:
@@ -172,3 +173,85 @@ def test_a_reference_is_always_on_the_axis() -> None:
 def test_dots_that_are_all_equal_can_be_drawn() -> None:
     svg = svg_dots([Span("fp32", (Mark("difference", 0.0),))], title="t", x_label="x", reference=0.0, min_span=0.01)
     assert {"−0.004", "0.000", "0.004"} <= set(_texts(svg))
+
+
+def _paths(svg: str) -> list[list[tuple[float, float]]]:
+    paths = [e.attrib["d"] for e in ElementTree.fromstring(svg).iter() if e.tag.rpartition("}")[2] == "path"]
+    return [
+        [(float(x), float(y)) for x, y in (p[1:].split() for p in re.findall(r"[ML][^ML]+", path))] for path in paths
+    ]
+
+
+def test_panels_share_the_x_axis_and_have_their_own_y_axes() -> None:
+    svg = svg_panels(
+        [
+            Panel("NDCG@10", (Series("", ((0, 0.4), (100, 0.5))),), height=100),
+            Panel("loss", (Series("", ((50, 2.0), (100, 1.0), (200, 0.0))),), height=100),
+        ],
+        title="t",
+        x_label="step",
+    )
+    (first, second), lower = _paths(svg)
+    assert first[0] < lower[0][0] < second[0] == lower[1][0] < lower[2][0]
+    assert lower[2][0] - first[0] == pytest.approx(2 * (second[0] - first[0]), abs=0.3)
+    assert second[1] < first[1] < 100 < lower[0][1] < lower[1][1] < lower[2][1] < 200
+    assert lower[1][1] - lower[0][1] == pytest.approx(lower[2][1] - lower[1][1], abs=0.2)
+    texts = _texts(svg)
+    assert texts.index("NDCG@10") < texts.index("loss")
+    assert texts[-6:] == ["0", "50", "100", "150", "200", "step"]
+
+
+def test_a_small_difference_is_not_drawn_large() -> None:
+    line = (Series("", ((0, 0.4999), (10, 0.5001))),)
+    (narrow,), (wide,) = (
+        _paths(svg_panels([Panel("m", line, y_min_span=span)], title="t", x_label="x")) for span in (0.0, 0.1)
+    )
+    assert narrow[0][1] - narrow[1][1] > 50
+    assert 0 < wide[0][1] - wide[1][1] < 2
+
+
+def test_ticks_of_steps_are_whole_numbers() -> None:
+    svg = svg_panels([Panel("loss", (Series("", ((1, 3.0), (2, 2.0), (3, 1.5))),))], title="t", x_label="step")
+    assert _texts(svg)[-4:] == ["1", "2", "3", "step"]
+
+
+def test_equal_ratios_of_dimensions_are_equal_distances() -> None:
+    lines = tuple(Series(name, ((32, 0.3), (64, 0.4), (128, 0.42), (136, 0.43)), i) for i, name in enumerate("ab"))
+    svg = svg_panels([Panel("NDCG@10", lines)], title="t", x_label="dimensions", doubling=True)
+    line = _paths(svg)[0]
+    assert line[2][0] - line[1][0] == pytest.approx(line[1][0] - line[0][0], abs=0.2)
+    texts = _texts(svg)
+    # 128 stands too near to 136 to be read.
+    assert texts[-4:] == ["32", "64", "136", "dimensions"]
+    places = [float(e.attrib["y"]) for e in _classes(svg, "text", "strong")]
+    assert abs(places[0] - places[1]) >= 16
+
+
+def test_a_marked_point_has_its_label_beside_the_line() -> None:
+    points = ((0, 0.4), (250, 0.46), (500, 0.48), (750, 0.4877), (1000, 0.486))
+    panel = Panel("NDCG@10", (Series("", points),), marked=(Point("0.4877 at step 750", 750, 0.4877),))
+    svg = svg_panels([panel], title="t", x_label="step")
+    (label,) = _classes(svg, "text", "halo")
+    assert label.text == "0.4877 at step 750"
+    ring = _classes(svg, "circle", "ring")[0]
+    assert float(label.attrib["y"]) < float(ring.attrib["cy"])  # the line goes down on both sides
+
+
+def test_long_lines_have_no_dots_and_are_put_in_few_words() -> None:
+    points = tuple((float(x), 1.0 + abs(x - 30)) for x in range(100))
+    svg = svg_panels([Panel("loss", (Series("", points),))], title="t", x_label="step")
+    assert not list(ElementTree.fromstring(svg).iter("circle"))
+    described = next(ElementTree.fromstring(svg).iter("desc")).text
+    assert described == "By step. loss: 31.00 at 0, 1.000 at 30, 70.00 at 99"
+
+
+def test_a_file_of_its_own_has_its_style_and_stands_on_white() -> None:
+    svg = standalone(svg_panels([Panel("loss", (Series("", ((0, 1.0), (1, 2.0)), 1),))], title="t", x_label="x"))
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    style = next(e.text or "" for e in root.iter() if e.tag.endswith("style"))
+    assert "var(" not in style
+    assert ".s1 { stroke: #2563eb; }" in style  # the light colour
+    assert "svg text.axis { fill: #5b6472; font-size: 12px; }" in style
+    ground = next(e for e in root.iter() if e.tag.endswith("rect"))
+    assert (ground.attrib["fill"], ground.attrib["width"]) == ("#ffffff", root.attrib["viewBox"].split()[2])

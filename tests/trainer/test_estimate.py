@@ -63,6 +63,15 @@ def held(model: RetrievalModel, *lengths: int, bf16: bool = False) -> int:
     return kept_bytes(run, besides=[*model.parameters(), *model.buffers()])
 
 
+def test_a_storage_counts_once_and_not_if_it_is_held_anyway() -> None:
+    given, weight = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5, requires_grad=True)
+    assert kept_bytes(lambda: given @ weight, besides=()) == 4 * (3 * 4 + 4 * 5)
+    assert kept_bytes(lambda: given @ weight, besides=[weight]) == 4 * 3 * 4
+    assert kept_bytes(lambda: (given @ weight).sum() + (given @ weight).exp().sum(), besides=[weight]) == 4 * (12 + 15)
+    assert kept_bytes(lambda: given.detach() @ weight, besides=[weight]) == 4 * 3 * 4
+    assert kept_bytes(lambda: given.detach() @ weight.detach(), besides=()) == 0
+
+
 @pytest.mark.parametrize("task", ["embed", "rerank"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_few_sizes_tell_all_others(tiny_checkpoint: Tiny, architecture: str, task: str) -> None:

@@ -156,7 +156,9 @@ def test_frozen_parameters_are_in_no_group(tiny_checkpoint: Tiny) -> None:
 def test_the_rate_falls_from_block_to_block(tiny_checkpoint: Tiny) -> None:
     model = RetrievalModel.load(tiny_checkpoint("qwen3", dense=(16,)))
     options: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.0, "layer_decay": 0.5}
-    found = rates_of(model, parameter_groups(model, **options, rates={"*.q_proj.*": 7.0}))
+    groups = parameter_groups(model, **options, rates={"*.q_proj.*": 7.0})
+    assert [group["name"] for group in groups if group["lr"] == 7.0] == ["*.q_proj.*"]
+    found = rates_of(model, groups)
     assert found["head.0.linear.weight"][0] == found["backbone.norm.weight"][0] == 1e-3
     assert found["backbone.layers.1.mlp.up_proj.weight"][0] == pytest.approx(0.5e-3)
     assert found["backbone.layers.0.mlp.up_proj.weight"][0] == pytest.approx(0.25e-3)
