@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rtx.runtime.contract import Contract, Task
 from rtx.trainer.config import FinetuneConfig
+from rtx.trainer.curve import CURVE_NAME
 from rtx.trainer.data import TrainingData
 from rtx.trainer.loss_table import DEFAULT_LOSS
 from rtx.trainer.run import RunRecord
@@ -146,6 +147,7 @@ def render_card(
         "## Training data\n",
         _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in data.sources]),
         "## Training\n",
+        f"![Loss, learning rate and evaluations by step]({CURVE_NAME})\n" if outcome.losses else "",
         f"Loss: `{record.recipe['loss']}`. Started from `{base}`, sha256 of weights, tokenizer and contract "
         f"`{record.inputs['model']}`.\n",
         f"```bash\n{command}\n```\n",

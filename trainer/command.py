@@ -150,7 +150,10 @@ def _command(config: str | None, given: Mapping[str, Any]) -> str:
     "--resume", is_flag=True, help="Continue from the newest checkpoint in the output folder, if there is one."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
-def finetune(config: str | None, resume: bool, overwrite: bool, **flags: Any) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Train nothing: show parameters, steps, tokens a step and the memory it will take."
+)
+def finetune(config: str | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any) -> None:
     """Finetune an embedder or a reranker on your own data.
 
     \b
@@ -159,6 +162,9 @@ def finetune(config: str | None, resume: bool, overwrite: bool, **flags: Any) ->
     """
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
     run = FinetuneConfig.read(config, given)
+    if dry_run:
+        _show_needs(run)
+        return
     command = _command(config, given)
     try:
         # torch takes seconds to import: a misspelt option should not.
@@ -172,6 +178,15 @@ def finetune(config: str | None, resume: bool, overwrite: bool, **flags: Any) ->
         )
         raise SystemExit(INTERRUPTED) from None
     _show(outcome, run.output)
+
+
+def _show_needs(run: FinetuneConfig) -> None:
+    from rich.console import Console
+
+    from rtx.trainer.estimate import render
+    from rtx.trainer.finetune import dry_run
+
+    Console(highlight=False).print(render(dry_run(run)))
 
 
 def _show(outcome: Outcome, output: str) -> None:

@@ -25,7 +25,7 @@ from rtx.runtime.text import Encoded
 from rtx.trainer.batches import Batch, plan_chunks
 from rtx.trainer.losses.targets import Targets
 from rtx.trainer.parameters import embedding_parameters, head_parameters, layer_parameters
-from rtx.trainer.step import _live as live_chunks
+from rtx.trainer.step import live_chunks
 
 if TYPE_CHECKING:
     from rtx.trainer.model import RetrievalModel

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from rtx.trainer import losses
 from rtx.trainer.adapters import has_adapters, save_adapter
 from rtx.trainer.card import Measured, render_card
 from rtx.trainer.config import FinetuneConfig
+from rtx.trainer.curve import CURVE_NAME, draw_curve
 from rtx.trainer.data import TrainingData
+from rtx.trainer.estimate import Estimate
 from rtx.trainer.evaluation import Evaluator
 from rtx.trainer.loss_table import DEFAULT_LOSS
 from rtx.trainer.model import RetrievalModel
@@ -65,31 +69,18 @@ def finetune(
     accelerate.PartialState()
     if is_main():
         check_output(config, resume=resume, overwrite=overwrite)
-    data = TrainingData.read(config.train, needs=config.loss_spec.needs)
-    evaluator = None
-    if config.eval is not None:
-        evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
-    # A reranker may start with a new head.
-    torch.manual_seed(config.seed)
-    model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
-    given = {"query": config.query_prompt, "document": config.document_prompt}
-    if prompts := {name: text for name, text in given.items() if text is not None}:
-        model.configure(prompts={**model.contract.prompts, **prompts})
-    guide = _open_guide(config.guide) if config.guide is not None else None
-    trainer = Trainer(
-        model, config, train_dataset=data, loss=build_loss(config), evaluator=evaluator, guide=guide, progress=progress
-    )
+    trainer = build_trainer(config, progress)
     # Only now, with everything read, does anything go.
     if overwrite and is_main():
         _remove(run)
     from_main(None)
-    progress.say(_summary(data, trainer))
+    progress.say(_summary(trainer))
     outcome = trainer.train(resume=resume)
     if not is_main():
         return outcome
     record = run.read()
     assert record is not None
-    measured = None
+    evaluator, measured = trainer.evaluator, None
     if evaluator is not None:
         evalset = evaluator.evalset
         measured = Measured(
@@ -100,19 +91,56 @@ def finetune(
         outcome,
         # A name on the hub is no path here.
         base=Path(config.model).resolve().name if Path(config.model).exists() else config.model,
-        contract=model.contract,
+        contract=trainer.model.contract,
         record=record,
-        data=data,
+        data=trainer.data,
         measured=measured,
         command=command,
     )
-    _publish(model, card, run, base=config.model)
+    _publish(trainer.model, card, _curve(config, outcome), run, base=config.model)
     if outcome.after and outcome.after[config.metric] < outcome.before[config.metric]:
         progress.say(
             f"warning: {config.metric} is lower than before finetuning "
             f"({outcome.before[config.metric]:.4f} → {outcome.after[config.metric]:.4f})"
         )
     return outcome
+
+
+def dry_run(config: FinetuneConfig) -> Estimate:
+    """What a run will need, measured on some of its batches. Nothing is trained, and nothing stays on disk.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as `finetune`.
+    """
+    with tempfile.TemporaryDirectory() as nothing:
+        return build_trainer(dataclasses.replace(config, output=nothing), Progress()).estimate()
+
+
+def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
+    """Read all that a run reads.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as `finetune`.
+    """
+    data = TrainingData.read(config.train, needs=config.loss_spec.needs)
+    evaluator = None
+    if config.eval is not None:
+        evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
+    # A reranker may start with a new head.
+    torch.manual_seed(config.seed)
+    model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
+    given = {"query": config.query_prompt, "document": config.document_prompt}
+    if prompts := {name: text for name, text in given.items() if text is not None}:
+        model.configure(prompts={**model.contract.prompts, **prompts})
+    return Trainer(
+        model,
+        config,
+        train_dataset=data,
+        loss=build_loss(config),
+        evaluator=evaluator,
+        guide=_open_guide(config.guide) if config.guide is not None else None,
+        progress=progress,
+    )
 
 
 def build_loss(config: FinetuneConfig) -> Callable[..., Tensor]:
@@ -174,7 +202,23 @@ def _remove(run: RunFolder) -> None:
         shutil.rmtree(run.output)
 
 
-def _summary(data: TrainingData, trainer: Trainer) -> str:
+def _curve(config: FinetuneConfig, outcome: Outcome) -> str | None:
+    """The course of the run as a picture; None where nothing was reported."""
+    if not outcome.losses:
+        return None
+    measured = [(0, outcome.before[config.metric])] if outcome.before else []
+    measured += [(step, metrics[config.metric]) for step, metrics in outcome.evaluations]
+    return draw_curve(
+        outcome.losses,
+        evaluations=measured,
+        learning_rates=outcome.learning_rates,
+        metric=config.metric,
+        best_step=outcome.best_step,
+    )
+
+
+def _summary(trainer: Trainer) -> str:
+    data = trainer.data
     text = (
         f"{len(data):,} rows with {data.documents:,} documents from {', '.join(source.name for source in data.sources)}"
     )
@@ -183,7 +227,7 @@ def _summary(data: TrainingData, trainer: Trainer) -> str:
     return text
 
 
-def _publish(model: RetrievalModel, card: str, run: RunFolder, *, base: str) -> None:
+def _publish(model: RetrievalModel, card: str, curve: str | None, run: RunFolder, *, base: str) -> None:
     """Put the model beside its checkpoints. A folder with them cannot be replaced in one go, so the files go in one by
     one, and until the last of them is there, none of them is taken for a model."""
     staged = run.path / "final"
@@ -193,6 +237,8 @@ def _publish(model: RetrievalModel, card: str, run: RunFolder, *, base: str) -> 
             (folder / "adapter").mkdir()
             save_adapter(model, folder / "adapter", base=base)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if curve is not None:
+            (folder / CURVE_NAME).write_text(curve, encoding="utf-8")
     (run.output / _LAST_FILE).unlink(missing_ok=True)
     names = [item.name for item in staged.iterdir() if item.name != _LAST_FILE]
     for name in names:

@@ -60,7 +60,7 @@ def backward(
     Returns:
         The loss, a scalar without graph.
     """
-    live = _live(chunks, activation_tokens)
+    live = live_chunks(chunks, activation_tokens)
     if len(live) == len(chunks):
         value = loss_of(run, chunks, loss)
         check(value)
@@ -96,7 +96,7 @@ def sum_of_products(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> T
     return torch.stack([(output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True)]).sum()
 
 
-def _live(chunks: Sequence[Chunk], activation_tokens: int | None) -> set[int]:
+def live_chunks(chunks: Sequence[Chunk], activation_tokens: int | None) -> set[int]:
     """Chunks that keep their activations: the last ones, and at least one, since one at a time is held in any case."""
     if activation_tokens is None:
         return set(range(len(chunks)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,6 +29,7 @@ from rtx.trainer.batches import Batch, Chunk, Collator, NumberedRows, plan_chunk
 from rtx.trainer.config import TrainingArguments
 from rtx.trainer.data import Row, TrainingData
 from rtx.trainer.describe import describe_loss, environment, hash_model
+from rtx.trainer.estimate import Estimate, Plan, estimate, sample_batches
 from rtx.trainer.evaluation import Evaluator
 from rtx.trainer.loop import EpochLoader, loop_arguments, repeatable
 from rtx.trainer.loss_table import DEFAULT_LOSS, SUFFICES, spec_of
@@ -151,6 +153,30 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self._chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
         self.data_collator = Collator(model.preprocessor, task=model.task)
 
+    @property
+    def data(self) -> TrainingData:
+        """What it trains on."""
+        return cast(TrainingData, self.train_dataset)
+
+    def estimate(self) -> Estimate:
+        """What the run will need, measured on some of its batches; nothing is trained or written."""
+        arguments = self.arguments
+        accumulated = arguments.gradient_accumulation_steps
+        steps = arguments.max_steps or math.ceil(arguments.epochs * math.ceil(len(self.sampler) / accumulated))
+        plan = Plan(
+            steps=steps,
+            batch_size=arguments.batch_size,
+            chunk_tokens=self._chunk_tokens,
+            activation_tokens=arguments.activation_tokens,
+            accumulated=accumulated,
+            processes=world_size(),
+            bf16=arguments.bf16,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            guided=self.guide is not None,
+        )
+        with repeatable(self.args.device, arguments.threads):
+            return estimate(self.model, sample_batches(self.get_train_dataloader()), self.loss, plan)
+
     def train(self, *, resume: bool = False) -> Outcome:
         """Train to the end. The model then has the best weights that were evaluated; without evaluator, the last.
 
@@ -245,7 +271,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return out_of_patience(values, self.arguments.patience)
 
     def _record(self) -> RunRecord:
-        data = cast(TrainingData, self.train_dataset)
+        data = self.data
         inputs = {"model": hash_model(self.model)}
         inputs |= {f"training data {number}": source.sha256 for number, source in enumerate(data.sources, start=1)}
         if self.evaluator is not None:
@@ -327,7 +353,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self._stop(f"the {what} is {value.item()}")
 
     def _stop(self, problem: str) -> NoReturn:
-        data = cast(TrainingData, self.train_dataset)
+        data = self.data
         rows = [row for rows in gather_objects(self._rows) for row in rows]
         step = self.state.global_step + 1
         listed = self.run.path / f"stopped-{step}.json"
@@ -343,7 +369,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not through accelerate: the sampler has dealt the rows out to the processes, and a chunk moves by itself.
         return EpochLoader(
-            NumberedRows(cast(TrainingData, self.train_dataset)),
+            NumberedRows(self.data),
             self.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

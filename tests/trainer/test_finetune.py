@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 
 import pytest
@@ -269,3 +270,37 @@ def test_a_model_that_became_worse_is_kept_with_a_warning(base):
     assert result.exit_code == 0
     assert "warning: ndcg@10 is lower than before finetuning (0." in result.stderr
     assert "weights of step 4 of 4" in result.stdout
+
+
+@pytest.mark.usefixtures("work")
+def test_a_dry_run_says_what_a_run_will_need_and_writes_nothing(work, base):
+    before = sorted(work.rglob("*"))
+    result = embed(base, "--dry-run", epochs=3, matryoshka="32,16")
+    assert result.exit_code == 0, result.output
+    # 24 rows in batches of 8, three times.
+    assert re.search(r"steps +9\b", result.stdout)
+    assert re.search(r"rows a step +8 +24 texts", result.stdout)
+    assert re.search(r"memory +[\d.]+ MiB +an estimate", result.stdout)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_adapters_are_merged_and_saved_alone_and_the_card_shows_the_curve(work, base):
+    line = "--lora-targets query --lora-targets value --tensorboard"
+    result = embed(base, line, lora_rank=2, query_prompt="find: ", log_steps=1, max_steps=3)
+    assert result.exit_code == 0, result.output
+    tuned, start = weights_of(work / "tuned"), weights_of(base)
+    moved = {name for name, weights in tuned.items() if not torch.equal(weights, start[name])}
+    assert moved == {name for name in start if name.endswith((".query.weight", ".value.weight"))}
+    assert RetrievalModel.load(work / "tuned").contract.prompts["query"] == "find: "
+    adapter = json.loads((work / "tuned" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["base_model_name_or_path"]) == (2, str(base))
+    assert "](training.svg)" in (work / "tuned" / "README.md").read_text()
+    assert "</svg>" in (work / "tuned" / "training.svg").read_text()
+    assert list((work / "tuned" / "checkpoints" / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_a_guide_on_the_command_line(work, base):
+    result = embed(base, f"--loss gist --guide {base} --guide-margin 0.1", max_steps=1, log_steps=1)
+    assert result.exit_code == 0, result.output
+    assert "loss:GISTEmbedLoss" in (work / "tuned" / "README.md").read_text()
+    assert "gist(guide_margin=0.1)" in (work / "tuned" / "README.md").read_text()
