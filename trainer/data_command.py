@@ -144,7 +144,11 @@ def _distributions(title: str, items: Sequence[Distribution], limit: str | None)
         table.add_column(name, justify="right")
     for item in items:
         values: list[Any] = [getattr(item, name) for name in names]
-        table.add_row(f"{item.of} {item.unit}".strip(), *(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in values), *_over(item))
+        table.add_row(
+            f"{item.of} {item.unit}".strip(),
+            *(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in values),
+            *_over(item),
+        )
     return table
 
 

@@ -24,9 +24,9 @@ from rtx.trainer.examples import Example
 # Of one record batch: what is held while rows are written.
 _BATCH_ROWS = 8192
 _BATCH_BYTES = 16 * 2**20
-# A read maps what lies around it too. After so many, all pages are given back, or the whole file would come to count as
-# memory of the process; the system still has them.
-_READS_BEFORE_RELEASE = 1024
+# A read maps what lies around it too, some 500 KiB. After so many, all is given back, or the whole file would come to
+# count as memory of the process; the system still has it.
+_READS_BEFORE_RELEASE = 128
 
 
 class TextHashes(NamedTuple):
@@ -68,9 +68,7 @@ class ExampleStore:
         """
         (queries, documents, labels, *_), place = self._find(index)
         found = Example(queries[place].as_py(), tuple(documents[place].as_py()), tuple(labels[place].as_py()))
-        self._reads += 1
-        if self._reads % _READS_BEFORE_RELEASE == 0:
-            self._release()
+        self._count_reads(1)
         return found
 
     def line(self, index: int) -> int:
@@ -91,20 +89,23 @@ class ExampleStore:
             lows = offsets[places].astype(np.int64)
             lengths[chosen] = offsets[places + 1] - lows
             found.append((chosen, lows, column.values.to_numpy()))
+            self._count_reads(len(chosen))
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         values = np.empty(starts[-1], dtype=np.uint64)
         for chosen, lows, hashes in found:
             values[_ranges(starts[chosen], lengths[chosen])] = hashes[_ranges(lows, lengths[chosen])]
-        self._release()
+            self._count_reads(len(chosen))
         return TextHashes(starts, values)
 
     def _find(self, index: int) -> tuple[tuple[Any, ...], int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._columns[number], index - int(self._starts[number])
 
-    def _release(self) -> None:
-        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+    def _count_reads(self, reads: int) -> None:
+        self._reads += reads
+        if self._reads >= _READS_BEFORE_RELEASE and self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
+            self._reads = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ExampleStore, (self._batches,)) if self.path is None else (_map, (self.path,))

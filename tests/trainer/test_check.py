@@ -213,7 +213,9 @@ def test_an_empty_file_is_an_error(tmp_path):
     assert (result.exit_code, result.stderr) == (4, f"error: no rows in {tmp_path / 'empty.jsonl'}\n")
 
 
-TOKENS = [{"query": "what is code file", "positive": "code " * 80, "negatives": ["text", "a of in to and is"]}] * 2
+TOKENS = [
+    {"query": "what is code file", "positive": "code " * 80, "negatives": ["a of in to and", "a of in to and is"]}
+] * 2
 
 
 def test_tokens_are_counted_with_prompts_and_special_tokens_and_not_cut(tiny_checkpoint, tmp_path):
@@ -227,12 +229,12 @@ def test_tokens_are_counted_with_prompts_and_special_tokens_and_not_cut(tiny_che
     assert {item["of"]: (item["count"], item["min"], item["max"], item["over"]) for item in report["lengths"]} == {
         "query": (2, 7, 7, 0),
         "positive": (2, 83, 83, 2),
-        "negative": (4, 4, 9, 2),
+        "negative": (4, 8, 9, 2),
     }
     assert {item["unit"] for item in report["lengths"]} == {"tokens"}
     shown = " ".join(run(path, "--model", folder).stdout.split())
     assert "count min median p95 max over 8" in shown
-    assert "negative tokens 4 4 4 9 9 2 (50.0%)" in shown
+    assert "negative tokens 4 8 8 9 9 2 (50.0%)" in shown
 
 
 def test_tokens_of_a_reranker_are_those_of_its_pairs(tiny_checkpoint, tmp_path):
@@ -242,7 +244,7 @@ def test_tokens_of_a_reranker_are_those_of_its_pairs(tiny_checkpoint, tmp_path):
     assert report["max_tokens"] == 64
     assert {item["of"]: (item["count"], item["min"], item["max"], item["over"]) for item in report["lengths"]} == {
         "query + positive": (2, 87, 87, 2),
-        "query + negative": (4, 8, 13, 0),
+        "query + negative": (4, 12, 13, 0),
     }
 
 

@@ -186,8 +186,9 @@ def test_hashes_follow_the_content_not_the_name(tmp_path):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Record batches of three rows."""
+    """Record batches of three rows, and pages that are given back all the time."""
     monkeypatch.setattr("rtx.trainer.store._BATCH_ROWS", 3)
+    monkeypatch.setattr("rtx.trainer.store._READS_BEFORE_RELEASE", 2)
 
 
 @pytest.mark.usefixtures("small_batches")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain, combinations
 
@@ -244,3 +246,8 @@ def test_a_text_that_most_rows_share_takes_no_time():
     assert sum(row % 4 == 0 for batch in plan for row in batch) == 10_000
     assert all(sum(row % 4 > 0 for row in batch) <= 1 for batch in plan)
     assert min(map(len, plan)) >= 1
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, rtx.trainer.sampler; assert not {'torch', 'transformers', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
