@@ -27,7 +27,6 @@ from typing import Any, cast
 import click
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -68,8 +67,9 @@ MINI_BATCH, CHUNK_TOKENS = 32, 1024
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="By default all.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of each side.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models here.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw NDCG@10 by dimension, after plain and matryoshka.")
 @click.option("--worker", hidden=True)
-def main(cases: tuple[str, ...], seeds: int, out: Path | None, worker: str | None) -> None:
+def main(cases: tuple[str, ...], seeds: int, out: Path | None, svg: Path | None, worker: str | None) -> None:
     if worker is not None:
         print(json.dumps(work(**json.loads(worker))))
         return
@@ -78,6 +78,8 @@ def main(cases: tuple[str, ...], seeds: int, out: Path | None, worker: str | Non
         prepare_data(folder)
         for name in cases or tuple(CASES):
             compare(name, seeds, folder)
+        if not cases or {"plain", "matryoshka"} <= {*cases}:
+            show_dimensions(folder, seeds, svg)
 
 
 def prepare_data(folder: Path) -> None:
@@ -388,20 +390,25 @@ class FixedBatches:
         return len(self.batches)
 
 
-def matryoshka_curve(models: Mapping[str, Path], evalset: Path, max_tokens: int) -> dict[str, list[float]]:
-    """NDCG@10 by dimension of models that are cut short."""
+def show_dimensions(folder: Path, seeds: int, svg: Path | None) -> None:
+    """NDCG@10 by dimension of vectors that are cut, of rtx's models trained with and without Matryoshka."""
     from rtx.trainer import Evaluator, RetrievalModel
+    from rtx.trainer.curve import draw_dimensions
 
-    evaluator = Evaluator.from_beir(evalset)
-    curves: dict[str, list[float]] = {}
-    for name, path in models.items():
-        model = RetrievalModel.load(path, max_tokens=max_tokens)
-        values: list[NDArray[np.float64]] = []
-        for dimension in DIMENSIONS:
-            model.configure(truncate_dim=dimension)
-            values.append(evaluator(model).ndcg)
-        curves[name] = [float(value.mean()) for value in values]
-    return curves
+    evaluator = Evaluator.from_beir(folder / "data" / "eval")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for label, name in (("with Matryoshka", "matryoshka"), ("without", "plain")):
+        values = np.zeros((seeds, len(DIMENSIONS)))
+        for seed in range(seeds):
+            model = RetrievalModel.load(folder / f"{name}-{RTX}-{seed}", max_tokens=CASES[name].max_tokens)
+            for place, dimension in enumerate(DIMENSIONS):
+                model.configure(truncate_dim=dimension)
+                values[seed, place] = evaluator(model).metrics["ndcg@10"]
+        lines[label] = list(zip(DIMENSIONS, values.mean(axis=0).tolist(), strict=True))
+        click.echo(f"{label:<16}" + "".join(f"{dimension:>8}: {value:.4f}" for dimension, value in lines[label]))
+    click.echo(json.dumps({"case": "dimensions", "seeds": seeds, "lines": lines}))
+    if svg is not None:
+        svg.write_text(draw_dimensions(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
