@@ -79,7 +79,7 @@ def main(cases: tuple[str, ...], seeds: int, out: Path | None, svg: Path | None,
         for name in cases or tuple(CASES):
             compare(name, seeds, folder)
         if not cases or {"plain", "matryoshka"} <= {*cases}:
-            show_dimensions(folder, seeds, svg)
+            show_dimensions(folder, svg)
 
 
 def prepare_data(folder: Path) -> None:
@@ -390,23 +390,21 @@ class FixedBatches:
         return len(self.batches)
 
 
-def show_dimensions(folder: Path, seeds: int, svg: Path | None) -> None:
-    """NDCG@10 by dimension of vectors that are cut, of rtx's models trained with and without Matryoshka."""
+def show_dimensions(folder: Path, svg: Path | None) -> None:
+    """NDCG@10 by dimension of vectors that are cut, of rtx's first models trained with and without Matryoshka."""
     from rtx.trainer import Evaluator, RetrievalModel
     from rtx.trainer.curve import draw_dimensions
 
     evaluator = Evaluator.from_beir(folder / "data" / "eval")
     lines: dict[str, list[tuple[int, float]]] = {}
     for label, name in (("with Matryoshka", "matryoshka"), ("without", "plain")):
-        values = np.zeros((seeds, len(DIMENSIONS)))
-        for seed in range(seeds):
-            model = RetrievalModel.load(folder / f"{name}-{RTX}-{seed}", max_tokens=CASES[name].max_tokens)
-            for place, dimension in enumerate(DIMENSIONS):
-                model.configure(truncate_dim=dimension)
-                values[seed, place] = evaluator(model).metrics["ndcg@10"]
-        lines[label] = list(zip(DIMENSIONS, values.mean(axis=0).tolist(), strict=True))
+        model = RetrievalModel.load(folder / f"{name}-{RTX}-0", max_tokens=CASES[name].max_tokens)
+        lines[label] = []
+        for dimension in sorted(DIMENSIONS):
+            model.configure(truncate_dim=dimension)
+            lines[label].append((dimension, evaluator(model).metrics["ndcg@10"]))
         click.echo(f"{label:<16}" + "".join(f"{dimension:>8}: {value:.4f}" for dimension, value in lines[label]))
-    click.echo(json.dumps({"case": "dimensions", "seeds": seeds, "lines": lines}))
+    click.echo(json.dumps({"case": "dimensions", "lines": lines}))
     if svg is not None:
         svg.write_text(draw_dimensions(lines), encoding="utf-8")
 
