@@ -75,8 +75,7 @@ def copied(source: Path, target: Path, *, template: str | None = None, **config:
 # ---------------------------------------------------------------- both ways with sentence-transformers
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+@pytest.mark.parametrize(("architecture", "activation"), [("qwen3-chat", "sigmoid"), ("qwen3-plain", "identity")])
 def test_both_ways(tiny_checkpoint: Tiny, tmp_path: Path, architecture: str, activation: str) -> None:
     ours = tiny_checkpoint(architecture, "rerank", activation=activation)
     model = RetrievalModel.load(ours)
