@@ -252,7 +252,11 @@ class FinetuneConfig(TrainingArguments):
         Option("Longest input in training, evaluation and the saved model; by default the model's own.", at_least=2),
     ] = None
     query_prompt: Annotated[
-        str | None, Option("Text before every query, kept in the model; by default the checkpoint's own.")
+        str | None,
+        Option(
+            "Text before every query, for a reranker before every pair (a language model's instruction); kept in the "
+            "model. By default the checkpoint's own."
+        ),
     ] = None
     document_prompt: Annotated[
         str | None, Option("Text before every document, kept in the model; by default the checkpoint's own.")
@@ -316,6 +320,8 @@ class FinetuneConfig(TrainingArguments):
             problems.append("matryoshka: only an embedder has dimensions")
         if any(dimension < 1 for dimension in self.matryoshka):
             problems.append(f"matryoshka: expected dimensions of at least 1, got {list(self.matryoshka)}")
+        if self.task == "rerank" and self.document_prompt is not None:
+            problems.append("document_prompt: a reranker has one prompt for a pair, query_prompt")
         problems += self._loss_problems()
         if self.task == "rerank" and (self.eval is None) != (self.candidates is None):
             problems.append("eval and candidates: a reranker is evaluated on both together, or not at all")

@@ -131,7 +131,9 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
     model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
     given = {"query": config.query_prompt, "document": config.document_prompt}
     if prompts := {name: text for name, text in given.items() if text is not None}:
-        model.configure(prompts={**model.contract.prompts, **prompts})
+        # A pair has one prompt, the default one.
+        default = {"default_prompt": "query"} if config.task == "rerank" else {}
+        model.configure(prompts={**model.contract.prompts, **prompts}, **default)
     return Trainer(
         model,
         config,

@@ -102,6 +102,7 @@ def test_a_reranker_from_a_file_of_options(work, base):
     (work / "run.toml").write_text(
         f'task = "rerank"\nmodel = "{base}"\ntrain = ["pairs.jsonl"]\noutput = "judge"\neval = "beir"\n'
         'candidates = "first.jsonl"\nmetric = "mrr@5"\nepochs = 9\nbatch_size = 16\nlearning_rate = 1e-3\nthreads = 1\n'
+        'query_prompt = "judge: "\n'
     )
     result = rtx("--config run.toml --epochs 1")
     assert result.exit_code == 0, result.output
@@ -109,6 +110,7 @@ def test_a_reranker_from_a_file_of_options(work, base):
     assert "before training: mrr@5 " in result.stderr
     model = RetrievalModel.load(work / "judge")
     assert model.task == "rerank"
+    assert model.contract.prompt_text(model.contract.default_prompt) == "judge: "
     card = (work / "judge" / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
     assert "ranking the first-stage candidates of each query" in card
