@@ -122,7 +122,8 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
     Raises:
         UsageError, DataError, CheckpointError: as `finetune`.
     """
-    data = TrainingData.read(config.train, needs=config.loss_spec.needs)
+    with progress.reading() as report:
+        data = TrainingData.read(config.train, needs=config.loss_spec.needs, report=report)
     evaluator = None
     if config.eval is not None:
         evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)

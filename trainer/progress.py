@@ -66,6 +66,18 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         finally:
             self._bars.remove_task(bar)
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[int, float | None], None]]:
+        """Give what to call with the rows that are read of a file, and their share of it."""
+        with self._bars if not self._bars.live.is_started else contextlib.nullcontext():
+            bar = self._bars.add_task("reading", total=None, values="rows")
+            try:
+                yield lambda rows, share: self._bars.update(
+                    bar, completed=rows, total=round(rows / share) if share else None
+                )
+            finally:
+                self._bars.remove_task(bar)
+
     def measured(self, step: int, metric: str, metrics: Mapping[str, float]) -> None:
         """An evaluation at a step; 0 is before training."""
         value = metrics[metric]

@@ -615,3 +615,15 @@ def test_progress_on_a_terminal_is_a_bar(checkpoint, tmp_path):
     assert "step 2/2 ━" in said.getvalue()
     assert "left" in said.getvalue()
     assert "loss" in said.getvalue()
+
+
+def test_reading_has_a_bar_of_rows():
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=100, force_terminal=True, color_system=None))
+    with progress.reading() as report:
+        report(50, 0.25)
+        report(75, None)
+    assert "reading" in said.getvalue()
+    # The bars are free for the training then.
+    with progress:
+        pass
