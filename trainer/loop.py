@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
+from rtx.runtime.errors import MissingExtraError
 from rtx.trainer.batches import Numbered
 from rtx.trainer.config import Schedule, TrainingArguments
 from rtx.trainer.sampler import BatchSampler
@@ -41,7 +43,12 @@ def loop_arguments(
         arguments: ours.
         checkpoints: folder of the run.
         metric: what picks the best weights; None without an evaluator.
+
+    Raises:
+        MissingExtraError: TensorBoard is wanted and not installed.
     """
+    if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError("tensorboard", "tensorboard", "writing TensorBoard's event files")
     save_steps = arguments.save_steps or arguments.eval_steps
     return transformers.TrainingArguments(
         output_dir=str(checkpoints),

@@ -253,7 +253,13 @@ class RetrievalModel(nn.Module):
                 save_file(weights, folder / description.folder / "model.safetensors")
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Trade time for memory in the backbone, as transformers' Trainer asks for it."""
+        """Trade time for memory in the backbone, as transformers' Trainer asks for it.
+
+        Raises:
+            UsageError: this kind of model cannot.
+        """
+        if not self.backbone.supports_gradient_checkpointing:
+            raise UsageError(f"gradient_checkpointing: {type(self.backbone).__name__} of transformers cannot do it")
         self.backbone.gradient_checkpointing_enable(**options)
 
     def _backbone_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

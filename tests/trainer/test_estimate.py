@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from rtx.runtime.errors import UsageError
 from rtx.runtime.text import Encoded
 from rtx.trainer import losses
 from rtx.trainer.adapters import add_lora
@@ -101,6 +102,13 @@ def test_precision_and_checkpointing_are_measured_too(
     lengths = (64, *[50] * 7)
     assert kept.at(8, 64) == pytest.approx(held(model, *lengths, bf16="bf16" in options), rel=1e-6)
     assert kept.at(8, 64) < 0.95 * plain.at(8, 64)
+
+
+def test_a_model_without_gradient_checkpointing_is_one_error(tiny_checkpoint: Tiny) -> None:
+    model = RetrievalModel.load(tiny_checkpoint("mpnet"))
+    with pytest.raises(UsageError, match="gradient_checkpointing: MPNetModel of transformers cannot do it"):
+        activation_growth(model, gradient_checkpointing=True)
+    assert not model.training
 
 
 def test_frozen_blocks_keep_nothing(tiny_checkpoint: Tiny) -> None:
