@@ -4,7 +4,7 @@ Same weights, texts, batches (row by row), loss, optimizer and schedule. Every r
 turns, and who begins rotates. Speed counts steps alone, without the first; memory is the peak of the process in
 training over what it held before; NDCG@10 is measured on packages that were not trained on, with the same code.
 
-    python benchmarks/bench_training.py                       # all cases, 3 seeds: about an hour on two cores
+    python benchmarks/bench_training.py                       # all cases, 3 seeds: about 50 minutes on two cores
     python benchmarks/bench_training.py --case cached --seeds 1
 """
 
@@ -54,10 +54,10 @@ class Case:
 
 
 CASES = {
-    "plain": Case("embed", 64, 24, 64, 1e-4),
-    "cached": Case("embed", 512, 4, 128, 2e-4, (RTX, PEER, PEER_TOKENS)),
-    "matryoshka": Case("embed", 64, 24, 64, 1e-4),
-    "reranker": Case("rerank", 32, 32, 96, 2e-4),
+    "cached": Case("embed", 512, 3, 64, 2e-4, (RTX, PEER, PEER_TOKENS)),
+    "plain": Case("embed", 64, 16, 64, 1e-4),
+    "reranker": Case("rerank", 32, 24, 96, 2e-4),
+    "matryoshka": Case("embed", 64, 16, 64, 1e-4),
 }
 # Of the gradient cache: the peer's default in texts, the same for both in tokens, and what rtx holds of a batch.
 MINI_BATCH, CHUNK_TOKENS = 32, 1024
