@@ -262,6 +262,11 @@ class RetrievalModel(nn.Module):
             raise UsageError(f"gradient_checkpointing: {type(self.backbone).__name__} of transformers cannot do it")
         self.backbone.gradient_checkpointing_enable(**options)
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """The classes that a sharded model is split at; accelerate asks a model for them by this name."""
+        return self.backbone._no_split_modules
+
     def _backbone_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.contract.inputs if name != "pooling_mask"}
 

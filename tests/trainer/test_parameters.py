@@ -197,3 +197,17 @@ def test_the_order_of_groups_does_not_depend_on_chance(tiny_checkpoint: Tiny) ->
 
     assert order() == order()
     assert order()[-2][:2] == ["*.query.*", "backbone.encoder.layer.0.attention.self.query.weight"]
+
+
+def test_a_sharded_model_is_split_at_its_blocks(tiny_checkpoint: Tiny) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+    model = RetrievalModel.load(tiny_checkpoint("qwen3"))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    split_at = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [name for name, module in model.named_modules() if split_at(module)] == [
+        "backbone.layers.0",
+        "backbone.layers.1",
+    ]
