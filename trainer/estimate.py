@@ -334,21 +334,22 @@ def render(found: Estimate) -> Table:
     table.add_row("[bold]parameters", f"[bold]{_short(found.parameters)}", _trained(found.trained, found.parameters))
     for part in found.parts:
         table.add_row(f"  {part.name}", _short(part.parameters), _trained(part.trained, part.parameters))
-    batches = f", in {plan.accumulated} batches" if plan.accumulated > 1 else ""
-    shared = f", over {plan.processes} processes" if plan.processes > 1 else ""
+    batches = f" in {plan.accumulated} batches" if plan.accumulated > 1 else ""
+    shared = f" over {plan.processes} processes" if plan.processes > 1 else ""
+    seen = f"by {found.sampled_rows:,} rows looked at"
     table.add_row("[bold]steps", f"[bold]{plan.steps:,}", "")
     table.add_row(
-        "  rows a step", f"{plan.batch_size * plan.accumulated:,}", f"{found.texts:,.0f} texts{batches}{shared}"
+        "  rows a step", f"{plan.batch_size * plan.accumulated:,}", f"{found.texts:,.0f} texts{batches}{shared}, {seen}"
     )
-    padding = 1 - found.tokens / found.padded_tokens
-    note = f"{found.padded_tokens:,.0f} with padding ({padding:.0%}); the longest text has {found.longest_tokens:,}"
-    table.add_row("  tokens a step", f"{found.tokens:,.0f}", f"{note}; in {found.sampled_rows:,} rows looked at")
+    padding = f"{found.padded_tokens:,.0f} with padding ({1 - found.tokens / found.padded_tokens:.0%})"
+    table.add_row("  tokens a step", f"{found.tokens:,.0f}", f"{padding}; longest text {found.longest_tokens:,}")
     table.add_row("[bold]memory", f"[bold]{_bytes(found.total_bytes)}", "an estimate, without Python's own")
     table.add_row("  weights", _bytes(found.weights_bytes), "")
     table.add_row("  gradients", _bytes(found.gradients_bytes), "and their exchange" if plan.processes > 1 else "")
     table.add_row("  AdamW", _bytes(found.optimizer_bytes), "two moments of each trained parameter")
-    limit = "a whole batch" if plan.activation_tokens is None else f"{plan.activation_tokens:,} tokens, or one chunk"
-    table.add_row("  activations", _bytes(found.activations_bytes), f"of {limit}, measured on small batches")
+    limit = plan.activation_tokens
+    held = "a whole batch" if limit is None else f"{limit:,} tokens" if limit else "one chunk"
+    table.add_row("  activations", _bytes(found.activations_bytes), f"of {held}, measured on small batches")
     table.add_row("  loss", _bytes(found.loss_bytes), f"of {plan.batch_size:,} rows")
     return table
 
