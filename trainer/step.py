@@ -29,9 +29,17 @@ def joined_loss(loss: Callable[..., Tensor], targets: Targets) -> JoinedLoss:
     return lambda outputs: loss(*[gather(output) for output in outputs], everything)
 
 
-def loss_of(run: Run, chunks: Sequence[Chunk], loss: JoinedLoss) -> Tensor:
-    """The loss of a batch, with the graph of all chunks."""
-    return loss(assemble([run(chunk) for chunk in chunks], chunks))
+def loss_of(
+    run: Run,
+    chunks: Sequence[Chunk],
+    loss: JoinedLoss,
+    *,
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Tensor:
+    """The loss of a batch, with the graph of all chunks; they run in one context."""
+    with context():
+        outputs = [run(chunk) for chunk in chunks]
+    return loss(assemble(outputs, chunks))
 
 
 def backward(
@@ -41,6 +49,7 @@ def backward(
     *,
     activation_tokens: int | None = None,
     propagate: Callable[[Tensor], Any] = torch.Tensor.backward,
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     unsynchronised: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     check: Callable[[Tensor], None] = lambda _: None,
 ) -> Tensor:
@@ -53,6 +62,7 @@ def backward(
         activation_tokens: padded tokens whose activations may be held at once. What fits is run once, the rest twice.
             None holds all; 0 holds those of one chunk at a time.
         propagate: back-propagates a scalar.
+        context: in which chunks run, such as autocast. One for all that keep their activations: weights are cast once.
         unsynchronised: a context in which a backward pass does not average gradients over processes; the last
             backward pass is outside of it.
         check: given the loss before anything is propagated; may raise.
@@ -62,21 +72,21 @@ def backward(
     """
     live = live_chunks(chunks, activation_tokens)
     if len(live) == len(chunks):
-        value = loss_of(run, chunks, loss)
+        value = loss_of(run, chunks, loss, context=context)
         check(value)
         propagate(value)
         return value.detach()
+    # The first chunks run twice, the last ones once: `live` is a tail, so that all draw their dropout in one order.
     again = [place for place in range(len(chunks)) if place not in live]
     states: dict[int, list[Tensor]] = {}
     outputs: list[Tensor] = []
     with unsynchronised():
-        for place, chunk in enumerate(chunks):
-            if place in live:
-                outputs.append(run(chunk))
-            else:
-                states[place] = _random_state()
-                with torch.no_grad():
-                    outputs.append(run(chunk))
+        for place in again:
+            states[place] = _random_state()
+            with torch.no_grad(), context():
+                outputs.append(run(chunks[place]))
+        with context():
+            outputs += [run(chunks[place]) for place in sorted(live)]
         leaves = [output.detach().requires_grad_() for output in outputs]
         value = loss(assemble(leaves, chunks))
         check(value)
@@ -85,9 +95,11 @@ def backward(
             propagate(sum_of_products([outputs[place] for place in live], [gradients[place] for place in live]))
         outputs.clear()
     for place in again:
-        context = unsynchronised() if place != again[-1] else contextlib.nullcontext()
-        with context, _replaying(states.pop(place)):
-            propagate(sum_of_products([run(chunks[place])], [gradients[place]]))
+        synchronisation = unsynchronised() if place != again[-1] else contextlib.nullcontext()
+        with synchronisation, _replaying(states.pop(place)):
+            with context():
+                output = run(chunks[place])
+            propagate(sum_of_products([output], [gradients[place]]))
     return value.detach()
 
 

@@ -293,7 +293,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of a batch, with the graph of all of it."""
         chunks = plan_chunks(inputs, chunk_tokens=self._chunk_tokens)
-        loss: Tensor = loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs))
+        loss: Tensor = loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs), context=self._precision)
         return loss
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # noqa: ARG002
@@ -307,6 +307,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self._joined_loss(inputs),
             activation_tokens=self.arguments.activation_tokens,
             propagate=lambda scalar: self.accelerator.backward(scalar / accumulated),
+            context=self._precision,
             unsynchronised=lambda: self.accelerator.no_sync(model),
             check=lambda loss: self._check_finite("loss", loss),
         )
@@ -316,13 +317,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return share
 
     def _runner(self, model: Any, batch: Batch) -> Callable[[Chunk], Tensor]:
-        run = batch_run(model, batch, self.model.preprocessor.collate, self.args.device)
+        return batch_run(model, batch, self.model.preprocessor.collate, self.args.device)
 
-        def autocast(chunk: Chunk) -> Tensor:
-            with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.arguments.bf16):
-                return run(chunk)
-
-        return autocast
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.arguments.bf16)
 
     def _joined_loss(self, batch: Batch) -> Callable[..., Tensor]:
         targets = batch.targets
@@ -469,6 +467,9 @@ def _prepare(model: RetrievalModel, arguments: TrainingArguments) -> None:
         )
     if arguments.freeze:
         freeze(model, arguments.freeze)
+    if arguments.gradient_checkpointing:
+        # The loop does it too, but only after the first evaluation: a model that cannot do it says so now.
+        model.gradient_checkpointing_enable()
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -168,6 +168,38 @@ def test_gradients_are_averaged_over_processes_once_at_the_end(models):
     assert seen[-1] is False
 
 
+@pytest.mark.parametrize("activation_tokens", [None, 60])
+def test_weights_are_cast_once_for_all_chunks_that_keep_their_activations(tiny_checkpoint, activation_tokens):
+    model = RetrievalModel.load(tiny_checkpoint("bert")).train()
+    batch = Collator(model.preprocessor, task="embed")(list(enumerate(examples(20))))
+    shape = model.backbone.encoder.layer[0].intermediate.dense.weight.shape
+    casts: set[int] = set()
+    kept = []
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in (shape, shape[::-1]):
+            casts.add(tensor.untyped_storage().data_ptr())
+            kept.append(tensor)
+        return tensor
+
+    calls = []
+
+    def check(_):
+        calls.append(len(casts))
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backward(
+            batch_run(model, batch, model.preprocessor.collate, torch.device("cpu")),
+            plan_chunks(batch, chunk_tokens=30),
+            joined_loss(losses.info_nce, batch.targets),
+            activation_tokens=activation_tokens,
+            context=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+            check=check,
+        )
+    # Two matrices of each of two blocks, however many chunks there are.
+    assert calls == [4]
+
+
 def test_the_check_comes_before_any_gradient(models):
     model = models["embed"]
     batch = Collator(model.preprocessor, task="embed")(list(enumerate(examples())))
