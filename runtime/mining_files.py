@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.errors import ItemError, UsageError
+from rtx.runtime.fields import read_negatives, read_text, single_negatives
 from rtx.runtime.mining import MinedQuery, Relevant, Unusable
 from rtx.runtime.mining_summary import Summary
 from rtx.runtime.records import BadRecord, Input
 from rtx.runtime.text import check_text
 
 Fewer = Literal["keep", "drop"]
-
-_NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 
 
 def read_rows(
@@ -35,8 +33,8 @@ def read_rows(
             yield record
             continue
         problems: list[str] = []
-        query, positive = (_text(record.fields, name, problems) for name in (query_column, positive_column))
-        negatives = _negatives(record.fields, problems)
+        query, positive = (read_text(record.fields, name, problems) for name in (query_column, positive_column))
+        negatives = read_negatives(record.fields, single_negatives(record.fields), problems)
         if problems:
             yield BadRecord(record.id, record.where, "; ".join(problems))
         else:
@@ -116,33 +114,3 @@ def _pair_lines(found: MinedQuery) -> Iterator[dict[str, Any]]:
     for label, documents in ((1, found.positives), (0, found.negatives)):
         for document in documents:
             yield {"query": found.query, "document": document.text, "label": label}
-
-
-def _text(row: Mapping[str, Any], name: str, problems: list[str]) -> str:
-    if name not in row:
-        problems.append(f"has no column '{name}' (its columns: {', '.join(list(row)[:10]) or 'none'})")
-        return ""
-    checked = check_text(0, row[name])
-    if isinstance(checked, ItemError):
-        problems.append(f"{name}: {checked.message}")
-        return ""
-    if not checked.strip():
-        problems.append(f"{name}: is empty")
-    return checked
-
-
-def _negatives(row: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
-    """All negatives of a row; null and "" are none."""
-    several = row.get("negatives") or []
-    if isinstance(several, str):  # a cell of a csv file
-        try:
-            several = json.loads(several)
-        except (ValueError, RecursionError):
-            several = None
-    if not isinstance(several, list):
-        problems.append("negatives: expected a list of texts (in csv: a JSON list)")
-        several = []
-    single = [row[name] for name in row if name == "negative" or _NUMBERED_NEGATIVE.fullmatch(name)]
-    checked = [check_text(0, value) for value in (*single, *several) if value not in (None, "")]
-    problems += [f"negatives: {text.message}" for text in checked if isinstance(text, ItemError)]
-    return tuple(text for text in checked if isinstance(text, str))

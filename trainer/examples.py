@@ -10,14 +10,20 @@ A row has one of three forms, whatever the task:
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
-from rtx.runtime.errors import ItemError
-from rtx.runtime.text import check_text
+from rtx.runtime.fields import (
+    NUMBERED_NEGATIVE,
+    is_blank,
+    missing,
+    read_items,
+    read_negatives,
+    read_text,
+    single_negatives,
+)
+from rtx.runtime.fields import Row as Row
 
 Needs = Literal["positives", "negatives", "labels", "lists", "scores"]
 """What a loss needs of every row.
@@ -30,7 +36,6 @@ Needs = Literal["positives", "negatives", "labels", "lists", "scores"]
 """
 Form = Literal["positive", "document", "documents"]
 """The column that tells the form of a row."""
-Row = Mapping[str, object]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 _COLUMNS: dict[Form, tuple[str, ...]] = {
@@ -60,7 +65,6 @@ _BOUNDS: dict[Needs | None, tuple[float, float, str]] = {
     "labels": (0.0, 1.0, "a number from 0 to 1"),
     "lists": (0.0, math.inf, "a finite number of at least 0"),
 }
-_NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 
 
 class Example(NamedTuple):
@@ -112,7 +116,7 @@ class RowChecker:
         """An example, or what is wrong with the row."""
         if not isinstance(row, Mapping):
             return CheckedRow(None, None, (f"expected a mapping of columns, got {type(row).__name__}",))
-        given = [form for form in FORMS if not _blank(row.get(form))]
+        given = [form for form in FORMS if not is_blank(row.get(form))]
         if len(given) > 1:
             return CheckedRow(None, None, (f"has {' and '.join(given)}; expected one of them",))
         form = given[0] if given else next((form for form in FORMS if form in row), _FORMS[self.needs][0])
@@ -120,7 +124,7 @@ class RowChecker:
         problems: list[str] = []
         if columns not in self._columns:
             problems += self._check_columns(*columns)
-            self._columns[columns] = _single_negatives(row) if form in _FORMS[self.needs] else None
+            self._columns[columns] = single_negatives(row) if form in _FORMS[self.needs] else None
         negatives = self._columns[columns]
         if negatives is None:
             return CheckedRow(None, form, tuple(problems))
@@ -135,25 +139,26 @@ class RowChecker:
         for name in sorted(names - {name for columns in _COLUMNS.values() for name in columns} - {"scores"}):
             # So close that it is no column of another meaning, as query_id or document_id would be.
             close = difflib.get_close_matches(name.lower(), self._known, n=1, cutoff=0.88)
-            if close and not _NUMBERED_NEGATIVE.fullmatch(name):
+            if close and not NUMBERED_NEGATIVE.fullmatch(name):
                 problems.append(f"column '{name}' is not known; did you mean '{close[0]}'?")
         return problems
 
     def _example(self, row: Row, form: Form, negatives: tuple[str, ...], problems: list[str]) -> Example:
-        query = _text(row, "query", problems)
+        query = read_text(row, "query", problems)
         if form == "positive":
-            documents = (_text(row, "positive", problems), *_negatives(row, negatives, problems))
+            documents = (read_text(row, "positive", problems), *read_negatives(row, negatives, problems))
             labels: tuple[float, ...] = (1.0,) + (0.0,) * (len(documents) - 1)
-            if not _blank(row.get("scores")):
+            if not is_blank(row.get("scores")):
                 labels = self._numbers(row, "scores", len(documents), problems)
             elif self.needs == "scores":
-                problems.append(_missing(row, "scores"))
+                problems.append(missing(row, "scores"))
         elif form == "document":
-            documents = (_text(row, "document", problems),)
+            documents = (read_text(row, "document", problems),)
             labels = (self._number("label", row.get("label"), problems),)
         else:
             documents = tuple(
-                _text({name: value}, name, problems) for name, value in _items(row, "documents", "texts", problems)
+                read_text({name: value}, name, problems)
+                for name, value in read_items(row, "documents", "texts", problems)
             )
             labels = self._numbers(row, "labels", len(documents), problems)
         if not problems:
@@ -168,11 +173,11 @@ class RowChecker:
         return []
 
     def _numbers(self, row: Row, name: str, documents: int, problems: list[str]) -> tuple[float, ...]:
-        if _blank(row.get(name)):
-            problems.append(_missing(row, name))
+        if is_blank(row.get(name)):
+            problems.append(missing(row, name))
             return ()
         before = len(problems)
-        values = _items(row, name, "numbers", problems)
+        values = read_items(row, name, "numbers", problems)
         if len(problems) == before and len(values) != documents:
             problems.append(f"{name}: has {len(values)} for {documents} documents; expected one each")
         return tuple(self._number(place, value, problems) for place, value in values)
@@ -190,58 +195,3 @@ class RowChecker:
             problems.append(f"{name}: expected {words}, got {value!r}")
             return 0.0
         return float(value)
-
-
-def _blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value)
-
-
-def _missing(row: Row, name: str) -> str:
-    return f"has no {name}; it has {', '.join(sorted(row)) or 'no field at all'}"
-
-
-def _text(row: Row, name: str, problems: list[str]) -> str:
-    if name not in row:
-        problems.append(_missing(row, name))
-        return ""
-    value = check_text(0, row[name])
-    if isinstance(value, ItemError):
-        problems.append(f"{name}: {value.message}")
-        return ""
-    if not value.strip():
-        problems.append(f"{name}: is empty")
-    return value
-
-
-def _single_negatives(names: Iterable[str]) -> tuple[str, ...]:
-    numbered = sorted((name for name in names if _NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
-    return ("negative", *numbered)
-
-
-def _negatives(row: Row, single: tuple[str, ...], problems: list[str]) -> tuple[str, ...]:
-    """All negatives of a row, from `negative`, `negative_1` … and `negatives` together; null and "" are none."""
-    found = [(name, row[name]) for name in single if not _blank(row.get(name))]
-    if not _blank(row.get("negatives")):
-        found += _items(row, "negatives", "texts", problems)
-    return tuple(_text({name: value}, name, problems) for name, value in found)
-
-
-def _items(row: Row, name: str, kind: str, problems: list[str]) -> list[tuple[str, object]]:
-    """The items of a list with their places, as "negatives[0]"."""
-    if name not in row:
-        problems.append(_missing(row, name))
-        return []
-    several = row[name]
-    if isinstance(several, str):
-        # A cell of a csv file.
-        try:
-            several = json.loads(several)
-        except (ValueError, RecursionError):
-            several = None
-        if not isinstance(several, list):
-            problems.append(f"{name}: expected a list of {kind} (in csv: a JSON list)")
-            return []
-    if isinstance(several, Mapping) or not isinstance(several, Iterable):
-        problems.append(f"{name}: expected a list of {kind}, got {type(several).__name__}")
-        return []
-    return [(f"{name}[{place}]", value) for place, value in enumerate(several)]

@@ -220,7 +220,7 @@ def test_records_that_cannot_be_used_are_left_out_and_listed(rtx_mine):
     assert result.stderr == "3 records could not be used; all are listed in out.jsonl.errors.jsonl\n"
     assert [line["query"] for line in lines()] == [ROWS[0]["query"], ROWS[1]["query"]]
     assert lines("out.jsonl.errors.jsonl") == [
-        {"where": "bad.jsonl:2", "id": 2, "error": "has no column 'positive' (its columns: query)"},
+        {"where": "bad.jsonl:2", "id": 2, "error": "has no positive; it has query"},
         {"where": "bad.jsonl:3", "id": 3, "error": "query: is empty; positive: expected a text (str), got int"},
         {"where": "corpus.jsonl:2", "id": 2, "error": "text: expected a text (str), got int"},
     ]
@@ -232,7 +232,7 @@ def test_records_that_cannot_be_used_stop_the_run_if_asked(rtx_mine):
     assert (result.exit_code, result.stdout) == (4, "")
     assert result.stderr == (
         "error: records that cannot be used: 2 problems:\n"
-        "  bad.jsonl:2: has no column 'positive' (its columns: query)\n"
+        "  bad.jsonl:2: has no positive; it has query\n"
         "  bad.jsonl:3: query: is empty; positive: expected a text (str), got int\n"
     )
     assert files() == ["bad.jsonl", "train.jsonl"]
@@ -292,11 +292,7 @@ def test_replaces_a_file_only_when_asked(rtx_mine):
         (("-o", "o.jsonl", "--corpus", "none.jsonl"), 4, "none.jsonl: cannot be read: No such file or directory"),
         (("-o", "o.jsonl", "--corpus", "e.jsonl"), 4, "the corpus has no text that can be compared"),
         (("-o", "o.jsonl", "--rescore", "none.rtx"), 5, "none.rtx: does not exist; expected a bundle or a checkpoint"),
-        (
-            ("-o", "o.jsonl", "--query-column", "q"),
-            4,
-            "train.jsonl:1: has no column 'q' (its columns: query, positive)",
-        ),
+        (("-o", "o.jsonl", "--query-column", "q"), 4, "train.jsonl:1: has no q; it has positive, query"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_message(rtx_mine, arguments, code, message):

@@ -146,11 +146,11 @@ def test_training_rows_are_read_with_all_their_negatives(tmp_path):
             "negative": "c",
             "negative_2": "d",
             "negative_10": None,
-            "negatives": ["e", ""],
+            "negatives": ["e"],
         },
         {"query": " ", "positive": 3},
         {"question": "a", "positive": "b", "negatives": "c"},
-        {"query": "a", "positive": "b", "negatives": ["c", 1]},
+        {"query": "a", "positive": "b", "negatives": ["c", 1, ""]},
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     with Input(str(source)) as opened:
@@ -161,9 +161,9 @@ def test_training_rows_are_read_with_all_their_negatives(tmp_path):
     ]
     assert [str(record).removeprefix(str(source)) for record in read[2:] if isinstance(record, BadRecord)] == [
         ":3: query: is empty; positive: expected a text (str), got int",
-        ":4: has no column 'query' (its columns: question, positive, negatives); "
+        ":4: has no query; it has negatives, positive, question; "
         "negatives: expected a list of texts (in csv: a JSON list)",
-        ":5: negatives: expected a text (str), got int",
+        ":5: negatives[1]: expected a text (str), got int; negatives[2]: is empty",
         ":6: is no valid JSON: Expecting property name enclosed in double quotes at character 2",
     ]
 
