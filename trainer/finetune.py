@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerate
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from rtx.trainer.estimate import Estimate
 from rtx.trainer.evaluation import Evaluator
 from rtx.trainer.loss_table import DEFAULT_LOSS
 from rtx.trainer.model import RetrievalModel
-from rtx.trainer.processes import from_main, is_main
+from rtx.trainer.processes import from_main, is_main, join_processes
 from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder
 from rtx.trainer.train import Outcome, Trainer
@@ -65,8 +64,7 @@ def finetune(
     """
     progress = progress or Progress()
     run = RunFolder(config.output)
-    # Knows whether other processes train with this one.
-    accelerate.PartialState()
+    join_processes()
     if is_main():
         check_output(config, resume=resume, overwrite=overwrite)
     trainer = build_trainer(config, progress)

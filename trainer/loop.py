@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from rtx.runtime.errors import MissingExtraError
 from rtx.trainer.batches import Numbered
 from rtx.trainer.config import Schedule, TrainingArguments
+from rtx.trainer.processes import join_processes
 from rtx.trainer.sampler import BatchSampler
 
 _SCHEDULES: dict[Schedule, str] = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-# How long the other processes wait while the main one evaluates.
-_TIMEOUT_S = 24 * 3600
 
 
 class EpochLoader(DataLoader[Numbered]):
@@ -49,8 +48,10 @@ def loop_arguments(
     """
     if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard", "writing TensorBoard's event files")
+    # Before transformers does, which gives a timeout to GPUs only.
+    join_processes()
     save_steps = arguments.save_steps or arguments.eval_steps
-    return transformers.TrainingArguments(
+    made = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=arguments.epochs,
         max_steps=arguments.max_steps or -1,
@@ -82,9 +83,11 @@ def loop_arguments(
         ddp_broadcast_buffers=False,
         # A checkpoint can have weights that its task does not use, such as BERT's pooler in an embedder.
         ddp_find_unused_parameters=True,
-        ddp_timeout=_TIMEOUT_S,
         use_cpu=torch.cuda.device_count() == 0,
     )
+    # One process takes one GPU: several at once would each see a part of a chunk, through DataParallel.
+    made._n_gpu = min(1, made.n_gpu)
+    return made
 
 
 @contextlib.contextmanager

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rtx.trainer.losses.targets import Targets
+
+# How long the other processes wait while the main one evaluates.
+_TIMEOUT_S = 24 * 3600
+
+
+def join_processes() -> None:
+    """Meet the processes that torchrun started with this one, if it did. Once they have met, this does nothing."""
+    accelerate.PartialState(cpu=torch.cuda.device_count() == 0, timeout=timedelta(seconds=_TIMEOUT_S))
 
 
 def world_size() -> int:

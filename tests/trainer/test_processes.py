@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 # Run by torchrun in each of the processes, and here in one.
 WORKER = """
 import functools, io, sys
+import torch
 from rich.console import Console
 from rtx.trainer import RetrievalModel, Trainer, TrainingArguments, TrainingData, losses
 from rtx.trainer.evaluation import Evaluator
@@ -46,6 +47,10 @@ def train(name, checkpoint, loss, rows, evaluator=None, resume=False, **options)
 
 symmetric = functools.partial(losses.info_nce, directions=("query_to_doc", "doc_to_query"))
 train("plain", embedder, symmetric, rows)
+if world_size() > 1:
+    # An evaluation by the main process may take longer than the half hour that gloo waits by itself.
+    options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
+    assert options._timeout.total_seconds() >= 24 * 3600, options._timeout
 train("cached", embedder, symmetric, rows, activation_tokens=0, chunk_tokens=30)
 train("accumulated", embedder, losses.info_nce, rows, gradient_accumulation_steps=2)
 lists = [{"query": r["query"], "positive": r["positive"], "negatives": ["the", r["positive"] + " a"]} for r in rows]
