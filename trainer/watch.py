@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-# A loss that is above so many times the worst of the first steps, for so many steps on end, does not come back.
+# A loss that is above so many times the worst of the first batches, for so many on end, does not come back.
 _FIRST, _FACTOR, _ON_END = 20, 4.0, 10
 
 
@@ -17,16 +17,17 @@ class LossWatch:
         self._recent: deque[float] = deque(maxlen=_ON_END)
 
     def add(self, loss: float) -> str | None:
-        """Look at the loss of a step; say what is wrong, or None."""
+        """Look at the loss of a batch; say what is wrong, or None."""
         if len(self._first) < _FIRST:
             self._first.append(loss)
             return None
         self._recent.append(loss)
         worst = max(self._first)
-        if len(self._recent) < _ON_END or min(self._recent) <= _FACTOR * max(worst, 0.0):
+        # A loss that began at 0, as that of triplets far enough apart, gives no measure of what is much.
+        if worst <= 0 or len(self._recent) < _ON_END or min(self._recent) <= _FACTOR * worst:
             return None
         return (
-            f"the loss diverges: at least {min(self._recent):.4g} in each of the last {_ON_END} steps, "
+            f"the loss diverges: at least {min(self._recent):.4g} in each of the last {_ON_END} batches, "
             f"at most {worst:.4g} in the first {_FIRST}"
         )
 

@@ -517,7 +517,7 @@ def test_a_diverging_loss_stops_the_run(checkpoint, tmp_path):
         return losses.info_nce(queries, documents, targets) * (1 if len(calls) < 25 else 100)
 
     built = trainer(checkpoint, tmp_path, loss=loss, epochs=20, save_steps=20)
-    with pytest.raises(TrainingError, match=r"step 34: the loss diverges: at least .* in each of the last 10 steps"):
+    with pytest.raises(TrainingError, match=r"step 34: the loss diverges: at least .* in each of the last 10 batches"):
         built.train()
 
 
