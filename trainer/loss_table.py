@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rtx.runtime.contract import Task
+from rtx.runtime.errors import UsageError
 from rtx.trainer.examples import Needs
 
 Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
@@ -72,10 +73,20 @@ LOSS_OPTIONS = frozenset(option for losses in LOSSES.values() for spec in losses
 
 
 def spec_of(loss: Callable[..., Any], task: Task) -> LossSpec | None:
-    """What a loss needs, by the name of its function; None for a loss of the caller's own."""
+    """What a loss needs, by the name of its function; None for a loss of the caller's own.
+
+    Raises:
+        UsageError: it is a loss of the other task.
+    """
     while not hasattr(loss, "__name__"):
         inner = loss.func if isinstance(loss, functools.partial) else getattr(loss, "loss", None)
         if inner is None:
             return None
         loss = inner
-    return LOSSES[task].get(loss.__name__) if loss.__module__.startswith("rtx.trainer.losses") else None
+    # A module there has the name of its task.
+    package, _, room = loss.__module__.rpartition(".")
+    if package != "rtx.trainer.losses":
+        return None
+    if room != task:
+        raise UsageError(f"loss {loss.__name__}: is one of rtx.trainer.losses.{room}; expected one of {task}")
+    return LOSSES[task].get(loss.__name__)

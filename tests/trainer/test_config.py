@@ -135,3 +135,6 @@ def test_every_option_of_a_loss_is_a_keyword_of_its_function():
             assert spec_of(function, task) is spec
     assert spec_of(losses.matryoshka(losses.info_nce, [4]), "embed") is LOSSES["embed"]["info_nce"]
     assert spec_of(lambda *_: None, "embed") is None
+    # Both tasks have one of this name.
+    with pytest.raises(UsageError, match=r"^loss margin_mse: is one of rtx.trainer.losses.embed; expected one of rer"):
+        spec_of(losses.margin_mse, "rerank")
