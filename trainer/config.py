@@ -306,7 +306,7 @@ class FinetuneConfig(TrainingArguments):
     ] = None
     matryoshka: Annotated[
         tuple[int, ...],
-        Option("Train these dimensions too, in one loss: cut, normalised again, and summed. As in 384,256,128."),
+        Option("Sum the loss over vectors cut to each of these dimensions (name the full one too). As in 384,256,128."),
     ] = ()
 
     def __post_init__(self) -> None:
