@@ -138,6 +138,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             callbacks=[self.progress],
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError(
+                "FSDP and DeepSpeed: not supported, checkpoints would not be whole; start with torchrun, without them"
+            )
         if not is_main():
             self.progress.silence()
         self.sampler = BatchSampler(
