@@ -192,7 +192,7 @@ class TrainingArguments:
         for rate in self.learning_rates:
             pattern, _, number = rate.rpartition("=")
             try:
-                usable = bool(pattern) and float(number) > 0
+                usable = bool(pattern) and 0 < float(number) < math.inf
             except ValueError:
                 usable = False
             if not usable:
@@ -316,6 +316,8 @@ class FinetuneConfig(TrainingArguments):
             problems.append("train: expected at least one file")
         if self.task == "embed" and self.candidates is not None:
             problems.append("candidates: only a reranker has them; an embedder is evaluated on the whole corpus")
+        if self.patience is not None and self.eval is None:
+            problems.append("patience: expected with eval, whose metric it waits for")
         if self.task == "rerank" and self.matryoshka:
             problems.append("matryoshka: only an embedder has dimensions")
         if any(dimension < 1 for dimension in self.matryoshka):

@@ -9,8 +9,10 @@ A row has one of three forms, whatever the task:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -60,10 +62,11 @@ _EXPECTED: dict[Needs | None, str] = {
     "scores": "query, positive, negative(s) and scores",
 }
 # Where a label has bounds: (lowest, highest, in words).
-_FINITE = (-math.inf, math.inf, "a finite number")
+_LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
+_FINITE = (-_LARGEST, _LARGEST, "a finite number of float32")
 _BOUNDS: dict[Needs | None, tuple[float, float, str]] = {
     "labels": (0.0, 1.0, "a number from 0 to 1"),
-    "lists": (0.0, math.inf, "a finite number of at least 0"),
+    "lists": (0.0, _LARGEST, "a finite number of float32, at least 0"),
 }
 
 
@@ -184,14 +187,12 @@ class RowChecker:
 
     def _number(self, name: str, value: object, problems: list[str]) -> float:
         low, high, words = _BOUNDS.get(self.needs, _FINITE)
-        if isinstance(value, str):
-            # A cell of a csv file.
-            try:
-                value = float(value)
-            except ValueError:
-                problems.append(f"{name}: expected {words}, got {value!r}")
-                return 0.0
-        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-            problems.append(f"{name}: expected {words}, got {value!r}")
+        number = math.nan
+        # A text is a cell of a csv file; a whole number may be larger than any float.
+        if isinstance(value, str | int | float):
+            with contextlib.suppress(ValueError, OverflowError):
+                number = float(value)
+        if not low <= number <= high:
+            problems.append(f"{name}: expected {words}, got {reprlib.repr(value)}")
             return 0.0
-        return float(value)
+        return number

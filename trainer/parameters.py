@@ -43,7 +43,10 @@ def freeze(model: RetrievalModel, patterns: Sequence[str]) -> list[str]:
         UsageError: a pattern matches nothing, or nothing would be left to train.
     """
     frozen = {name for matched in _match_all(model, patterns, "freeze") for name in matched}
-    if not any(parameter.requires_grad and name not in frozen for name, parameter in model.named_parameters()):
+    # An embedder never runs BERT's pooler.
+    unused = f"{_BACKBONE}pooler." if model.task == "embed" else None
+    left = {name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in frozen}
+    if not any(unused is None or not name.startswith(unused) for name in left):
         raise UsageError(f"freeze: {', '.join(patterns)}: nothing is left to train")
     for name, parameter in model.named_parameters():
         if name in frozen:

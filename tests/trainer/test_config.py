@@ -107,6 +107,8 @@ def test_every_option_is_in_one_group_of_the_help():
         ({"task": "rerank", "matryoshka": [64]}, "matryoshka: only an embedder has dimensions"),
         ({"learning_rates": ["head"]}, "learning_rates: expected PATTERN=RATE with a rate above 0, got 'head'"),
         ({"learning_rates": ["head.*=0"]}, "learning_rates: expected PATTERN=RATE with a rate above 0, got 'head.*=0'"),
+        ({"learning_rates": ["*=inf"]}, "learning_rates: expected PATTERN=RATE with a rate above 0, got '*=inf'"),
+        ({"patience": 3}, "patience: expected with eval, whose metric it waits for"),
         ({"task": "rerank", "document_prompt": "d: "}, "document_prompt: a reranker has one prompt for a pair"),
         ({"lora_alpha": 8.0}, "lora_rank: expected with the other options of LoRA"),
         ({"directions": ["sideways"]}, "directions"),

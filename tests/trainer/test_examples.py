@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rtx.trainer.examples import Example, RowChecker
@@ -104,13 +106,17 @@ def test_columns_that_do_not_fit_are_told_once():
         ("scores", {"query": "q", "positive": "p", "scores": [1]}, "has no negative; expected at least one"),
         ("scores", {**SCORED, "scores": "7"}, "scores: expected a list of numbers (in csv: a JSON list)"),
         ("scores", {**SCORED, "scores": 7}, "scores: expected a list of numbers, got int"),
-        ("scores", {**SCORED, "scores": [1, None, 2]}, "scores[1]: expected a finite number, got None"),
-        ("scores", {**SCORED, "scores": [1, float("inf"), 2]}, "scores[1]: expected a finite number, got inf"),
+        ("scores", {**SCORED, "scores": [1, None, 2]}, "scores[1]: expected a finite number of float32, got None"),
+        ("scores", {**SCORED, "scores": [1, math.inf, 2]}, "scores[1]: expected a finite number of float32, got inf"),
+        # Larger than any float32 is, than any float, and what is no number of a csv file.
+        ("scores", {**SCORED, "scores": [1, -1e39, 2]}, "scores[1]: expected a finite number of float32, got -1e+39"),
+        ("labels", {**PAIR, "label": 10**400}, f"label: expected a number from 0 to 1, got 1{'0' * 17}...{'0' * 19}"),
+        ("labels", {**PAIR, "label": "x"}, "label: expected a number from 0 to 1, got 'x'"),
         ("labels", SCORED, "scores[0]: expected a number from 0 to 1, got 7.5; "
                            "scores[1]: expected a number from 0 to 1, got -1"),
         ("labels", {**LIST, "labels": [1, 0]}, "labels: has 2 for 3 documents; expected one each"),
         ("labels", {"query": "q", "documents": ["a"]}, "has no labels; it has documents, query"),
-        ("lists", {**LIST, "labels": [1, 0, -1]}, "labels[2]: expected a finite number of at least 0, got -1"),
+        ("lists", {**LIST, "labels": [1, 0, -1]}, "labels[2]: expected a finite number of float32, at least 0, got -1"),
         ("lists", {"query": "q"}, "has no documents; it has query; has no labels; it has query"),
         ("positives", {"query": "q"}, "has no positive; it has query"),
         ("positives", {"query": "q", "positive": " "}, "positive: is empty"),

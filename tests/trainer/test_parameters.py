@@ -103,6 +103,8 @@ def test_patterns_add_up(tiny_checkpoint: Tiny) -> None:
         (["head"], "nothing with weights follows the transformer"),
         (["encoder.layr.0", "xyz"], r"'encoder.layr.0' .*nearest: encoder.layer.0.*; 'xyz' .*there are "),
         (["*"], "nothing is left to train"),
+        # BERT's pooler is left, which an embedder never runs.
+        (["embeddings", "layers:0-1"], "nothing is left to train"),
     ],
 )
 def test_a_pattern_that_cannot_be_is_one_error(tiny_checkpoint: Tiny, patterns: list[str], message: str) -> None:
