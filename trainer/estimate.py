@@ -243,14 +243,12 @@ def activation_growth(
         return float(kept_bytes(run, besides=_state(model)))
 
     with _training(model):
-        whole = Growth.of(measure, _ROWS, tokens)
+        with _checkpointing(model, False):
+            whole = Growth.of(measure, _ROWS, tokens)
         if not gradient_checkpointing:
             return whole, Growth(np.zeros((2, 3)))
-        model.gradient_checkpointing_enable()
-        try:
+        with _checkpointing(model, True):
             kept = Growth.of(measure, _ROWS, tokens)
-        finally:
-            model.backbone.gradient_checkpointing_disable()
     return kept, Growth((whole.coefficients - kept.coefficients) / max(1, len(layer_parameters(model))))
 
 
@@ -322,6 +320,23 @@ def _training(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: RetrievalModel, on: bool) -> Iterator[None]:
+    was = model.backbone.is_activation_checkpointing
+    _set_checkpointing(model, on)
+    try:
+        yield
+    finally:
+        _set_checkpointing(model, was)
+
+
+def _set_checkpointing(model: RetrievalModel, on: bool) -> None:
+    if on:
+        model.gradient_checkpointing_enable()
+    elif model.backbone.is_activation_checkpointing:
+        model.backbone.activation_checkpointing_disable()
 
 
 def render(found: Estimate) -> Table:

@@ -104,6 +104,16 @@ def test_precision_and_checkpointing_are_measured_too(
     assert kept.at(8, 64) < 0.95 * plain.at(8, 64)
 
 
+def test_a_model_that_does_gradient_checkpointing_already_is_measured_alike(tiny_checkpoint: Tiny) -> None:
+    model = RetrievalModel.load(tiny_checkpoint("bert"))
+    before = activation_growth(model, gradient_checkpointing=True)
+    model.gradient_checkpointing_enable()
+    after = activation_growth(model, gradient_checkpointing=True)
+    assert [one.at(8, 64) for one in after] == pytest.approx([one.at(8, 64) for one in before])
+    assert after[1].at(8, 64) > 0
+    assert model.backbone.is_gradient_checkpointing
+
+
 def test_a_model_without_gradient_checkpointing_is_one_error(tiny_checkpoint: Tiny) -> None:
     model = RetrievalModel.load(tiny_checkpoint("mpnet"))
     with pytest.raises(UsageError, match="gradient_checkpointing: MPNetModel of transformers cannot do it"):
