@@ -1,4 +1,4 @@
-"""The same training as with sentence-transformers' trainer: same weights, same batches, the same losses step by step."""
+"""The same training as with sentence-transformers' trainer: same weights and batches, the same losses step by step."""
 
 from __future__ import annotations
 
