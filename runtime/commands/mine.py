@@ -21,7 +21,7 @@ from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import DataError, UsageError
 from rtx.runtime.evalset import Problems
 from rtx.runtime.failures import failure_log, failures_file
-from rtx.runtime.mining import INDEXES, Index, Unusable, mine
+from rtx.runtime.mining import INDEXES, Index, Logits, Unusable, mine
 from rtx.runtime.mining_files import Fewer, read_corpus, read_rows, write_mined
 from rtx.runtime.negatives import SAMPLINGS, Rules, Sampling
 from rtx.runtime.records import FORMATS, STDIN, BadRecord, Format, Input
@@ -86,7 +86,7 @@ _RELATIVE_MARGIN_HELP = "Take what scores at most the positive's score * (1 - M)
     help="Of those left, the highest scores or any.",
 )
 @click.option("--seed", type=int, default=_RULES.seed, show_default=True, help="Of random sampling.")
-@click.option("--rescore", metavar="RERANKER", help="A bundle or checkpoint whose scores the rules go by.")
+@click.option("--rescore", metavar="RERANKER", help="A bundle or checkpoint; the rules go by its logits.")
 @click.option("--scores", is_flag=True, help="Write the scores, which margin_mse and kl learn from.")
 @click.option("--pairs", is_flag=True, help="Write lines {query, document, label}.")
 @click.option(
@@ -165,7 +165,7 @@ def _run(given: _Arguments) -> int:
             rows,
             corpus=corpus if corpora else None,
             rules=rules,
-            reranker=reranker,
+            reranker=None if reranker is None else Logits(reranker),
             index=given.index,
             folder=given.output.absolute().parent,
             on_progress=stack.enter_context(_Stages()),
