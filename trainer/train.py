@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import pickle
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import TrainingError, UsageError
+from rtx.runtime.errors import CheckpointError, TrainingError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.metrics import Interval, bootstrap_interval
 from rtx.trainer import losses
@@ -213,7 +216,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _loop(self, newest: Path | None) -> None:
         if newest is not None:
-            state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+            with _reading(str(newest)):
+                state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
             if state.global_step >= state.max_steps or self._out_of_patience(state):
                 # Killed after the last step: the loop of transformers would take one more.
                 self._load_from_checkpoint(str(newest))
@@ -224,6 +228,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _finish(self, record: RunRecord) -> Outcome:
         """The best weights into the model, and what came of the run."""
+        if self._watch.always_zero:
+            self.progress.say(
+                "warning: the loss was 0 in every batch, so nothing was learned; in-batch losses need batches of "
+                "several rows or negatives, the others labels that differ"
+            )
         best = last = self.state.global_step
         interval = first_stage_interval = None
         first_stage: dict[str, float] = {}
@@ -390,7 +399,22 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
+    def _check_output(self) -> None:
+        """A step too long spoils weights that no loss has seen yet: they are neither measured nor saved."""
+        self.model.eval()
+        batch = Collator(self.model.preprocessor, task=self.model.task)([NumberedRows(self.data)[0]])
+        run = self._runner(self.model, batch)
+        with torch.no_grad():
+            outputs = [run(chunk) for chunk in plan_chunks(batch, chunk_tokens=self._chunk_tokens)]
+        if not all(torch.isfinite(output).all() for output in outputs):
+            raise TrainingError(
+                f"step {self.state.global_step}: the model's outputs are not finite after it; "
+                f"last good checkpoint: {self.run.newest() or 'none was written yet'}. "
+                "A lower learning rate, a longer warm-up or gradient clipping may help"
+            )
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self._check_output()
         metrics = {f"eval_{name}": value for name, value in self._measure(self.state.global_step).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -412,6 +436,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the signature of transformers
         """The main process writes, also what only the others know: the states of their random generators."""
+        self._check_output()
         with tempfile.TemporaryDirectory() as own:
             self._save_rng_state(own)
             states = gather_objects({file.name: file.read_bytes() for file in Path(own).iterdir()})
@@ -426,7 +451,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             with atomic_file(target / TRAINER_STATE_NAME) as stream:
                 stream.write(json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True).encode())
         else:
-            with replace_folder(target, marker=TRAINER_STATE_NAME) as folder:
+            with _writing(target), replace_folder(target, marker=TRAINER_STATE_NAME) as folder:
                 self.model.write(folder)
                 if has_adapters(self.model):
                     save_file(adapter_state(self.model), folder / ADAPTER_STATE_NAME)
@@ -438,12 +463,59 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         if has_adapters(self.model):
-            load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_STATE_NAME))
+            with _reading(resume_from_checkpoint):
+                state = load_file(Path(resume_from_checkpoint) / ADAPTER_STATE_NAME)
+            load_adapter_state(self.model, state)
             return
         saved = RetrievalModel.load(
             resume_from_checkpoint, task=self.model.task, dtype=next(self.model.backbone.parameters()).dtype
         )
         self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(checkpoint):
+                # Transformers would go on without them.
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                    (Path(checkpoint) / name).stat()
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(checkpoint):
+                if not any(Path(checkpoint).glob("rng_state*.pth")):
+                    raise FileNotFoundError("rng_state.pth is missing")
+                super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def _writing(checkpoint: Path) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: a file of a training checkpoint cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as broken:
+        # Where the disk is full, torch has other words for it.
+        raise CheckpointError(
+            f"{checkpoint}: cannot be written, is the disk full? {str(broken).partition(chr(10))[0]}"
+        ) from broken
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: a file of a training checkpoint is damaged or missing.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as broken:
+        raise CheckpointError(
+            f"{checkpoint}: is damaged: {str(broken).partition(chr(10))[0]}; "
+            "remove it to go on from the checkpoint before it, or from the beginning"
+        ) from broken
 
 
 def _logged(state: TrainerState, prefix: str) -> list[tuple[int, dict[str, float]]]:

@@ -13,11 +13,13 @@ class LossWatch:
     """Tells a loss that has gone off from a few bad batches. It counts from where a run began or was resumed."""
 
     def __init__(self) -> None:
+        self.always_zero = False
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=_ON_END)
 
     def add(self, loss: float) -> str | None:
         """Look at the loss of a batch; say what is wrong, or None."""
+        self.always_zero = loss == 0 and (self.always_zero or not self._first)
         if len(self._first) < _FIRST:
             self._first.append(loss)
             return None

@@ -18,7 +18,7 @@ import transformers
 from rich.console import Console
 
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import ArtifactError, TrainingError, UsageError
+from rtx.runtime.errors import ArtifactError, CheckpointError, TrainingError, UsageError
 from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.reranker import Reranker
 from rtx.trainer import losses
@@ -435,6 +435,66 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(checkpo
     with pytest.raises(TrainingError, match=r"step 1: the norm of the gradient is nan; .* none was written yet"):
         built.train()
     assert all(torch.isfinite(weights).all() for weights in built.model.parameters())
+
+
+@pytest.mark.parametrize("evaluator", [None, NormEvaluator()])
+def test_weights_that_the_last_step_spoiled_are_not_saved(checkpoint, tmp_path, evaluator):
+    arguments = {"learning_rate": 1e38, "max_steps": 1, "warmup_ratio": 0}
+    built = trainer(checkpoint, tmp_path, evaluator=evaluator, **arguments)
+    with pytest.raises(TrainingError, match=r"step 1: the model's outputs are not finite after it; .* none was"):
+        built.train()
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(("rank", "cut"), [(None, True), (2, True), (2, False)])
+def test_a_damaged_checkpoint_is_one_error(checkpoint, tmp_path, rank, cut):
+    def run():
+        return trainer(checkpoint, tmp_path, lora_rank=rank, save_steps=2, epochs=1)
+
+    run().train()
+    state = tmp_path / "checkpoints" / "step-4" / "trainer_state.json"
+    # As if killed after step 2.
+    state.write_text(state.read_text().replace('"global_step": 4', '"global_step": 2'))
+    own = ["model.safetensors"] if rank is None else ["adapter_state.safetensors"]
+    for name in [*own, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]:
+        content = (state.parent / name).read_bytes()
+        if cut:
+            (state.parent / name).write_bytes(content[: len(content) // 2])
+        else:
+            (state.parent / name).unlink()
+        with pytest.raises(CheckpointError, match=re.escape(str(state.parent))):
+            run().train(resume=True)
+        (state.parent / name).write_bytes(content)
+    run().train(resume=True)
+
+
+def test_a_disk_that_is_full_is_one_error(checkpoint, tmp_path, monkeypatch):
+    built = trainer(checkpoint, tmp_path, save_steps=2)
+    save = torch.save
+
+    def fills_up(state, path, **options):
+        if built.state.global_step == 4 and str(path).endswith("optimizer.pt"):
+            # What torch says then.
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 168704 vs 168596\nstack")
+        save(state, path, **options)
+
+    monkeypatch.setattr(torch, "save", fills_up)
+    with pytest.raises(CheckpointError) as error:
+        built.train()
+    assert str(error.value).startswith(f"{tmp_path}/checkpoints/step-4: cannot be written, is the disk full? [enforce")
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["run.json", "step-2"]
+
+
+def test_a_loss_that_is_always_zero_is_a_warning(checkpoint, tmp_path):
+    told = {}
+    for size in (1, 8):
+        console = Console(file=io.StringIO(), width=200)
+        data = [{"query": row["query"], "positive": row["positive"]} for row in triples(8)]
+        trainer(checkpoint, tmp_path / str(size), data=data, progress=Progress(console), batch_size=size).train()
+        told[size] = console.file.getvalue()
+    assert "warning: the loss was 0 in every batch, so nothing was learned" in told[1]
+    assert "warning" not in told[8]
 
 
 def test_bf16_rounds_the_forward_pass_and_neither_the_weights_nor_the_evaluation(checkpoint, tmp_path):

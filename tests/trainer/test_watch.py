@@ -20,3 +20,16 @@ def test_ten_batches_far_above_the_worst_of_the_first_are_too_many():
 
 def test_a_loss_that_begins_at_zero_may_rise():
     assert watched(*[0.0] * 20, *[0.1] * 20) is None
+
+
+def test_a_loss_that_never_leaves_zero_is_told_apart():
+    def always_zero(*losses: float) -> bool:
+        watch = LossWatch()
+        for loss in losses:
+            watch.add(loss)
+        return watch.always_zero
+
+    assert always_zero(*[0.0] * 40)
+    assert not always_zero()
+    assert not always_zero(0.5, 0.0)
+    assert not always_zero(*[0.0] * 30, 0.5, *[0.0] * 30)
