@@ -169,6 +169,7 @@ def finetune(config: str | None, resume: bool, overwrite: bool, dry_run: bool, *
     try:
         # torch takes seconds to import: a misspelt option should not.
         from rtx.trainer.finetune import finetune as train
+        from rtx.trainer.processes import is_main
 
         outcome = train(run, resume=resume, overwrite=overwrite, command=command)
     except KeyboardInterrupt:
@@ -177,7 +178,8 @@ def finetune(config: str | None, resume: bool, overwrite: bool, dry_run: bool, *
             f"\ninterrupted; newest checkpoint: {newest or 'none yet'}\ncontinue with: {command} --resume", err=True
         )
         raise SystemExit(INTERRUPTED) from None
-    _show(outcome, run.output)
+    if is_main():
+        _show(outcome, run.output)
 
 
 def _show_needs(run: FinetuneConfig) -> None:
@@ -185,8 +187,11 @@ def _show_needs(run: FinetuneConfig) -> None:
 
     from rtx.trainer.estimate import render
     from rtx.trainer.finetune import dry_run
+    from rtx.trainer.processes import is_main
 
-    Console(highlight=False).print(render(dry_run(run)))
+    needs = dry_run(run)
+    if is_main():
+        Console(highlight=False).print(render(needs))
 
 
 def _show(outcome: Outcome, output: str) -> None:

@@ -112,7 +112,9 @@ class TrainingArguments:
     max_grad_norm: Annotated[float, Option("Clip the gradient to this L2 norm; 0 does not clip.", at_least=0)] = 1.0
     learning_rates: Annotated[
         tuple[str, ...],
-        Option("PATTERN=RATE: another peak for the parameters of these names, as in 'head.*=1e-3'. May be repeated."),
+        Option(
+            "PATTERN=RATE: another peak for the parameters of these names, as in 'layers:0-5=1e-5'. May be repeated."
+        ),
     ] = ()
     layer_decay: Annotated[
         float,
@@ -367,6 +369,7 @@ class FinetuneConfig(TrainingArguments):
             UsageError: the file cannot be read; or lists every unknown key, missing key and bad value.
         """
         values: dict[str, Any] = {}
+        hints = typing.get_type_hints(cls)
         if file is not None:
             try:
                 values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
@@ -374,4 +377,9 @@ class FinetuneConfig(TrainingArguments):
                 raise UsageError(f"{file}: cannot be read: {broken.strerror}") from broken
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
                 raise UsageError(f"{file}: is not valid TOML: {broken}") from broken
+        # One text where a list is expected is a list of one.
+        values = {
+            name: [value] if isinstance(value, str) and hints.get(name) == tuple[str, ...] else value
+            for name, value in values.items()
+        }
         return parse(cls, {**values, **flags}, source=str(file) if file is not None else "options")

@@ -69,7 +69,7 @@ def finetune(
         check_output(config, resume=resume, overwrite=overwrite)
     trainer = build_trainer(config, progress)
     # Only now, with everything read, does anything go.
-    if overwrite and is_main():
+    if is_main() and (overwrite or (not resume and run.read() is not None)):
         _remove(run)
     from_main(None)
     progress.say(_summary(trainer))
@@ -133,6 +133,11 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         # A pair has one prompt, the default one.
         default = {"default_prompt": "query"} if config.task == "rerank" else {}
         model.configure(prompts={**model.contract.prompts, **prompts}, **default)
+    if config.matryoshka and max(config.matryoshka) > model.full_dimension:
+        raise UsageError(
+            f"matryoshka: expected dimensions of at most {model.full_dimension}, the model's; "
+            f"got {max(config.matryoshka)}"
+        )
     return Trainer(
         model,
         config,
@@ -190,11 +195,11 @@ def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> No
         raise UsageError(f"{output}: holds a model, but no run that could be resumed (no checkpoints/run.json)")
     if finished:
         raise UsageError(f"{output}: holds a finished model; --overwrite replaces it")
-    newest = run.newest()
-    raise UsageError(
-        f"{output}: holds an unfinished run ({newest.name if newest else 'no checkpoint yet'}); "
-        "--resume continues it, --overwrite starts over"
-    )
+    if (newest := run.newest()) is not None:
+        raise UsageError(
+            f"{output}: holds an unfinished run ({newest.name}); --resume continues it, --overwrite starts over"
+        )
+    # A run that has no checkpoint yet holds nothing that could be lost.
 
 
 def _remove(run: RunFolder) -> None:

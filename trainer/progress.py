@@ -101,6 +101,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         assert self._steps is not None
+        # What the last step came to is reported, wherever the last report was.
+        control.should_log = control.should_log or state.global_step >= state.max_steps
         self._bars.update(self._steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:  # noqa: ARG002

@@ -45,7 +45,7 @@ class BatchSampler:
         process: number of this process, from 0.
         processes: how many share every batch. Each has consecutive rows of it, at least one; the numbers differ by at
             most one. A batch that has fewer rows than there are processes, because all others share their texts, is
-            skipped by all of them.
+            filled up with any others, so that their number is always as `len` says.
 
     Raises:
         UsageError: a batch would have no row for some process.
@@ -104,8 +104,15 @@ class BatchSampler:
         plans = [self._plan_pool(pool, generator.spawn(1)[0]) for pool in self._pools]
         for number in order:
             batch = next(plans[number])
-            if len(batch) >= self._processes:
-                yield batch
+            if len(batch) < self._processes:
+                batch += self._fill(batch, self._pools[number], generator)
+            yield batch
+
+    def _fill(self, batch: list[int], pool: range, generator: np.random.Generator) -> list[int]:
+        """Other rows of the pool, so that every process has one."""
+        missing = self._processes - len(batch)
+        drawn = generator.choice(len(pool), size=min(len(pool), self._processes + missing), replace=False) + pool.start
+        return [row for row in drawn.tolist() if row not in batch][:missing]
 
     def _batches_of(self, pool: range) -> int:
         # Rather somewhat fewer batches than one that cannot be shared.

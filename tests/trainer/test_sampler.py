@@ -217,15 +217,19 @@ def test_no_batch_is_smaller_than_the_number_of_processes():
     assert len(set(map(frozenset, left))) > 1
 
 
-def test_a_batch_that_duplicates_keep_too_small_is_skipped_by_all_processes():
+def test_a_batch_that_duplicates_keep_too_small_is_filled_up_for_all_processes():
     data = data_of([row_of("same", f"d{i}") for i in range(12)] + [row_of("q0", "e0"), row_of("q1", "e1")])
     samplers = [
         BatchSampler(data, batch_size=4, seed=0, no_duplicates=True, process=number, processes=2) for number in (0, 1)
     ]
     alone = list(BatchSampler(data, batch_size=4, seed=0, no_duplicates=True).plan(0))
     assert sorted(map(len, alone)) == [1, 1, 2, 2]
+    # The loop counts on the number of batches: for the schedule, and to find the place where a run goes on.
     for sampler in samplers:
-        assert [len(batch) for batch in sampler] == [1, 1]
+        assert [len(batch) for batch in sampler] == [1, 1, 1, 1] == [1] * len(sampler)
+    for batch in samplers[0].plan(0):
+        assert len(batch) == len({*batch}) == 2
+    assert list(samplers[0].plan(3)) == list(samplers[1].plan(3))
 
 
 def test_what_cannot_be_shared_is_refused(three_files):
