@@ -93,10 +93,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._before = before
         self.say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         if changed := [f"{name} {was.get(name)} → {now[name]}" for name in now if was.get(name) != now[name]]:
-            # Each process draws its own dropout.
-            more = was.get("processes") != now.get("processes")
-            how = "by more than their last bits, with dropout," if more else "in their last bits"
-            self.say(f"warning: {', '.join(changed)}: the weights may differ {how} from an unbroken run's")
+            self.say(f"warning: {', '.join(changed)}: the weights may differ in their last bits from an unbroken run's")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._first_step, self._started = state.global_step, time.monotonic()

@@ -292,21 +292,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(checkpoi
     assert same(weights_of(resumed.model), weights_of(unbroken.model))
 
 
-@pytest.mark.parametrize(
-    ("was", "warning"),
-    [
-        ({"torch": "1.0"}, f"torch 1.0 → {torch.__version__}: the weights may differ in their last bits from"),
-        # Each process draws its own dropout.
-        ({"processes": 2}, "processes 2 → 1: the weights may differ by more than their last bits, with dropout, from"),
-    ],
-)
-def test_another_machine_is_a_warning_on_resume(checkpoint, tmp_path, was, warning):
+def test_another_machine_is_a_warning_on_resume(checkpoint, tmp_path):
     begun = trainer(checkpoint, tmp_path)
     record = begun._record()
-    begun.run.write(dataclasses.replace(record, environment={**record.environment, "threads": 1, **was}))
+    begun.run.write(dataclasses.replace(record, environment={**record.environment, "torch": "1.0", "threads": 1}))
     said = io.StringIO()
     trainer(checkpoint, tmp_path, progress=Progress(Console(file=said, width=500))).train(resume=True)
-    assert f"warning: {warning}" in said.getvalue()
+    assert f"warning: torch 1.0 → {torch.__version__}: the weights may differ in their last bits" in said.getvalue()
 
 
 def test_resuming_another_run_says_what_differs(checkpoint, tiny_checkpoint, tmp_path):
