@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import transformers
 
-from rtx.trainer.processes import world_size
-
 if TYPE_CHECKING:
     from rtx.trainer.model import RetrievalModel
 
@@ -54,5 +52,4 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "processes": world_size(),
     }

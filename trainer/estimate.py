@@ -334,7 +334,7 @@ def _checkpointing(model: RetrievalModel, on: bool) -> Iterator[None]:
 
 def _set_checkpointing(model: RetrievalModel, on: bool) -> None:
     if on:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     elif model.backbone.is_activation_checkpointing:
         model.backbone.activation_checkpointing_disable()
 

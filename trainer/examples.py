@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import numbers
 import reprlib
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
@@ -189,7 +190,7 @@ class RowChecker:
         low, high, words = _BOUNDS.get(self.needs, _FINITE)
         number = math.nan
         # A text is a cell of a csv file; a whole number may be larger than any float.
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | numbers.Real):
             with contextlib.suppress(ValueError, OverflowError):
                 number = float(value)
         if not low <= number <= high:

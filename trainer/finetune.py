@@ -18,6 +18,7 @@ from rtx.runtime.cli import open_model
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import UsageError
 from rtx.runtime.folder import replace_folder
+from rtx.runtime.hashing import sha256_of
 from rtx.trainer import losses
 from rtx.trainer.adapters import has_adapters, save_adapter
 from rtx.trainer.card import Measured, render_card
@@ -145,6 +146,7 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         loss=build_loss(config),
         evaluator=evaluator,
         guide=_open_guide(config.guide) if config.guide is not None else None,
+        reads={"guide": _hash_of(config.guide)} if config.guide is not None else None,
         progress=progress,
     )
 
@@ -167,6 +169,11 @@ def _open_guide(path: str) -> Embedder:
     if not isinstance(guide, Embedder):
         raise UsageError(f"guide: expected an embedder, {path} is a reranker")
     return guide
+
+
+def _hash_of(model: str) -> str:
+    """Of a folder's content; a name on the hub stands for itself."""
+    return sha256_of(Path(model)) if Path(model).exists() else model
 
 
 def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> None:

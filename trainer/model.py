@@ -252,7 +252,7 @@ class RetrievalModel(nn.Module):
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
                 save_file(weights, folder / description.folder / "model.safetensors")
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Trade time for memory in the backbone, as transformers' Trainer asks for it.
 
         Raises:
@@ -260,7 +260,7 @@ class RetrievalModel(nn.Module):
         """
         if not self.backbone.supports_gradient_checkpointing:
             raise UsageError(f"gradient_checkpointing: {type(self.backbone).__name__} of transformers cannot do it")
-        self.backbone.gradient_checkpointing_enable(**options)
+        self.backbone.activation_checkpointing_enable(**options)
 
     @property
     def _no_split_modules(self) -> Any:

@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -89,6 +89,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             InfoNCE, or BCE for a reranker.
         evaluator: measures the model before, during and after; its metric picks the weights that are kept.
         guide: a second embedder whose vectors of the same texts the loss is given (for `gist`).
+        reads: hashes of what else the run depends on, such as the guide, by name: a resumed run needs the same.
         progress: where to report; None for standard error.
 
     Raises:
@@ -110,6 +111,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         loss: Callable[..., Tensor] | None = None,
         evaluator: Evaluator | None = None,
         guide: Embedder | None = None,
+        reads: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.arguments = arguments
@@ -127,6 +129,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             )
         _prepare(model, arguments)
         self.guide = guide
+        self._reads = dict(reads or {})
         self.evaluator = evaluator
         self.progress = progress or Progress()
         self._watch = LossWatch()
@@ -223,7 +226,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 self._load_from_checkpoint(str(newest))
                 self.state = state
                 return
-        transformers.set_seed(self.arguments.seed)
+            self._watch.resume([entry["loss"] for entry in state.log_history if "loss" in entry])
+        transformers.set_seed(self.arguments.seed + self.args.process_index)
         super().train(resume_from_checkpoint=str(newest) if newest is not None else None)
 
     def _finish(self, record: RunRecord) -> Outcome:
@@ -287,11 +291,18 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         data = self.data
         inputs = {"model": hash_model(self.model)}
         inputs |= {f"training data {number}": source.sha256 for number, source in enumerate(data.sources, start=1)}
+        inputs |= self._reads
         if self.evaluator is not None:
             inputs["evaluation set"] = self.evaluator.sha256
         metric = self.evaluator.metric if self.evaluator is not None else None
         return RunRecord(
-            recipe={**self.arguments.recipe(), "loss": describe_loss(self.loss), "metric": metric},
+            # Each process draws its own dropout, so their number is part of the recipe.
+            recipe={
+                **self.arguments.recipe(),
+                "loss": describe_loss(self.loss),
+                "metric": metric,
+                "processes": world_size(),
+            },
             inputs=inputs,
             environment=environment(self.args.device),
             before={},
@@ -419,6 +430,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._out_of_patience(self.state):
+            self.progress.say(f"stopped: {self.arguments.patience} evaluations without a better one")
             self.control.should_training_stop = True
         return metrics
 
@@ -545,7 +557,7 @@ def _prepare(model: RetrievalModel, arguments: TrainingArguments) -> None:
         freeze(model, arguments.freeze)
     if arguments.gradient_checkpointing:
         # The loop does it too, but only after the first evaluation: a model that cannot do it says so now.
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -10,12 +10,16 @@ _FIRST, _FACTOR, _ON_END = 20, 4.0, 10
 
 
 class LossWatch:
-    """Tells a loss that has gone off from a few bad batches. It counts from where a run began or was resumed."""
+    """Tells a loss that has gone off from a few bad batches."""
 
     def __init__(self) -> None:
         self.always_zero = False
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=_ON_END)
+
+    def resume(self, reported: Sequence[float]) -> None:
+        """Go on in a run that was interrupted: its first reports, means of some steps, tell how high its loss was."""
+        self._first = list(reported[:_FIRST])
 
     def add(self, loss: float) -> str | None:
         """Look at the loss of a batch; say what is wrong, or None."""

@@ -286,7 +286,7 @@ def test_gradient_checkpointing_gives_adapters_the_same_gradient(tiny_checkpoint
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
         model = adapted(tiny_checkpoint(architecture)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         torch.manual_seed(3)
         model(batch_of(model)).square().sum().backward()
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -96,7 +96,7 @@ def test_precision_and_checkpointing_are_measured_too(
     assert not getattr(model.backbone, "is_gradient_checkpointing", False)
     model.train()
     if "gradient_checkpointing" in options:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         # Of two blocks, one at a time is computed again.
         assert again.at(8, 64) == pytest.approx((plain.at(8, 64) - kept.at(8, 64)) / 2)
     lengths = (64, *[50] * 7)
@@ -107,7 +107,7 @@ def test_precision_and_checkpointing_are_measured_too(
 def test_a_model_that_does_gradient_checkpointing_already_is_measured_alike(tiny_checkpoint: Tiny) -> None:
     model = RetrievalModel.load(tiny_checkpoint("bert"))
     before = activation_growth(model, gradient_checkpointing=True)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     after = activation_growth(model, gradient_checkpointing=True)
     assert [one.at(8, 64) for one in after] == pytest.approx([one.at(8, 64) for one in before])
     assert after[1].at(8, 64) > 0
