@@ -1,8 +1,8 @@
 """Run by test_estimate in a process of its own: the estimate of a step beside what it took, in bytes."""
 
 import json
-import resource
 import sys
+import threading
 
 import psutil
 import torch
@@ -32,16 +32,42 @@ def main(tiny: str, folder: str) -> None:
     # The first step makes the optimizer's moments and what libraries keep for good.
     step(model, batch_of(2, 8), optimizer)
     batch, found = batch_of(ROWS, TOKENS), {}
-    # The least first: a process's peak never falls.
     for name, activation_tokens in (("gradient cache", 0), ("whole batch", None)):
         plan = Plan(steps=1, batch_size=ROWS, chunk_tokens=CHUNK_TOKENS, activation_tokens=activation_tokens)
         estimated = estimate(model, [batch], losses.info_nce, plan)
         held = estimated.weights_bytes + estimated.optimizer_bytes
-        before = psutil.Process().memory_info().rss
-        step(model, batch, optimizer, activation_tokens)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found[name] = (estimated.total_bytes, peak - before + held)
+        before = own_bytes()
+        with Peak() as peak:
+            step(model, batch, optimizer, activation_tokens)
+        found[name] = (estimated.total_bytes, peak.most - before + held)
     print(json.dumps(found))
+
+
+def own_bytes() -> int:
+    """Without mapped files, whose pages a busy system takes away and brings back."""
+    held = psutil.Process().memory_info()
+    return held.rss - held.shared
+
+
+class Peak(threading.Thread):
+    """The most that the process held, looked at every other millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.002):
+            self.most = max(self.most, own_bytes())
+
+    def __enter__(self) -> "Peak":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
 
 
 def batch_of(rows: int, tokens: int) -> Batch:
