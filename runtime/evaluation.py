@@ -6,6 +6,7 @@ reranker + evaluation set + candidates   -> Evaluation  ┴ compare -> Compariso
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.candidates import Candidates
+from rtx.runtime.candidates import Candidate, Candidates
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, EngineError, UsageError
 from rtx.runtime.evalset import EvalSet, Problems
@@ -52,7 +53,9 @@ class EmbeddingModel(Protocol):
 class RerankingModel(Protocol):
     """What is evaluated as a reranker: `rtx.runtime.Reranker`, or anything with its `score`."""
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]: ...
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
+    ) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +93,12 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
     def candidates(self, evalset: EvalSet, depth: int) -> Candidates:
-        """The first documents of each query, for a reranker."""
+        """The first documents of each query with their scores, for a reranker."""
         documents = list(evalset.corpus)
+        ranked = zip(evalset.queries, self.indices[:, :depth].tolist(), self.scores[:, :depth].tolist(), strict=True)
         return {
-            query: [documents[place] for place in row[:depth].tolist() if place >= 0]
-            for query, row in zip(evalset.queries, self.indices, strict=True)
+            query: [Candidate(documents[place], score) for place, score in zip(row, scores, strict=True) if place >= 0]
+            for query, row, scores in ranked
         }
 
 
@@ -210,24 +214,28 @@ def evaluate_reranker(
     Args:
         reranker: the model.
         evalset: the evaluation set.
-        candidates: document ids by query id, from a first stage. A query without candidates is worth 0.
+        candidates: documents by query id, from a first stage, with its scores where the model takes them. A query
+            without candidates is worth 0.
         k, depth, ignore_identical_ids, progress: as in `evaluate_embedder`.
 
     Raises:
         InvalidItemsError: pairs that the model cannot score.
-        DataError: a candidate is not in the corpus or is listed twice.
+        DataError: a candidate is not in the corpus or is listed twice, or has no score and the model needs one.
         EngineError: a score is not finite.
         UsageError: k or depth is out of range.
     """
     _check_cutoffs(k, depth)
-    places = _candidate_places(evalset, candidates, ignore_identical_ids)
+    places, given = _candidate_places(evalset, candidates, ignore_identical_ids)
     texts = list(evalset.corpus.values())
     queries = list(evalset.queries.values())
     pairs = [(query, texts[place]) for query, row in zip(queries, places, strict=True) for place in row]
+    first_stage = [score for row in given for score in row]
+    scored = all(map(math.isfinite, first_stage))
     scores = np.empty(len(pairs), dtype=np.float32)
     done = 0
     for part in _chunks(pairs):
-        scores[done : done + len(part)] = reranker.score(part)
+        of_part = first_stage[done : done + len(part)]
+        scores[done : done + len(part)] = reranker.score(part, first_stage=of_part if scored else None)
         done += len(part)
         if progress is not None:
             progress(done, len(pairs))
@@ -249,7 +257,7 @@ def evaluate_candidates(
         DataError, UsageError: as there.
     """
     _check_cutoffs(k, depth)
-    places = _candidate_places(evalset, candidates, ignore_identical_ids)
+    places, _ = _candidate_places(evalset, candidates, ignore_identical_ids)
     ranks = np.concatenate([np.zeros(0), *(-np.arange(len(row), dtype=np.float32) for row in places)])
     return _measure(_rank(places, ranks.astype(np.float32), depth), evalset, k, depth)
 
@@ -364,23 +372,28 @@ def _without(hits: Hits, own: NDArray[np.int64], depth: int) -> Hits:
     return Hits(indices, scores.astype(np.float32))
 
 
-def _candidate_places(evalset: EvalSet, candidates: Candidates, ignore_identical_ids: bool) -> list[list[int]]:
+def _candidate_places(
+    evalset: EvalSet, candidates: Candidates, ignore_identical_ids: bool
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Positions in the corpus and first-stage scores, a row a query."""
     places = {document: place for place, document in enumerate(evalset.corpus)}
     own = _identical_places(evalset).tolist()
     problems = Problems(f"candidates for '{evalset.name}'")
-    rows = []
+    rows, scores = [], []
     for query, own_place in zip(evalset.queries, own, strict=True):
         documents = candidates.get(query, [])
-        if unknown := [document for document in documents if document not in places]:
+        if unknown := [found.document for found in documents if found.document not in places]:
             problems.add(f"query '{query}': not in the corpus: {', '.join(unknown[:3])}")
-        if len(set(documents)) < len(documents):
+        if len({found.document for found in documents}) < len(documents):
             problems.add(f"query '{query}': documents are listed more than once")
-        row = [places[document] for document in documents if document in places]
-        rows.append([place for place in row if place != own_place or not ignore_identical_ids])
+        kept = [(places[found.document], found.score) for found in documents if found.document in places]
+        kept = [(place, score) for place, score in kept if place != own_place or not ignore_identical_ids]
+        rows.append([place for place, _ in kept])
+        scores.append([score for _, score in kept])
     problems.raise_any()
     if not any(rows):
         raise DataError(f"candidates for '{evalset.name}': there is none for any query")
-    return rows
+    return rows, scores
 
 
 def _rank(places: list[list[int]], scores: NDArray[np.float32], depth: int) -> Hits:

@@ -362,9 +362,11 @@ class Logits:
     def __init__(self, reranker: Reranker) -> None:
         self._reranker = reranker
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
+    ) -> NDArray[np.float32]:
         """[pairs] float32. Raises as `Reranker.score`."""
-        scores = self._reranker.score(pairs)
+        scores = self._reranker.score(pairs, first_stage=first_stage)
         if self._reranker.contract.activation != "sigmoid":
             return scores
         exact = scores.astype(np.float64)
@@ -375,13 +377,19 @@ class Logits:
 
 def _rescore(ranked: Sequence[_Ranked], reranker: RerankingModel, texts: Sequence[str]) -> None:
     """Put a reranker's scores in the place of the embedder's."""
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[tuple[str, str], float]] = []
     for found in ranked:
         documents = [row.positive for row in found.query.rows] + [texts[place] for place in found.places]
-        pairs += [(found.query.text, document) for document in documents]
+        # A positive without a vector is left out later, whatever its score.
+        first_stage = np.nan_to_num(np.concatenate([found.positives, found.scores])).tolist()
+        pairs += [((found.query.text, document), score) for document, score in zip(documents, first_stage, strict=True)]
+
+    def score(some: Sequence[tuple[tuple[str, str], float]]) -> NDArray[np.float32]:
+        return reranker.score([pair for pair, _ in some], first_stage=[score for _, score in some])
+
     scores = np.full(len(pairs), np.nan, dtype=np.float32)
     for start in range(0, len(pairs), _PAIRS_PER_CALL):
-        some, rows, _ = without_invalid(reranker.score, pairs[start : start + _PAIRS_PER_CALL])
+        some, rows, _ = without_invalid(score, pairs[start : start + _PAIRS_PER_CALL])
         scores[np.array(rows, dtype=np.int64) + start] = some
     start = 0
     for found in ranked:

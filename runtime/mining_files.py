@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,7 @@ def write_mined(
     *,
     pairs: bool = False,
     scores: bool = False,
+    first_stage: bool = False,
     fewer: Fewer = "keep",
     on_unusable: Callable[[Unusable], object] = lambda _unusable: None,
 ) -> Summary:
@@ -77,6 +78,8 @@ def write_mined(
         pairs: write a line {query, document, label} for each document, label 1 or 0, instead of a line {query,
             positive, negatives} for each positive.
         scores: add `scores` to each line, the positive's first; a query without a negative has no line then.
+        first_stage: add the same as `first_stage`, or to a line of a pair that document's own. It is for a reranker to
+            be trained on top of, so the scores have to be the embedder's.
         fewer: whether a query with fewer negatives than wanted is written with those it has or left out.
         on_unusable: called with each row that could not be compared.
 
@@ -95,22 +98,23 @@ def write_mined(
                 continue
             missing = found.wanted - len(found.negatives)
             keep = not ((missing and fewer == "drop") or (scores and not found.negatives))
-            lines = list(_pair_lines(found) if pairs else _row_lines(found, scores)) if keep else []
+            columns = [name for name, wanted in (("scores", scores), ("first_stage", first_stage)) if wanted]
+            lines = list(_pair_lines(found, columns) if pairs else _row_lines(found, columns)) if keep else []
             stream.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
             summary.add(found, lines=len(lines))
     return summary
 
 
-def _row_lines(found: MinedQuery, scores: bool) -> Iterator[dict[str, Any]]:
+def _row_lines(found: MinedQuery, score_columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     negatives = [negative.text for negative in found.negatives]
     for positive in found.positives:
         line: dict[str, Any] = {"query": found.query, "positive": positive.text, "negatives": negatives}
-        if scores:
-            line["scores"] = [positive.score, *(negative.score for negative in found.negatives)]
-        yield line
+        scores = [positive.score, *(negative.score for negative in found.negatives)]
+        yield line | dict.fromkeys(score_columns, scores)
 
 
-def _pair_lines(found: MinedQuery) -> Iterator[dict[str, Any]]:
+def _pair_lines(found: MinedQuery, score_columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for label, documents in ((1, found.positives), (0, found.negatives)):
         for document in documents:
-            yield {"query": found.query, "document": document.text, "label": label}
+            line = {"query": found.query, "document": document.text, "label": label}
+            yield line | dict.fromkeys(score_columns, document.score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,11 +35,19 @@ class Reranker(Session):
 
     task = "rerank"
 
-    def score(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
+    def score(
+        self,
+        pairs: Iterable[object],
+        *,
+        first_stage: Sequence[float] | None = None,
+        on_invalid: OnInvalid = "raise",
+    ) -> NDArray[np.float32]:
         """Score (query, document) pairs.
 
         Args:
             pairs: tuples of two texts.
+            first_stage: the score that the first stage gave each pair's document. A model that was trained on top of a
+                first stage (`contract.first_stage_weight`) needs them, any other leaves them aside.
             on_invalid: what a pair that is not two valid texts does: "raise" before anything is computed, or "nan".
 
         Returns:
@@ -47,35 +55,85 @@ class Reranker(Session):
 
         Raises:
             InvalidItemsError: lists every pair that cannot be scored.
+            UsageError: the model needs scores of the first stage and there are none, or not one finite number a pair.
             EngineError: the engine failed.
         """
-        return self._run(
-            items_of(pairs, "(query, document) pairs"), self.preprocessor.encode_pairs, check_pair, on_invalid
-        )
+        given = items_of(pairs, "(query, document) pairs")
+        added = self._first_stage_part(first_stage, len(given))
+        return self._run(given, self.preprocessor.encode_pairs, check_pair, on_invalid) + added
 
-    async def ascore(self, pairs: Iterable[object], *, on_invalid: OnInvalid = "raise") -> NDArray[np.float32]:
+    async def ascore(
+        self,
+        pairs: Iterable[object],
+        *,
+        first_stage: Sequence[float] | None = None,
+        on_invalid: OnInvalid = "raise",
+    ) -> NDArray[np.float32]:
         """As `score`, in common batches with all other requests that wait at the time."""
-        return await self._arun(items_of(pairs, "(query, document) pairs"), self.preprocessor.encode_pairs, on_invalid)
+        given = items_of(pairs, "(query, document) pairs")
+        added = self._first_stage_part(first_stage, len(given))
+        return await self._arun(given, self.preprocessor.encode_pairs, on_invalid) + added
 
-    def rank(self, query: object, documents: Iterable[object], *, top_k: int | None = None) -> list[Ranked]:
+    def rank(
+        self,
+        query: object,
+        documents: Iterable[object],
+        *,
+        first_stage: Sequence[float] | None = None,
+        top_k: int | None = None,
+    ) -> list[Ranked]:
         """Order documents by their score for a query.
 
+        Args:
+            query: a text.
+            documents: texts.
+            first_stage: the score that the first stage gave each document, as in `score`.
+            top_k: how many to return; None for all.
+
         Returns:
-            The best `top_k` (None for all), best first; equal scores keep the order of `documents`.
+            The best `top_k`, best first; equal scores keep the order of `documents`.
 
         Raises:
             InvalidItemsError: lists every document that cannot be scored; a bad query makes all of them so.
-            UsageError: `top_k` is less than 1.
+            UsageError: `top_k` is less than 1, or as in `score`.
         """
         _check_top_k(top_k)
-        scores = self.score([(query, document) for document in items_of(documents, "documents")])
-        return _best(scores, top_k)
+        pairs = [(query, document) for document in items_of(documents, "documents")]
+        return _best(self.score(pairs, first_stage=first_stage), top_k)
 
-    async def arank(self, query: object, documents: Iterable[object], *, top_k: int | None = None) -> list[Ranked]:
+    async def arank(
+        self,
+        query: object,
+        documents: Iterable[object],
+        *,
+        first_stage: Sequence[float] | None = None,
+        top_k: int | None = None,
+    ) -> list[Ranked]:
         """As `rank`, in common batches with all other requests that wait at the time."""
         _check_top_k(top_k)
-        scores = await self.ascore([(query, document) for document in items_of(documents, "documents")])
-        return _best(scores, top_k)
+        pairs = [(query, document) for document in items_of(documents, "documents")]
+        return _best(await self.ascore(pairs, first_stage=first_stage), top_k)
+
+    def _first_stage_part(self, scores: Sequence[float] | None, pairs: int) -> NDArray[np.float32]:
+        """What the first stage's scores add to those of the graph: [pairs] float32."""
+        weight = self.contract.first_stage_weight
+        if not weight:
+            return np.zeros(pairs, dtype=np.float32)
+        if scores is None:
+            raise UsageError(
+                f"first_stage: this model adds {weight:g} times the first stage's score to its own; "
+                "expected one number a document, such as the embedder's cosine, got none"
+            )
+        expected = f"first_stage: expected {pairs} finite numbers, one a document, got"
+        try:
+            given = np.asarray(scores, dtype=np.float32)
+        except (TypeError, ValueError) as wrong:
+            raise UsageError(f"{expected} something else: {wrong}") from wrong
+        if given.shape != (pairs,):
+            raise UsageError(f"{expected} an array of shape {given.shape}")
+        if len(bad := np.flatnonzero(~np.isfinite(given))):
+            raise UsageError(f"{expected} {given[bad[0]]} for item {bad[0]}")
+        return np.float32(weight) * given
 
 
 def _check_top_k(top_k: int | None) -> None:

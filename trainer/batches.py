@@ -116,7 +116,7 @@ class Collator:
             DataError: names every text that gives no token at all.
         """
         examples = [example for _, example in rows]
-        targets = Targets.of([example.labels for example in examples])
+        targets = Targets.of([example.labels for example in examples], [example.first_stage for example in examples])
         if self._task == "embed":
             queries = [example.query for example in examples]
             documents = [text for example in examples for text in example.documents]

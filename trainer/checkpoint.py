@@ -169,6 +169,7 @@ def _read_reranker(
         task="rerank",
         logit_score=logit_score,
         activation=_read_activation(source, name) if name else _legacy_activation(folder, backbone),
+        first_stage_weight=typed(source, model, "first_stage_weight", float) or 0.0,
         **_read_prompts(source, model),
         **read_transformer(folder, chain[0][1], "rerank", generates=logit_score is not None),
     )
@@ -322,6 +323,9 @@ def _model_config(layout: Layout, versions: Mapping[str, str]) -> dict[str, Any]
         "default_prompt_name": layout.default_prompt,
     }
     if layout.task == "rerank":
-        return {**config, "activation_fn": _ACTIVATION_FILES[layout.activation]}
+        config["activation_fn"] = _ACTIVATION_FILES[layout.activation]
+        # Ours: sentence-transformers passes over it, and gives the logit alone.
+        weight = float(layout.first_stage_weight)
+        return {**config, "first_stage_weight": weight} if weight else config
     config["similarity_fn_name"] = layout.similarity
     return config if layout.truncate_dim is None else {**config, "truncate_dim": layout.truncate_dim}

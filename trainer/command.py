@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "sigma",
         "mu",
         "k",
+        "first_stage_weight",
         "matryoshka",
     ),
     "Optimizer": (

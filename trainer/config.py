@@ -303,6 +303,15 @@ class FinetuneConfig(TrainingArguments):
         float | None, Option("lambda_ndcg: weight of NDCGLoss2 beside LambdaRank; by default 10.", at_least=0)
     ] = None
     k: Annotated[int | None, Option("lambda_ndcg: cutoff of the NDCG; by default none.", at_least=1)] = None
+    first_stage_weight: Annotated[
+        float | None,
+        Option(
+            "rerank: train on top of a first stage. Its score of each document, the column first_stage of the training "
+            "data and the scores of the candidates, times this is added to the logit, in training and in use; kept in "
+            "the model. For an embedder the scale of its own loss, 20.",
+            at_least=0,
+        ),
+    ] = None
     guide: Annotated[
         str | None, Option("gist: an embedder, bundle or checkpoint, that tells false negatives.", weights=False)
     ] = None
@@ -324,6 +333,8 @@ class FinetuneConfig(TrainingArguments):
             problems.append("matryoshka: only an embedder has dimensions")
         if any(dimension < 1 for dimension in self.matryoshka):
             problems.append(f"matryoshka: expected dimensions of at least 1, got {list(self.matryoshka)}")
+        if self.task == "embed" and self.first_stage_weight is not None:
+            problems.append("first_stage_weight: only a reranker is on top of a first stage")
         if self.task == "rerank" and self.document_prompt is not None:
             problems.append("document_prompt: a reranker has one prompt for a pair, query_prompt")
         problems += self._loss_problems()

@@ -5,6 +5,9 @@ A row has one of three forms, whatever the task:
     query, positive, negative / negatives / negative_1 …   [scores: one a document, the positive's first]
     query, document, label
     query, documents, labels
+
+For a reranker on top of a first stage each has a column first_stage too: that stage's scores of the documents, a single
+number in the second form.
 """
 
 from __future__ import annotations
@@ -62,10 +65,12 @@ _EXPECTED: dict[Needs | None, str] = {
     "lists": "query, documents, labels; or query, positive, negative(s)",
     "scores": "query, positive, negative(s) and scores",
 }
-# Where a label has bounds: (lowest, highest, in words).
+# (lowest, highest, in words)
+Bounds = tuple[float, float, str]
 _LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
-_FINITE = (-_LARGEST, _LARGEST, "a finite number of float32")
-_BOUNDS: dict[Needs | None, tuple[float, float, str]] = {
+_FINITE: Bounds = (-_LARGEST, _LARGEST, "a finite number of float32")
+# Where a label has others.
+_BOUNDS: dict[Needs | None, Bounds] = {
     "labels": (0.0, 1.0, "a number from 0 to 1"),
     "lists": (0.0, _LARGEST, "a finite number of float32, at least 0"),
 }
@@ -78,11 +83,13 @@ class Example(NamedTuple):
         query: the text.
         documents: at least one text. Of a row with a positive, that one first and then the negatives in order.
         labels: one a document: how well it answers the query, or a teacher's score of it.
+        first_stage: one a document: the score that a first stage gave it; empty where none is needed.
     """
 
     query: str
     documents: tuple[str, ...]
     labels: tuple[float, ...]
+    first_stage: tuple[float, ...] = ()
 
 
 class CheckedRow(NamedTuple):
@@ -105,13 +112,16 @@ class RowChecker:
 
     Args:
         needs: what the loss needs; None takes whatever a row has.
+        first_stage: whether a row needs scores of a first stage; where it does not, they are left aside.
     """
 
-    def __init__(self, needs: Needs | None) -> None:
+    def __init__(self, needs: Needs | None, *, first_stage: bool = False) -> None:
         self.needs = needs
+        self.first_stage = first_stage
         # Where no scores are needed, a column `score` has a meaning of its own.
         scores = ("scores",) if needs == "scores" else ()
-        self._known = sorted({name for form in _FORMS[needs] for name in _COLUMNS[form]} | {*scores})
+        extra = {*scores, *(("first_stage",) if first_stage else ())}
+        self._known = sorted({name for form in _FORMS[needs] for name in _COLUMNS[form]} | extra)
         # Columns that have been looked at, with the form of the row: None where no such row can be used, else those of
         # single negatives in order.
         self._columns: dict[tuple[frozenset[str], Form], tuple[str, ...] | None] = {}
@@ -140,7 +150,8 @@ class RowChecker:
             return [f"has the columns {', '.join(sorted(names))}; expected {_EXPECTED[self.needs]}"]
         # A misspelt column would be left out of the training in silence.
         problems = []
-        for name in sorted(names - {name for columns in _COLUMNS.values() for name in columns} - {"scores"}):
+        known = {name for columns in _COLUMNS.values() for name in columns} | {"scores", "first_stage"}
+        for name in sorted(names - known):
             # So close that it is no column of another meaning, as query_id or document_id would be.
             close = difflib.get_close_matches(name.lower(), self._known, n=1, cutoff=0.88)
             if close and not NUMBERED_NEGATIVE.fullmatch(name):
@@ -165,9 +176,16 @@ class RowChecker:
                 for name, value in read_items(row, "documents", "texts", problems)
             )
             labels = self._numbers(row, "labels", len(documents), problems)
+        first_stage = self._first_stage(row, form, len(documents), problems) if self.first_stage else ()
         if not problems:
             problems += self._too_few(form, len(documents))
-        return Example(query, documents, labels)
+        return Example(query, documents, labels, first_stage)
+
+    def _first_stage(self, row: Row, form: Form, documents: int, problems: list[str]) -> tuple[float, ...]:
+        value = row.get("first_stage")
+        if form == "document" and not is_blank(value) and not isinstance(value, list):
+            return (self._number("first_stage", value, problems, _FINITE),)
+        return self._numbers(row, "first_stage", documents, problems, _FINITE)
 
     def _too_few(self, form: Form, documents: int) -> list[str]:
         if form == "positive" and documents < 2 and self.needs in ("negatives", "lists", "scores"):
@@ -176,7 +194,9 @@ class RowChecker:
             return [f"documents: has {documents}; expected at least {2 if self.needs == 'lists' else 1}"]
         return []
 
-    def _numbers(self, row: Row, name: str, documents: int, problems: list[str]) -> tuple[float, ...]:
+    def _numbers(
+        self, row: Row, name: str, documents: int, problems: list[str], bounds: Bounds | None = None
+    ) -> tuple[float, ...]:
         if is_blank(row.get(name)):
             problems.append(missing(row, name))
             return ()
@@ -184,10 +204,10 @@ class RowChecker:
         values = read_items(row, name, "numbers", problems)
         if len(problems) == before and len(values) != documents:
             problems.append(f"{name}: has {len(values)} for {documents} documents; expected one each")
-        return tuple(self._number(place, value, problems) for place, value in values)
+        return tuple(self._number(place, value, problems, bounds) for place, value in values)
 
-    def _number(self, name: str, value: object, problems: list[str]) -> float:
-        low, high, words = _BOUNDS.get(self.needs, _FINITE)
+    def _number(self, name: str, value: object, problems: list[str], bounds: Bounds | None = None) -> float:
+        low, high, words = bounds or _BOUNDS.get(self.needs, _FINITE)
         number = math.nan
         # A text is a cell of a csv file; a whole number may be larger than any float.
         if isinstance(value, str | numbers.Real):

@@ -121,14 +121,14 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
     Raises:
         UsageError, DataError, CheckpointError: as `finetune`.
     """
-    with progress.reading() as report:
-        data = TrainingData.read(config.train, needs=config.loss_spec.needs, report=report)
     evaluator = None
     if config.eval is not None:
         evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
     # A reranker may start with a new head.
     torch.manual_seed(config.seed)
     model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
+    if config.first_stage_weight is not None:
+        model.configure(first_stage_weight=config.first_stage_weight, activation="identity")
     given = {"query": config.query_prompt, "document": config.document_prompt}
     if prompts := {name: text for name, text in given.items() if text is not None}:
         # A pair has one prompt, the default one.
@@ -138,6 +138,13 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         raise UsageError(
             f"matryoshka: expected dimensions of at most {model.full_dimension}, the model's; "
             f"got {max(config.matryoshka)}"
+        )
+    with progress.reading() as report:
+        data = TrainingData.read(
+            config.train,
+            needs=config.loss_spec.needs,
+            first_stage=model.contract.first_stage_weight > 0,
+            report=report,
         )
     return Trainer(
         model,

@@ -84,6 +84,7 @@ class Layout:
         similarity: how vectors are compared.
         truncate_dim: the Matryoshka cut; None for none.
         activation: what turns a reranker's logit into its score.
+        first_stage_weight: what a reranker adds to its logit for each unit of the first stage's score.
         model_kwargs, tokenizer_kwargs, config_kwargs: passed to `from_pretrained`.
     """
 
@@ -105,6 +106,7 @@ class Layout:
     similarity: Similarity = "cosine"
     truncate_dim: int | None = None
     activation: Activation = "identity"
+    first_stage_weight: float = 0.0
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
     config_kwargs: dict[str, Any] = field(default_factory=dict)

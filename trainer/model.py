@@ -41,7 +41,7 @@ from rtx.trainer.rendering import Rendered, render_pair
 # What `configure` may change: the rest follows from the weights.
 _SETTINGS: dict[Task, tuple[str, ...]] = {
     "embed": ("max_tokens", "prompts", "default_prompt", "similarity", "truncate_dim", "include_prompt"),
-    "rerank": ("max_tokens", "prompts", "default_prompt"),
+    "rerank": ("max_tokens", "prompts", "default_prompt", "activation", "first_stage_weight"),
 }
 
 
@@ -131,7 +131,7 @@ class RetrievalModel(nn.Module):
 
         Args:
             settings: max_tokens, prompts, default_prompt; for an embedder also similarity, truncate_dim and
-                include_prompt. Their meaning is that of `Layout`.
+                include_prompt, for a reranker activation and first_stage_weight. Their meaning is that of `Layout`.
 
         Raises:
             UsageError: a setting does not exist or is out of range; the model is as before.
@@ -314,6 +314,7 @@ class RetrievalModel(nn.Module):
             default_prompt=layout.default_prompt,
             include_prompt=layout.include_prompt,
             activation=layout.activation,
+            first_stage_weight=layout.first_stage_weight,
         )
 
 

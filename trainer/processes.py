@@ -78,6 +78,7 @@ def gather_targets(targets: Targets) -> Targets:
         owner=gather(targets.owner + offset),
         labels=gather(targets.labels),
         guide=None if guide is None else (gather(guide[0]), gather(guide[1])),
+        first_stage=None if targets.first_stage is None else gather(targets.first_stage),
     )
 
 

@@ -66,14 +66,14 @@ class ExampleStore:
         Args:
             index: 0 to len - 1.
         """
-        (queries, documents, labels, *_), place = self._find(index)
-        found = Example(queries[place].as_py(), tuple(documents[place].as_py()), tuple(labels[place].as_py()))
+        (queries, *lists, _, _), place = self._find(index)
+        found = Example(queries[place].as_py(), *(tuple(column[place].as_py()) for column in lists))
         self._count_reads(1)
         return found
 
     def line(self, index: int) -> int:
         columns, place = self._find(index)
-        return int(columns[3][place].as_py())
+        return int(columns[-2][place].as_py())
 
     def hashes(self, rows: NDArray[np.integer[Any]]) -> TextHashes:
         """Hashes of the texts of some rows, in the order of `rows`."""
@@ -83,7 +83,7 @@ class ExampleStore:
         found = []
         lengths = np.empty(len(rows), dtype=np.int64)
         for number, chosen in zip(present.tolist(), np.split(order, firsts[1:]), strict=True):
-            column = self._columns[number][4]
+            column = self._columns[number][-1]
             offsets = column.offsets.to_numpy()
             places = rows[chosen] - self._starts[number]
             lows = offsets[places].astype(np.int64)
@@ -144,6 +144,8 @@ class ExampleWriter:
         self._queries.append(example.query)
         self._documents += example.documents
         self._labels.extend(example.labels)
+        self._first_stage.extend(example.first_stage)
+        self._first_stage_ends.append(len(self._first_stage))
         self._ends.append(len(self._documents))
         self._lines.append(line)
         for text in (example.query, *example.documents):
@@ -177,7 +179,8 @@ class ExampleWriter:
         self._queries: list[str] = []
         self._documents: list[str] = []
         self._labels = array("d")
-        self._ends = array("i", [0])
+        self._first_stage = array("d")
+        self._ends, self._first_stage_ends = array("i", [0]), array("i", [0])
         self._lines = array("Q")
         self._hashes = bytearray()
         self._open_bytes = 0
@@ -192,6 +195,10 @@ class ExampleWriter:
             "query": arrow.array(self._queries, arrow.string()),
             "documents": arrow.ListArray.from_arrays(arrow.array(ends), arrow.array(self._documents, arrow.string())),
             "labels": arrow.ListArray.from_arrays(arrow.array(ends), arrow.array(np.frombuffer(self._labels))),
+            "first_stage": arrow.ListArray.from_arrays(
+                arrow.array(np.frombuffer(self._first_stage_ends, dtype=np.int32)),
+                arrow.array(np.frombuffer(self._first_stage)),
+            ),
             "line": arrow.array(np.frombuffer(self._lines, dtype=np.uint64)),
             # One more a row than documents: the query's.
             "hashes": arrow.ListArray.from_arrays(

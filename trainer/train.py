@@ -118,11 +118,19 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.run = RunFolder(arguments.output)
         self.loss = loss or getattr(losses, DEFAULT_LOSS[model.task])
         spec = spec_of(self.loss, model.task)
+        # What a model adds in use is added in training.
+        weight = model.contract.first_stage_weight
+        if weight and not (isinstance(train_dataset, TrainingData) and not train_dataset.first_stage):
+            self.loss = losses.first_stage(self.loss, weight)
+        elif weight:
+            raise UsageError(
+                f"first_stage: the model adds {weight:g} times the first stage's scores, and the data was read without"
+            )
         if spec is not None and spec.guided and guide is None:
             raise UsageError(f"loss {describe_loss(self.loss)}: needs a guide, a second embedder")
         needs = spec.needs if spec is not None else "positives" if model.task == "embed" else "labels"
         if not isinstance(train_dataset, TrainingData):
-            train_dataset = TrainingData.from_rows(train_dataset, needs=needs)
+            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, first_stage=weight > 0)
         elif spec is not None and train_dataset.needs not in SUFFICES[needs]:
             raise UsageError(
                 f"loss {describe_loss(self.loss)}: needs rows with {needs}; the data was read for {train_dataset.needs}"

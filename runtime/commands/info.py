@@ -24,7 +24,7 @@ _REPORT_FILE = "report.json"
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 _ONLY_FOR = {
     "embed": ("pooling", "dimension", "normalize", "similarity", "include_prompt"),
-    "rerank": ("rendered", "strip_sides", "activation"),
+    "rerank": ("rendered", "strip_sides", "activation", "first_stage_weight"),
 }
 
 

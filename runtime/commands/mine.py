@@ -47,6 +47,7 @@ class _Arguments:
     seed: int
     rescore: str | None
     scores: bool
+    first_stage: bool
     pairs: bool
     fewer: Fewer
     index: Index
@@ -88,6 +89,7 @@ _RELATIVE_MARGIN_HELP = "Take what scores at most the positive's score * (1 - M)
 @click.option("--seed", type=int, default=_RULES.seed, show_default=True, help="Of random sampling.")
 @click.option("--rescore", metavar="RERANKER", help="A bundle or checkpoint; the rules go by its logits.")
 @click.option("--scores", is_flag=True, help="Write the scores, which margin_mse and kl learn from.")
+@click.option("--first-stage", is_flag=True, help="Write MODEL's scores, for a reranker that is trained on top of it.")
 @click.option("--pairs", is_flag=True, help="Write lines {query, document, label}.")
 @click.option(
     "--fewer",
@@ -170,7 +172,12 @@ def _run(given: _Arguments) -> int:
             folder=given.output.absolute().parent,
             on_progress=stack.enter_context(_Stages()),
         )
-        options: Any = {"pairs": given.pairs, "scores": given.scores, "fewer": given.fewer}
+        options: Any = {
+            "pairs": given.pairs,
+            "scores": given.scores,
+            "first_stage": given.first_stage,
+            "fewer": given.fewer,
+        }
         summary = write_mined(given.output, mined, on_unusable=log.unusable, **options)
     show(summary, given.output, rules)
     return log.count
@@ -182,6 +189,8 @@ def _check(given: _Arguments) -> None:
         raise UsageError(f"{given.output}: expected a name that ends in .jsonl")
     if given.pairs and given.scores:
         raise UsageError("--scores: go with rows of a positive and negatives, not with --pairs, which have labels")
+    if given.first_stage and given.rescore is not None:
+        raise UsageError("--first-stage: writes MODEL's scores, which --rescore replaces")
     if given.rescore_variant is not None and given.rescore is None:
         raise UsageError("--rescore-variant: names a variant of the RERANKER in --rescore, which is missing")
     for path in (given.source, *given.corpus):

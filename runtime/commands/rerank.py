@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -48,6 +50,7 @@ class _Arguments:
     query_column: str
     documents_column: str
     document_column: str
+    first_stage_column: str
     id_column: str | None
     file_format: Format | None
     threads: int | None
@@ -67,6 +70,12 @@ class _Arguments:
 @click.option("--query-column", default="query", show_default=True)
 @click.option("--documents-column", default="documents", show_default=True, help="A list of texts.")
 @click.option("--document-column", default="document", show_default=True, help="One text.")
+@click.option(
+    "--first-stage-column",
+    default="first_stage",
+    show_default=True,
+    help="Scores of the first stage, for a model that was trained on top of one: a list, or a number.",
+)
 @click.option("--id-column", help="[default: id where there is one, otherwise the line or row number]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
@@ -86,6 +95,8 @@ def rerank(**arguments: Any) -> None:
     a record                              gives
     {"query": ..., "documents": [...]}    {"id": ..., "ranking": [{"index": ..., "score": ...}, ...]}
     {"query": ..., "document": ...}       {"id": ..., "score": ...}
+
+    A model that was trained on top of a first stage takes that stage's scores too, in a column "first_stage".
 
     With --query, INPUT holds documents alone, such as lines of text. They come out best first: a table on a terminal,
     elsewhere a line {"id": ..., "score": ...} for each.
@@ -158,7 +169,9 @@ def _is_terminal() -> bool:
 
 def _rank_each(model: Reranker, source: Input, given: _Arguments, progress: Progress) -> Iterator[Result | BadRecord]:
     """Every record by itself, but pairs that follow each other go to the model together."""
-    records = source.records([given.query_column], [given.documents_column, given.document_column])
+    records = source.records(
+        [given.query_column], [given.documents_column, given.document_column, given.first_stage_column]
+    )
     for is_pair, group in groupby(records, lambda record: _is_pair(record, given)):
         while chunk := list(islice(group, _RECORDS_PER_CALL if is_pair else 1)):
             yield from _score_pairs(model, chunk, given) if is_pair else (_rank_list(model, chunk[0], given),)
@@ -170,9 +183,9 @@ def _rank_for(
 ) -> Iterator[Result | BadRecord]:
     """All records as documents of one query; of those seen so far no more are kept than can be among the best."""
     best: list[Result] = []
-    records = source.records([given.document_column])
+    records = source.records([given.document_column], [given.first_stage_column])
     while chunk := list(islice(records, _RECORDS_PER_CALL)):
-        for result in _score(model, chunk, lambda record: (query, record.fields[given.document_column])):
+        for result in _score(model, chunk, lambda record: (query, record.fields[given.document_column]), given):
             if isinstance(result, BadRecord):
                 yield result
             else:
@@ -203,8 +216,11 @@ def _rank_list(model: Reranker, record: Record | BadRecord, given: _Arguments) -
     ]
     if problems:
         return BadRecord(record.id, record.where, _joined(problems))
+    first_stage = _first_stage(model, record, given, documents=len(documents))
+    if isinstance(first_stage, BadRecord):
+        return first_stage
     try:
-        ranking = model.rank(query, documents, top_k=given.top_k)
+        ranking = model.rank(query, documents, first_stage=first_stage, top_k=given.top_k)
     except InvalidItemsError as invalid:
         problems = [f"{given.documents_column}[{error.index}]: {error.message}" for error in invalid.items]
         return BadRecord(record.id, record.where, _joined(problems))
@@ -228,7 +244,9 @@ def _score_pairs(
         else BadRecord(record.id, record.where, f"has neither a column '{columns[0]}' nor a column '{columns[1]}'")
         for record in chunk
     ]
-    for result in _score(model, chunk, lambda record: (record.fields[given.query_column], record.fields[columns[1]])):
+    for result in _score(
+        model, chunk, lambda record: (record.fields[given.query_column], record.fields[columns[1]]), given
+    ):
         if isinstance(result, BadRecord):
             yield result
         else:
@@ -237,24 +255,56 @@ def _score_pairs(
 
 
 def _score(
-    model: Reranker, chunk: Sequence[Record | BadRecord], pair_of: Callable[[Record], tuple[object, object]]
+    model: Reranker,
+    chunk: Sequence[Record | BadRecord],
+    pair_of: Callable[[Record], tuple[object, object]],
+    given: _Arguments,
 ) -> Iterator[tuple[Record, float] | BadRecord]:
     """Bad records first, before anything is computed; then the others in order, with their scores."""
-    good: list[tuple[Record, tuple[str, str]]] = []
+    good: list[tuple[Record, tuple[str, str], float]] = []
     for record in chunk:
         if isinstance(record, BadRecord):
             yield record
         elif isinstance(pair := check_pair(0, pair_of(record)), ItemError):
             yield BadRecord(record.id, record.where, pair.message)
+        elif isinstance(first_stage := _first_stage(model, record, given), BadRecord):
+            yield first_stage
         else:
-            good.append((record, pair))
-    scores, rows, errors = without_invalid(model.score, [pair for _, pair in good])
+            good.append((record, pair, first_stage[0]))
+
+    def score(some: Sequence[tuple[Record, tuple[str, str], float]]) -> NDArray[np.float32]:
+        return model.score([pair for _, pair, _ in some], first_stage=[first for *_, first in some])
+
+    scores, rows, errors = without_invalid(score, good)
     for error in errors:
         record = good[error.index][0]
         yield BadRecord(record.id, record.where, error.message)
-    for row, score in zip(rows, scores.tolist(), strict=True):
+    for row, value in zip(rows, scores.tolist(), strict=True):
         record = good[row][0]
-        yield (record, score) if math.isfinite(score) else BadRecord(record.id, record.where, _NOT_FINITE)
+        yield (record, value) if math.isfinite(value) else BadRecord(record.id, record.where, _NOT_FINITE)
+
+
+def _first_stage(
+    model: Reranker, record: Record, given: _Arguments, *, documents: int | None = None
+) -> list[float] | BadRecord:
+    """The first stage's scores of a record's documents, or of its one document; 0 for a model that takes none."""
+    if not model.contract.first_stage_weight:
+        return [0.0] * (1 if documents is None else documents)
+    name = given.first_stage_column
+    found: object = record.fields.get(name)
+    values = found if documents is not None else [found]
+    expected = "a finite number" if documents is None else f"a list of {documents} finite numbers, one a document"
+    if found is None:
+        problem = f"has no column '{name}'; this model was trained on top of a first stage and needs its scores"
+        return BadRecord(record.id, record.where, f"{problem}: {expected}")
+    if not isinstance(values, list) or len(values) != (1 if documents is None else documents):
+        return BadRecord(record.id, record.where, f"{name}: expected {expected}")
+    try:
+        scores = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        scores = [math.nan]
+    finite = all(map(math.isfinite, scores))
+    return scores if finite else BadRecord(record.id, record.where, f"{name}: expected {expected}")
 
 
 def _text(document: str, wanted: bool) -> Result:

@@ -17,6 +17,7 @@ from rtx.export import pipeline, variants, write
 from rtx.export.edit import Editor
 from rtx.export.pipeline import ExportOptions, choose_default, export_bundle
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.candidates import Candidate
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import BundleError, CheckpointError, EngineError, GateError, UsageError
@@ -58,7 +59,7 @@ def export(monkeypatch, plain, checkpoint):
 
 def test_a_reranker_scores_as_pytorch_does(tiny_checkpoint, evalset, tmp_path):
     source = tiny_checkpoint("roberta", "rerank", activation="sigmoid", max_tokens=40)
-    candidates = {query: list(evalset.corpus) for query in evalset.queries}
+    candidates = {query: [Candidate(key) for key in evalset.corpus] for query in evalset.queries}
     options = ExportOptions(variants=("fp32", "int8"), evalset=evalset, candidates=candidates, max_ndcg_drop=1.0)
     outcome = export_bundle(str(source), tmp_path / "judge.rtx", options)
     assert set(outcome.manifest.variants) == {"fp32", "int8"}
@@ -79,7 +80,7 @@ def test_a_language_model_scores_as_sentence_transformers_does(tiny_checkpoint, 
     from sentence_transformers import CrossEncoder
 
     source = tiny_checkpoint("qwen3-chat", "rerank", prompts={"judge": "Find the text."}, default_prompt="judge")
-    candidates = {query: list(evalset.corpus) for query in evalset.queries}
+    candidates = {query: [Candidate(key) for key in evalset.corpus] for query in evalset.queries}
     options = ExportOptions(
         variants=("fp32", "fp16", "int8"), evalset=evalset, candidates=candidates, max_ndcg_drop=1.0, min_cosine=0.5
     )

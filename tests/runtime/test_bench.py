@@ -21,6 +21,7 @@ from rtx.runtime import subjects as subjects_module
 from rtx.runtime.bench import BenchOptions, BenchResult, Judgements, Texts, bench
 from rtx.runtime.bench_page import bench_page, conditions, headline, result_rows
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.candidates import Candidate
 from rtx.runtime.cli import main
 from rtx.runtime.coldstart import Start
 from rtx.runtime.embedder import Embedder
@@ -195,7 +196,7 @@ def test_variants_can_be_chosen(toy_bundle: Path, quick: BenchOptions) -> None:
 
 @pytest.mark.usefixtures("starts")
 def test_a_reranker_is_measured_on_pairs(toy_reranker_bundle: Path, quick: BenchOptions, evalset: EvalSet) -> None:
-    candidates = {query: list(evalset.corpus) for query in evalset.queries}
+    candidates = {query: [Candidate(key) for key in evalset.corpus] for query in evalset.queries}
     result = bench(toy_reranker_bundle, quick, judgements=Judgements(evalset, candidates))
     assert result.workload.call == "a query with 10 documents"
     assert result.subjects[0].quality is not None

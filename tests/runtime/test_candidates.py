@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import gzip
 
+import numpy as np
 import pytest
 
-from rtx.runtime.candidates import read_candidates, write_candidates
+from rtx.runtime.candidates import Candidate, read_candidates, write_candidates
 from rtx.runtime.errors import DataError
 from rtx.runtime.evalset import EvalSet
 
@@ -14,7 +15,12 @@ EVALSET = EvalSet(
     {"d1": "x", "d2": "y", "d3": "z", "4": "w"},
     {"q1": {"d1": 1}, "q2": {"d2": 1}, "q3": {"d3": 1}},
 )
-EXPECTED = {"q1": ["d3", "d1", "4"], "q2": ["d2"], "q3": []}
+EXPECTED = {"q1": [Candidate("d3"), Candidate("d1"), Candidate("4")], "q2": [Candidate("d2")], "q3": []}
+SCORED = {
+    "q1": [Candidate("d3", 7.5), Candidate("d1", 7.5), Candidate("4", -10.0)],
+    "q2": [Candidate("d2", 0.0)],
+    "q3": [],
+}
 
 
 def test_read_jsonl(tmp_path):
@@ -31,20 +37,37 @@ def test_read_jsonl(tmp_path):
     assert read_candidates(zipped, EVALSET) == EXPECTED
 
 
+def test_read_jsonl_with_scores(tmp_path):
+    file = tmp_path / "found.jsonl"
+    file.write_text(
+        '{"query-id": "q1", "corpus-ids": ["d3", "d1", 4], "scores": [7.5, 7.5, -10]}\n'
+        '{"query-id": "q2", "corpus-ids": ["d2"], "scores": [0]}\n'
+    )
+    assert read_candidates(file, EVALSET) == SCORED
+
+
 def test_read_run_sorts_by_score_then_rank_then_line(tmp_path):
     file = tmp_path / "bm25.run"
     # q3 is not in the file: the first stage found nothing for it. Equal scores of q1 go by rank, others do not.
     file.write_text(
         "q1 Q0 4 0 -1e1 bm25\nq1 Q0 d1 2 7.5 bm25\nq1 Q0 d3 1 7.50 bm25\nq2\tQ0\td2\t1\t0\tbm25\nq9 Q0 d9 1 1 bm25\n"
     )
-    assert read_candidates(file, EVALSET) == EXPECTED
+    assert read_candidates(file, EVALSET) == SCORED
 
 
 @pytest.mark.parametrize("name", ["found.jsonl", "found.run"])
 def test_write_and_read_again(tmp_path, name):
-    write_candidates(EXPECTED, tmp_path / name)
-    assert read_candidates(tmp_path / name, EVALSET) == EXPECTED
+    score = float(np.float32(0.1))  # a float32 that is long in decimals comes back to the last bit
+    candidates = SCORED | {"q3": [Candidate("d1", score)]}
+    write_candidates(candidates, tmp_path / name)
+    assert read_candidates(tmp_path / name, EVALSET) == candidates
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_scores_that_are_not_known_are_not_written(tmp_path):
+    write_candidates(EXPECTED, tmp_path / "found.jsonl")
+    assert read_candidates(tmp_path / "found.jsonl", EVALSET) == EXPECTED
+    assert "scores" not in (tmp_path / "found.jsonl").read_text()
 
 
 def test_run_file_as_trec_eval_reads_it(tmp_path):
@@ -60,7 +83,10 @@ def test_run_file_as_trec_eval_reads_it(tmp_path):
         (
             "bad.jsonl",
             '{"query-id": "q1", "corpus-ids": "d1"}\n{"query-id": "q1"}\n{"query-id": "q2", "corpus-ids": [1.5]}\n'
-            '{"query-id": "q2", "corpus-ids": ["d1", "d9", "d1"]}\n{"query-id": "q2", "corpus-ids": []}\n',
+            '{"query-id": "q2", "corpus-ids": ["d1", "d9", "d1"]}\n{"query-id": "q2", "corpus-ids": []}\n'
+            '{"query-id": "q3", "corpus-ids": ["d1"], "scores": [1, 2]}\n'
+            '{"query-id": "q3", "corpus-ids": ["d1"], "scores": [NaN]}\n'
+            '{"query-id": "q3", "corpus-ids": ["d1"], "scores": 1}\n',
             [
                 "bad.jsonl:1: corpus-ids: expected a list of ids",
                 "bad.jsonl:2: has no column 'corpus-ids'",
@@ -68,6 +94,9 @@ def test_run_file_as_trec_eval_reads_it(tmp_path):
                 "bad.jsonl:4: document 'd9' of query 'q2' is not in the corpus",
                 "bad.jsonl:4: document 'd1' is there twice for query 'q2'",
                 "bad.jsonl:5: query 'q2' is there twice",
+                "bad.jsonl:6: scores: expected a list of 1 finite numbers, one a document",
+                "bad.jsonl:7: scores: expected a list of 1 finite numbers, one a document",
+                "bad.jsonl:8: scores: expected a list of 1 finite numbers, one a document",
             ],
         ),
         (
@@ -99,7 +128,7 @@ def test_a_file_for_other_queries_is_refused(tmp_path):
 
 
 def test_ids_with_white_space_need_jsonl(tmp_path):
-    candidates = {"q 1": ["d1"], "q2": ["d\u00a02"]}
+    candidates = {"q 1": [Candidate("d1")], "q2": [Candidate("d\u00a02")]}
     with pytest.raises(DataError) as caught:
         write_candidates(candidates, tmp_path / "found.run")
     assert "2 problems" in str(caught.value)

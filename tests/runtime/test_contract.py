@@ -93,3 +93,20 @@ def test_a_mistyped_contract_is_an_error_of_the_callers_class():
         "rtx.json: inputs[0]: expected one of 'input_ids', 'attention_mask', 'token_type_ids', 'pooling_mask', "
         "got 'input_id'; padding_side: expected one of 'left', 'right', got 'middle'"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_stage_weight": -1.0}, "first_stage_weight: expected a number of at least 0, got -1.0"),
+        ({"first_stage_weight": float("inf")}, "first_stage_weight: expected a number of at least 0, got inf"),
+        ({"first_stage_weight": 20.0}, "first_stage_weight: only a reranker without activation adds to its logit"),
+    ],
+)
+def test_what_a_first_stage_may_add_to(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(RERANK, **changes)
+    with pytest.raises(ValueError, match="first_stage_weight: only a reranker without activation"):
+        dataclasses.replace(EMBED, first_stage_weight=20.0)
+    found = dataclasses.replace(RERANK, activation="identity", first_stage_weight=20.0)
+    assert Contract.from_dict(json.loads(json.dumps(found.to_dict()))) == found

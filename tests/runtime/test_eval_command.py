@@ -113,7 +113,7 @@ def test_keep_identical_ids(toy_bundle, tmp_path):
     for option in ((), ("--keep-identical-ids",)):
         file = tmp_path / "found.jsonl"
         assert run(toy_bundle, tmp_path / "self", "--save-candidates", file, *option).exit_code == 0
-        rankings.append(read_candidates(file, evalset)["sort"])
+        rankings.append([candidate.document for candidate in read_candidates(file, evalset)["sort"]])
     without, kept = rankings
     assert kept == ["sort", *without]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from rtx.runtime.candidates import Candidate
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, EngineError, UsageError
 from rtx.runtime.evalset import EvalSet
@@ -36,7 +37,7 @@ class TableEmbedder:
 class TableReranker:
     scores: dict[tuple[str, str], float]
 
-    def score(self, pairs):
+    def score(self, pairs, **_):
         return np.array([self.scores[pair] for pair in pairs], dtype=np.float32)
 
 
@@ -140,7 +141,7 @@ def test_depth_above_the_corpus_leaves_empty_places_at_the_end():
     assert found.indices.tolist() == [[1, 2, -1]]
     assert found.scores[0, 2] == -np.inf
     assert found.ties == 0
-    assert found.candidates(evalset, 10) == {"d1": ["d2", "d3"]}
+    assert [candidate.document for candidate in found.candidates(evalset, 10)["d1"]] == ["d2", "d3"]
 
 
 def test_vectors_that_are_not_finite_are_an_error_that_names_the_texts():
@@ -155,7 +156,11 @@ def test_cutoffs_out_of_range(k, depth):
         evaluate_embedder(EMBEDDER, EVALSET, k=k, depth=depth)
 
 
-CANDIDATES = {"q1": ["d3", "d2", "d1"], "q2": ["d1", "d2", "d3", "d4"], "q3": []}
+def unscored(**documents):
+    return {query: [Candidate(document) for document in found] for query, found in documents.items()}
+
+
+CANDIDATES = unscored(q1=["d3", "d2", "d1"], q2=["d1", "d2", "d3", "d4"], q3=[])
 RERANKER = TableReranker(
     {
         ("left", "c"): 0.5,
@@ -180,13 +185,30 @@ def test_reranker_by_hand():
     assert found.metrics["recall@3"] == pytest.approx(2 / 3)
     assert found.unranked == 1
     assert found.ties == pytest.approx(1 / 3)
-    assert found.candidates(EVALSET, 2) == {"q1": ["d3", "d2"], "q2": ["d3", "d1"], "q3": []}
+    assert found.candidates(EVALSET, 2) == {
+        "q1": [Candidate("d3", 0.5), Candidate("d2", 0.5)],
+        "q2": [Candidate("d3", 2.0), Candidate("d1", 1.0)],
+        "q3": [],
+    }
+
+
+def test_reranker_is_given_the_scores_of_the_first_stage():
+    class Recorder(TableReranker):
+        def score(self, pairs, *, first_stage=None):
+            given.append(first_stage)
+            return super().score(pairs)
+
+    given = []
+    scored = {"q1": [Candidate("d3", 0.5), Candidate("d2", 0.25)], "q2": [Candidate("d1", -1.0)]}
+    evaluate_reranker(Recorder(RERANKER.scores), EVALSET, scored)
+    evaluate_reranker(Recorder(RERANKER.scores), EVALSET, scored | {"q1": [Candidate("d3")]})
+    assert given == [[0.5, 0.25, -1.0], None]  # one is not known, so none is given
 
 
 def test_reranker_leaves_out_the_query_itself():
     evalset, _ = self_retrieval()
     model = TableReranker({("a", "a"): 9.0, ("a", "b"): 1.0, ("a", "c"): 2.0})
-    candidates = {"d1": ["d1", "d2", "d3"]}
+    candidates = unscored(d1=["d1", "d2", "d3"])
     assert evaluate_reranker(model, evalset, candidates, k=2).indices.tolist() == [[2, 1]]
     kept = evaluate_reranker(model, evalset, candidates, k=2, ignore_identical_ids=False)
     assert kept.indices.tolist() == [[0, 2, 1]]
@@ -201,14 +223,14 @@ def test_reranker_reports_progress_in_pairs(monkeypatch):
 
 def test_candidates_that_do_not_fit_are_named():
     with pytest.raises(DataError) as caught:
-        evaluate_reranker(RERANKER, EVALSET, {"q1": ["d1", "d9", "d8"], "q2": ["d1", "d1"]})
+        evaluate_reranker(RERANKER, EVALSET, unscored(q1=["d1", "d9", "d8"], q2=["d1", "d1"]))
     assert str(caught.value).splitlines() == [
         "candidates for 'tiny': 2 problems:",
         "  query 'q1': not in the corpus: d9, d8",
         "  query 'q2': documents are listed more than once",
     ]
     with pytest.raises(DataError, match="candidates for 'tiny': there is none for any query"):
-        evaluate_reranker(RERANKER, EVALSET, {"other": ["d1"]})
+        evaluate_reranker(RERANKER, EVALSET, unscored(other=["d1"]))
 
 
 def test_scores_that_are_not_finite_are_an_error_that_names_the_pairs():

@@ -52,7 +52,7 @@ class TableReranker:
     scores: dict[tuple[str, str], float] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
 
-    def score(self, pairs):
+    def score(self, pairs, **_):
         self.asked += pairs
         return np.array([self.scores.get(pair, self.of(*pair)) for pair in pairs], dtype=np.float32)
 
@@ -477,7 +477,7 @@ def test_logits_end_where_a_sigmoid_in_float32_does():
     class Saturated:
         contract = SimpleNamespace(activation="sigmoid")
 
-        def score(self, pairs):
+        def score(self, pairs, **_):
             return np.array([0.0, 0.5, 1.0, 1 / (1 + np.exp(-3.0))], dtype=np.float32)[: len(pairs)]
 
     assert Logits(Saturated()).score([("q", "d")] * 4) == pytest.approx([-16, 0, 16, 3], abs=1e-5)

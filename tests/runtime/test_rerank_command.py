@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -242,3 +243,53 @@ def test_an_embedder_is_refused(toy_bundle: Path) -> None:
     Path("in.jsonl").write_text(jsonl([{"query": "x", "document": "y"}]))
     result = invoke(toy_bundle, "in.jsonl")
     assert (result.exit_code, "use `rtx embed`" in result.stderr) == (2, True)
+
+
+@pytest.fixture
+def on_top(tmp_path_factory: pytest.TempPathFactory, write_bundle: Any, rerank_contract: Any) -> Path:
+    """The toy reranker on top of a first stage whose scores count twice."""
+    contract = dataclasses.replace(rerank_contract, activation="identity", first_stage_weight=2.0)
+    return Path(write_bundle(tmp_path_factory.mktemp("on-top") / "on-top.rtx", contract))
+
+
+def test_the_first_stage_is_read_from_a_column(on_top: Path, scores: NDArray[np.float32]) -> None:
+    first_stage = [3.0, 0.0, 1.0, 0.5, 0.25]
+    rows = [
+        {"query": QUERY, "documents": DOCUMENTS, "bm25": first_stage},
+        {"query": QUERY, "document": DOCUMENTS[1], "bm25": 1},
+        {"query": QUERY, "documents": [], "bm25": []},
+    ]
+    result = invoke(on_top, "-", "--first-stage-column", "bm25", stdin=jsonl(rows))
+    assert result.exit_code == 0, result.stderr
+    ranked, pair, empty = lines(result.stdout)
+    expected = scores + 2 * np.array(first_stage, dtype=np.float32)
+    assert [entry["index"] for entry in ranked["ranking"]] == np.argsort(-expected).tolist()
+    np.testing.assert_allclose([entry["score"] for entry in ranked["ranking"]], sorted(expected)[::-1], rtol=1e-6)
+    np.testing.assert_allclose(pair["score"], scores[1] + 2, rtol=1e-6)
+    assert empty["ranking"] == []
+
+    documents = [{"document": text, "first_stage": score} for text, score in zip(DOCUMENTS, first_stage, strict=True)]
+    result = invoke(on_top, "-", "--query", QUERY, "--format", "jsonl", stdin=jsonl(documents))
+    assert [line["id"] for line in lines(result.stdout)] == (np.argsort(-expected) + 1).tolist()
+
+
+def test_records_without_the_first_stage_that_a_model_needs(on_top: Path) -> None:
+    rows = [
+        {"query": "x", "documents": ["a", "b"]},
+        {"query": "x", "documents": ["a", "b"], "first_stage": [1]},
+        {"query": "x", "documents": ["a", "b"], "first_stage": [1, "high"]},
+        {"query": "x", "document": "a"},
+        {"query": "x", "document": "a", "first_stage": [1]},
+        {"id": "fine", "query": "x", "document": "a", "first_stage": "0.5"},
+    ]
+    result = invoke(on_top, "-", stdin=jsonl(rows))
+    assert (result.exit_code, [line["id"] for line in lines(result.stdout)]) == (4, ["fine"])
+    need = "has no column 'first_stage'; this model was trained on top of a first stage and needs its scores: "
+    expected = "first_stage: expected a list of 2 finite numbers, one a document"
+    assert sorted(result.stderr.splitlines()[:-1]) == [
+        f"error: stdin:1: {need}a list of 2 finite numbers, one a document",
+        f"error: stdin:2: {expected}",
+        f"error: stdin:3: {expected}",
+        f"error: stdin:4: {need}a finite number",
+        "error: stdin:5: first_stage: expected a finite number",
+    ]

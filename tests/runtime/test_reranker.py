@@ -190,3 +190,54 @@ def test_variants_and_closing(toy_reranker_bundle: Path, model: Reranker):
         int8.score(pairs)
     with pytest.raises(EngineError, match="the model is closed; no further request is taken"):
         asyncio.run(int8.ascore(pairs))
+
+
+@pytest.fixture
+def on_top(rerank_contract: Contract, toy_tokenizer: str) -> Reranker:
+    """Adds four times the first stage's score to the number of tokens."""
+    contract = dataclasses.replace(rerank_contract, activation="identity", first_stage_weight=4.0)
+    return Reranker(TextPreprocessor(contract, toy_tokenizer), LengthEngine())
+
+
+def test_the_first_stage_is_added(on_top: Reranker, by_length: Reranker):
+    pairs = [(QUERY, text) for text in DOCUMENTS]
+    first_stage = [0.5, -1.0, 0.25, 3.0, 0.0, 100.0]
+    expected = by_length.score(pairs) + 4 * np.array(first_stage, dtype=np.float32)
+    scores = on_top.score(pairs, first_stage=first_stage)
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(asyncio.run(on_top.ascore(pairs, first_stage=first_stage)), expected)
+    order = np.argsort(-expected, kind="stable").tolist()
+    for ranked in (
+        on_top.rank(QUERY, DOCUMENTS, first_stage=np.array(first_stage)),
+        asyncio.run(on_top.arank(QUERY, DOCUMENTS, first_stage=first_stage)),
+    ):
+        assert [(found.index, found.score) for found in ranked] == [(index, expected[index]) for index in order]
+    # A model that was not trained so leaves them aside.
+    np.testing.assert_array_equal(by_length.score(pairs, first_stage=first_stage), by_length.score(pairs))
+
+
+def test_an_invalid_pair_is_nan_with_a_first_stage_too(on_top: Reranker):
+    scores = on_top.score([("a", "b"), ("a", 3)], first_stage=[1.0, 1.0], on_invalid="nan")
+    assert np.isfinite(scores).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "this model adds 4 times the first stage's score to its own; expected one number a document"),
+        ([1.0], "expected 2 finite numbers, one a document, got an array of shape (1,)"),
+        ([[1.0, 2.0]], "expected 2 finite numbers, one a document, got an array of shape (1, 2)"),
+        ([1.0, float("nan")], "expected 2 finite numbers, one a document, got nan for item 1"),
+        (["a", "b"], "expected 2 finite numbers, one a document, got something else"),
+        (0.5, "expected 2 finite numbers, one a document, got an array of shape ()"),
+    ],
+)
+def test_scores_of_a_first_stage_that_do_not_fit(on_top: Reranker, given: Any, message: str):
+    for call in (
+        lambda: on_top.score([("a", "b"), ("a", "c")], first_stage=given),
+        lambda: asyncio.run(on_top.arank("a", ["b", "c"], first_stage=given)),
+    ):
+        with pytest.raises(UsageError, match=r"^first_stage: ") as caught:
+            call()
+        assert message in str(caught.value)

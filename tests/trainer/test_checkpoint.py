@@ -287,6 +287,7 @@ LAYOUTS = [
     ),
     Layout(task="rerank", activation="sigmoid", prompts={"query": "q"}),
     Layout(task="rerank", activation="identity"),
+    Layout(task="rerank", activation="identity", first_stage_weight=20.5),
     Layout(task="rerank", activation="identity", message_format="flat", chat_template_kwargs={"instruct": "judge"}),
     Layout(
         task="rerank",

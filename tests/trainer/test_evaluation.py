@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from rtx.runtime.candidates import Candidate
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import EvalSet
 from rtx.trainer.evaluation import Evaluator
@@ -23,7 +24,7 @@ def test_an_embedder_is_measured_on_the_whole_corpus(tiny_checkpoint):
 
 def test_a_reranker_is_measured_on_candidates(tiny_checkpoint):
     model = RetrievalModel.load(tiny_checkpoint("bert", "rerank"))
-    found = Evaluator(SET, candidates={"q": ["a"], "r": ["a", "b"]})(model)
+    found = Evaluator(SET, candidates={"q": [Candidate("a")], "r": [Candidate("a"), Candidate("b")]})(model)
     assert found.metrics["accuracy@10"] == 0.5
     with pytest.raises(UsageError, match="'small': a reranker is measured on candidates; none were given"):
         Evaluator(SET)(model)
@@ -44,8 +45,8 @@ def test_an_unknown_metric_is_an_error(metric):
 
 
 def test_the_hash_follows_the_set_and_the_candidates():
-    hashes = [Evaluator(SET).sha256, Evaluator(SET, candidates={"q": ["a"]}).sha256]
-    hashes.append(Evaluator(SET, candidates={"q": ["b"]}).sha256)
+    hashes = [Evaluator(SET).sha256, Evaluator(SET, candidates={"q": [Candidate("a")]}).sha256]
+    hashes.append(Evaluator(SET, candidates={"q": [Candidate("b")]}).sha256)
     hashes.append(Evaluator(SET.limit(1)).sha256)
     assert len(set(hashes)) == 4
     assert Evaluator(SET, metric="mrr@10").sha256 == hashes[0]

@@ -157,3 +157,31 @@ def test_columns_of_another_meaning_are_left_out():
     assert example_of({"query": "q", "positive": "p", **others}, "positives") == Example("q", ("p",), (1.0,))
     others = {"document_id": 5, "label_source": "web", "score": 3}
     assert example_of({**PAIR, **others}, "labels") == Example("q", ("d",), (1.0,))
+
+
+def test_scores_of_a_first_stage():
+    checker = RowChecker(None, first_stage=True)
+    for row, given, expected in (
+        (TRIPLE, [0.5, "0.25", -1], (0.5, 0.25, -1.0)),
+        (LIST, "[3, 2, 1]", (3.0, 2.0, 1.0)),
+        (PAIR, "0.5", (0.5,)),
+        (PAIR, [0.5], (0.5,)),
+    ):
+        found = checker.check({**row, "first_stage": given})
+        assert found.problems == ()
+        assert found.example == example_of(row)._replace(first_stage=expected)
+    # Where none is needed, whatever is there is left aside.
+    assert example_of({**TRIPLE, "first_stage": "x"}) == example_of(TRIPLE)
+
+
+def test_scores_of_a_first_stage_that_do_not_fit():
+    checker = RowChecker("lists", first_stage=True)
+    for given, problem in (
+        ({"first_stage": [1, 2]}, "first_stage: has 2 for 3 documents; expected one each"),
+        ({"first_stage": [1, 2, None]}, "first_stage[2]: expected a finite number of float32, got None"),
+        # A cosine may be below 0, where a label may not.
+        ({"first_stage": [1, math.nan, -1]}, "first_stage[1]: expected a finite number of float32, got nan"),
+        ({}, "has no first_stage; it has documents, labels, query"),
+        ({"first_stages": [1, 2, 3]}, "column 'first_stages' is not known; did you mean 'first_stage'?"),
+    ):
+        assert problem in checker.check({**LIST, **given}).problems

@@ -6,15 +6,18 @@ import os
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from sentence_transformers import CrossEncoder
 
-from rtx.runtime.candidates import read_candidates
+from rtx.runtime.candidates import Candidate, read_candidates, write_candidates
 from rtx.runtime.cli import main
 from rtx.runtime.errors import CheckpointError
 from rtx.runtime.evalset import load_evalset
-from rtx.runtime.evaluation import evaluate_candidates
+from rtx.runtime.evaluation import evaluate_candidates, evaluate_reranker
+from rtx.runtime.reranker import Reranker
 from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.train import Trainer
@@ -305,3 +308,49 @@ def test_a_guide_on_the_command_line(work, base):
     assert result.exit_code == 0, result.output
     assert "loss:GISTEmbedLoss" in (work / "tuned" / "README.md").read_text()
     assert "gist(guide_margin=0.1)" in (work / "tuned" / "README.md").read_text()
+
+
+def test_a_reranker_on_top_of_a_first_stage(work, base):
+    """From mined scores to a bundle: what is added in training is added in use."""
+    run = CliRunner().invoke
+    mined = run(main, ["mine", base, "pairs.jsonl", "-o", "lists.jsonl", "--first-stage", "--negatives", "3"])
+    assert mined.exit_code == 0, mined.output
+    assert run(main, ["eval", base, "beir", "--save-candidates", "found.jsonl", "--depth", "10"]).exit_code == 0
+    result = rtx(
+        "--task rerank --train lists.jsonl -o judge --loss cross_entropy --first-stage-weight 20 --eval beir "
+        "--candidates found.jsonl --batch-size 8 --threads 1 --learning-rate 1e-3",
+        model=base,
+    )
+    assert result.exit_code == 0, result.output
+    model = RetrievalModel.load(work / "judge")
+    assert (model.contract.first_stage_weight, model.contract.activation) == (20.0, "identity")
+
+    exported = run(main, ["export", "judge", "-o", "judge.rtx", "--eval", "beir", "--candidates", "found.jsonl"])
+    assert exported.exit_code == 0, exported.output
+    evalset = load_evalset(work / "beir")
+    candidates = read_candidates(work / "found.jsonl", evalset)
+    pairs = [(evalset.queries[query], evalset.corpus[one.document]) for query, row in candidates.items() for one in row]
+    first_stage = [one.score for row in candidates.values() for one in row]
+    with Reranker.open(work / "judge.rtx", threads=1) as judge:
+        scores = judge.score(pairs, first_stage=first_stage)
+        found = evaluate_reranker(judge, evalset, candidates)
+    # sentence-transformers opens the same folder, and gives what is added to.
+    logits = CrossEncoder(str(work / "judge"), device="cpu").predict(pairs)
+    np.testing.assert_allclose(scores, logits + 20 * np.array(first_stage), atol=1e-4)
+    assert f"{found.metrics['ndcg@10']:.4f}" in result.stdout
+
+    unscored = {query: [Candidate(one.document) for one in row] for query, row in candidates.items()}
+    write_candidates(unscored, work / "unscored.jsonl")
+    refused = run(main, ["eval", "judge.rtx", "beir", "--candidates", "unscored.jsonl"])
+    assert refused.exit_code == 2
+    assert "this model adds 20 times the first stage's score to its own" in refused.stderr
+
+
+@pytest.mark.usefixtures("work")
+def test_a_first_stage_that_the_data_does_not_have(base):
+    result = rtx("--task rerank --train pairs.jsonl -o judge --first-stage-weight 20", model=base)
+    assert result.exit_code == 4
+    assert "pairs.jsonl:1: has no first_stage; it has negative, positive, query" in result.stderr
+    result = rtx("--task embed --train pairs.jsonl -o tuned --first-stage-weight 20", model=base)
+    assert result.exit_code == 2
+    assert "first_stage_weight: only a reranker is on top of a first stage" in result.stderr

@@ -55,12 +55,22 @@ train("cached", embedder, symmetric, rows, activation_tokens=0, chunk_tokens=30)
 train("accumulated", embedder, losses.info_nce, rows, gradient_accumulation_steps=2)
 lists = [{"query": r["query"], "positive": r["positive"], "negatives": ["the", r["positive"] + " a"]} for r in rows]
 train("reranker", reranker, losses.cross_entropy, lists)
+for row in lists:
+    row["first_stage"] = [0.5, 0.25, len(row["query"]) / 20]
+on_top = f"{out}/on_top_start"
+if is_main():
+    model = RetrievalModel.load(reranker)
+    model.configure(first_stage_weight=20, activation="identity")
+    model.save(on_top)
+if world_size() > 1:
+    torch.distributed.barrier()
+train("on_top", on_top, losses.cross_entropy, lists)
 outcome = train("evaluated", embedder, losses.info_nce, rows, Evaluator.from_beir(evalset), save_steps=1)
 assert outcome.after["ndcg@10"] >= 0
 again = train("evaluated", embedder, losses.info_nce, rows, Evaluator.from_beir(evalset), save_steps=1, resume=True)
 assert again.after == outcome.after and again.best_step == outcome.best_step
 """
-RUNS = ("plain", "cached", "accumulated", "reranker", "evaluated")
+RUNS = ("plain", "cached", "accumulated", "reranker", "on_top", "evaluated")
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,32 @@ class Targets(NamedTuple):
         labels: [documents] float32: 1 for a positive and 0 for a given negative, or a grade, or a teacher's score.
             Where the data has positives, the first document of a query is its positive.
         guide: vectors of the same texts by a second model, ([queries, dim], [documents, dim]), any floating type.
+        first_stage: [documents] float32, the scores that a first stage gave; None where the data has none.
     """
 
     owner: Tensor
     labels: Tensor
     guide: tuple[Tensor, Tensor] | None = None
+    first_stage: Tensor | None = None
 
     @classmethod
-    def of(cls, labels: Sequence[Sequence[float]]) -> Targets:
-        """Targets of queries with their documents' labels: `Targets.of([(1, 0, 0), (1,)])`."""
+    def of(cls, labels: Sequence[Sequence[float]], first_stage: Sequence[Sequence[float]] = ()) -> Targets:
+        """Targets of queries with their documents' labels, `Targets.of([(1, 0, 0), (1,)])`, and first-stage scores."""
         lengths = torch.tensor([len(row) for row in labels])
         return cls(
             torch.repeat_interleave(torch.arange(len(labels)), lengths),
             torch.tensor([label for row in labels for label in row], dtype=torch.float32),
+            first_stage=torch.tensor([score for row in first_stage for score in row], dtype=torch.float32)
+            if any(first_stage)
+            else None,
         )
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
         guide = self.guide
         moved = None if guide is None else (guide[0].to(device), guide[1].to(device))
-        return Targets(self.owner.to(device), self.labels.to(device), moved)
+        first_stage = None if self.first_stage is None else self.first_stage.to(device)
+        return Targets(self.owner.to(device), self.labels.to(device), moved, first_stage)
 
     @property
     def first(self) -> Tensor:

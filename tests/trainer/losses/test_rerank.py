@@ -11,7 +11,8 @@ import pytest
 import torch
 from sentence_transformers.cross_encoder import losses as theirs
 
-from rtx.trainer.losses import Targets, bce, cross_entropy, lambda_ndcg, listnet, ranknet
+from rtx.runtime.errors import UsageError
+from rtx.trainer.losses import Targets, bce, cross_entropy, first_stage, lambda_ndcg, listnet, ranknet
 from rtx.trainer.losses.rerank import margin_mse
 
 # Two orders of summation of a few hundred terms around 1 in float64.
@@ -330,3 +331,31 @@ def test_a_document_by_itself_gets_no_gradient(name):
     LOSSES[name](logits, Targets.of([[2.0, 0.0, 1.0], [1.0]])).backward()
     assert logits.grad[3] == 0
     assert (logits.grad[:3] != 0).all()
+
+
+# On top of a first stage
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_on_top_of_a_first_stage(name):
+    labels = [[min(label, 1.0) for label in row] for row in GRADED]
+    logits = logits_of(labels)
+    scores = [[0.1 * place - 0.2 * number for place in range(len(row))] for number, row in enumerate(labels)]
+    targets = Targets.of(labels, scores)
+    added = 20.0 * double(*(score for row in scores for score in row)).float()
+    ours = first_stage(LOSSES[name], 20)(logits, targets)
+    assert_same(ours, LOSSES[name](logits + added, Targets.of(labels)), logits)
+
+
+def test_a_first_stage_alone_is_the_loss_where_logits_are_equal():
+    scores = [[0.9, 0.5, 0.1]]
+    found = first_stage(cross_entropy, 2)(torch.zeros(3), Targets.of([(1, 0, 0)], scores))
+    assert found.item() == pytest.approx(math.log(1 + math.exp(-0.8) + math.exp(-1.6)), abs=1e-6)
+
+
+def test_a_first_stage_that_is_missing_or_weighs_nothing():
+    with pytest.raises(UsageError, match="the data has no scores of a first stage; expected a column first_stage"):
+        first_stage(cross_entropy, 20)(torch.zeros(2), Targets.of([(1, 0)]))
+    for weight in (0, -1, math.inf, math.nan):
+        with pytest.raises(UsageError, match=f"first_stage: expected a weight above 0, got {weight}"):
+            first_stage(cross_entropy, weight)
