@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.hashing import sha256_of
+from rtx.runtime.text import Encoded
 from rtx.trainer import losses
 from rtx.trainer.adapters import has_adapters, save_adapter
 from rtx.trainer.card import Measured, render_card
@@ -134,6 +135,7 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         # A pair has one prompt, the default one.
         default = {"default_prompt": "query"} if config.task == "rerank" else {}
         model.configure(prompts={**model.contract.prompts, **prompts}, **default)
+        _check_prompts(model, prompts)
     if config.matryoshka and max(config.matryoshka) > model.full_dimension:
         raise UsageError(
             f"matryoshka: expected dimensions of at most {model.full_dimension}, the model's; "
@@ -156,6 +158,19 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         reads={"guide": _hash_of(config.guide)} if config.guide is not None else None,
         progress=progress,
     )
+
+
+def _check_prompts(model: RetrievalModel, names: Iterable[str]) -> None:
+    """
+    Raises:
+        UsageError: a prompt leaves no room for a text.
+    """
+    limit = model.contract.max_tokens
+    for name in names:
+        text = model.preprocessor
+        found = text.encode([""], prompt=name) if model.task == "embed" else text.encode_pairs([("", "")])
+        if isinstance(found[0], Encoded) and len(found[0].ids) >= limit:
+            raise UsageError(f"{name}_prompt: fills all of the {limit} tokens of max_tokens; no text would be read")
 
 
 def build_loss(config: FinetuneConfig) -> Callable[..., Tensor]:

@@ -354,3 +354,14 @@ def test_a_first_stage_that_the_data_does_not_have(base):
     result = rtx("--task embed --train pairs.jsonl -o tuned --first-stage-weight 20", model=base)
     assert result.exit_code == 2
     assert "first_stage_weight: only a reranker is on top of a first stage" in result.stderr
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_a_prompt_that_leaves_no_room_for_a_text(work, base, task):
+    prompt = " ".join(WORDS)
+    line = f"--task {task} --train pairs.jsonl -o tuned --max-tokens 60 --max-steps 1"
+    assert rtx(line, model=base, query_prompt=prompt).exit_code == 0
+    result = rtx(f"{line} --overwrite --max-tokens 8", model=base, query_prompt=prompt)
+    assert result.exit_code == 2
+    assert "query_prompt: fills all of the 8 tokens of max_tokens; no text would be read" in result.stderr
+    assert (work / "tuned" / "config.json").exists()
