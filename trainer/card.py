@@ -143,6 +143,7 @@ def render_card(
         *_results(outcome, measured),
         f"## Use\n\n```bash\nrtx export {name} -o {name}.rtx\n```\n",
         _USE[config.task].format(name=name, dimension=contract.dimension),
+        _first_stage(contract),
         _prompts(contract),
         "## Training data\n",
         _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in data.sources]),
@@ -210,6 +211,16 @@ def _results(outcome: Outcome, measured: Measured | None) -> list[str]:
         _table(("metric", *columns, "change"), rows),
         f"95 % bootstrap interval of the change in {ndcg} over the queries: {low:+.4f} to {high:+.4f}.{against}\n",
     ]
+
+
+def _first_stage(contract: Contract) -> str:
+    if not contract.first_stage_weight:
+        return ""
+    return (
+        "It was trained on top of a first stage and needs that stage's scores, one a document: "
+        f"`rank(..., first_stage=[0.61, 0.58])` adds {contract.first_stage_weight:g} times each to its logit. "
+        "sentence-transformers gives the logits alone: add the same to them.\n"
+    )
 
 
 def _prompts(contract: Contract) -> str:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def describe_loss(loss: Any) -> str:
         return f"{describe_loss(loss.func)}({options})"
     if dataclasses.is_dataclass(loss) and not isinstance(loss, type):
         options = ", ".join(f"{item.name}={_shown(getattr(loss, item.name))}" for item in dataclasses.fields(loss))
-        return f"{type(loss).__name__.lower()}({options})"
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(loss).__name__).lower()
+        return f"{name}({options})"
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 

@@ -324,6 +324,9 @@ def test_a_reranker_on_top_of_a_first_stage(work, base):
     assert result.exit_code == 0, result.output
     model = RetrievalModel.load(work / "judge")
     assert (model.contract.first_stage_weight, model.contract.activation) == (20.0, "identity")
+    card = (work / "judge" / "README.md").read_text()
+    assert "adds 20 times each to its logit" in card
+    assert "Loss: `first_stage(loss=cross_entropy, weight=20.0)`" in card
 
     exported = run(main, ["export", "judge", "-o", "judge.rtx", "--eval", "beir", "--candidates", "found.jsonl"])
     assert exported.exit_code == 0, exported.output
