@@ -62,11 +62,13 @@ class Chunk(NamedTuple):
         side: position in the batch's sides.
         places: positions in that side.
         tokens: padded tokens.
+        idle: run only because other processes run a chunk; its output is not part of the batch.
     """
 
     side: int
     places: list[int]
     tokens: int
+    idle: bool = False
 
 
 def plan_chunks(batch: Batch, *, chunk_tokens: int) -> list[Chunk]:
@@ -87,11 +89,18 @@ def plan_chunks(batch: Batch, *, chunk_tokens: int) -> list[Chunk]:
     return chunks
 
 
+def pad_chunks(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    """So many chunks: idle ones of a single short text come first, where the fewest keep their activations."""
+    shortest = min(chunks, key=lambda chunk: chunk.tokens / len(chunk.places))
+    idle = Chunk(shortest.side, shortest.places[-1:], shortest.tokens // len(shortest.places), idle=True)
+    return [idle] * (count - len(chunks)) + list(chunks)
+
+
 def assemble(outputs: Sequence[Tensor], chunks: Sequence[Chunk]) -> list[Tensor]:
     """The outputs of chunks, [texts of the chunk, ...] each, as one tensor a side in the side's order."""
     sides: list[Tensor] = []
     for number in range(1 + max(chunk.side for chunk in chunks)):
-        of_side = [place for place, chunk in enumerate(chunks) if chunk.side == number]
+        of_side = [place for place, chunk in enumerate(chunks) if chunk.side == number and not chunk.idle]
         joined = torch.cat([outputs[place] for place in of_side])
         order = torch.tensor([place for chunk in of_side for place in chunks[chunk].places])
         sides.append(joined[torch.argsort(order).to(joined.device)])

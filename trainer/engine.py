@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rtx.runtime.errors import EngineError
 from rtx.runtime.text import Batch
+from rtx.trainer.sharding import is_sharded
 
 if TYPE_CHECKING:
     from rtx.trainer.model import RetrievalModel
@@ -40,7 +41,9 @@ class TorchEngine:
         """
         model = self.model
         tensors = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
-        with self._lock, torch.inference_mode():
+        # What a sharded model gathers it keeps for training, where tensors of the inference mode must not be.
+        ungraded = torch.no_grad() if is_sharded(model) else torch.inference_mode()
+        with self._lock, ungraded:
             was_training = model.training
             model.eval()
             try:

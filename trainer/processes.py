@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -11,13 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtx.trainer.losses.targets import Targets
+from rtx.trainer.sharding import check_launcher
 
 # How long the other processes wait while the main one evaluates.
 _TIMEOUT_S = 24 * 3600
 
 
 def join_processes() -> None:
-    """Meet the processes that torchrun started with this one, if it did. Once they have met, this does nothing."""
+    """Meet the processes that a launcher started with this one, if one did. Once they have met, this does nothing.
+
+    Raises:
+        UsageError: the launcher was told to do what cannot be done.
+    """
+    check_launcher(os.environ)
     accelerate.PartialState(cpu=torch.cuda.device_count() == 0, timeout=timedelta(seconds=_TIMEOUT_S))
 
 

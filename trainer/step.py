@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtx.trainer.batches import Batch, Chunk, assemble
+from rtx.trainer.batches import Batch, Chunk, assemble, pad_chunks
 from rtx.trainer.losses.targets import Targets
-from rtx.trainer.processes import gather, gather_targets
+from rtx.trainer.processes import gather, gather_objects, gather_targets
 
 Run = Callable[[Chunk], Tensor]
 JoinedLoss = Callable[[Sequence[Tensor]], Tensor]
@@ -39,7 +39,10 @@ def loss_of(
     """The loss of a batch, with the graph of all chunks; they run in one context."""
     with context():
         outputs = [run(chunk) for chunk in chunks]
-    return loss(assemble(outputs, chunks))
+    value = loss(assemble(outputs, chunks))
+    idle = [output for output, chunk in zip(outputs, chunks, strict=True) if chunk.idle]
+    # They go back as the others do, with a gradient of zero.
+    return value + sum_of_products(idle, [torch.zeros_like(output) for output in idle]) if idle else value
 
 
 def backward(
@@ -48,6 +51,7 @@ def backward(
     loss: JoinedLoss,
     *,
     activation_tokens: int | None = None,
+    in_step: bool = False,
     propagate: Callable[[Tensor], Any] = torch.Tensor.backward,
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     unsynchronised: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -61,6 +65,8 @@ def backward(
         loss: of the assembled outputs.
         activation_tokens: padded tokens whose activations may be held at once. What fits is run once, the rest twice.
             None holds all; 0 holds those of one chunk at a time.
+        in_step: all processes run equally many chunks, and hold the activations of equally many: for a sharded model,
+            of which each pass gathers the parts.
         propagate: back-propagates a scalar.
         context: in which chunks run, such as autocast. One for all that keep their activations: weights are cast once.
         unsynchronised: a context in which a backward pass does not average gradients over processes; the last
@@ -71,6 +77,8 @@ def backward(
         The loss, a scalar without graph.
     """
     live = live_chunks(chunks, activation_tokens)
+    if in_step:
+        chunks, live = align_chunks(chunks, live)
     if len(live) == len(chunks):
         value = loss_of(run, chunks, loss, context=context)
         check(value)
@@ -90,7 +98,8 @@ def backward(
         leaves = [output.detach().requires_grad_() for output in outputs]
         value = loss(assemble(leaves, chunks))
         check(value)
-        gradients = torch.autograd.grad(value, leaves)
+        # Of an idle chunk it is zero.
+        gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
         if live:
             propagate(sum_of_products([outputs[place] for place in live], [gradients[place] for place in live]))
         outputs.clear()
@@ -120,6 +129,20 @@ def live_chunks(chunks: Sequence[Chunk], activation_tokens: int | None) -> set[i
             break
         live.add(place)
     return live
+
+
+def align_chunks(chunks: Sequence[Chunk], live: set[int]) -> tuple[list[Chunk], set[int]]:
+    """As many chunks in every process, of which as many are live. All processes have to call it.
+
+    Args:
+        chunks: of this process.
+        live: a tail of them, as `live_chunks` gives it.
+    """
+    counts = gather_objects((len(chunks), len(live)))
+    most = max(count for count, _ in counts)
+    # A process that keeps all it has keeps idle ones too, which are small.
+    kept = min(most if count == held else held for count, held in counts)
+    return pad_chunks(chunks, most), set(range(most - kept, most))
 
 
 def _random_state() -> list[Tensor]:

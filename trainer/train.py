@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from rtx.runtime.atomic import atomic_file
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import CheckpointError, TrainingError, UsageError
-from rtx.runtime.folder import replace_folder
+from rtx.runtime.errors import TrainingError, UsageError
 from rtx.runtime.metrics import Interval, bootstrap_interval
 from rtx.trainer import losses
-from rtx.trainer.adapters import ADAPTER_STATE_NAME, adapter_state, add_lora, has_adapters, load_adapter_state
+from rtx.trainer.adapters import add_lora
 from rtx.trainer.batches import Batch, Chunk, Collator, NumberedRows, plan_chunks
 from rtx.trainer.config import TrainingArguments
 from rtx.trainer.data import Row, TrainingData
@@ -41,8 +35,10 @@ from rtx.trainer.parameters import freeze, parameter_groups
 from rtx.trainer.processes import from_main, gather_objects, is_main, world_size
 from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder, RunRecord
+from rtx.trainer.run_checkpoints import Snapshot, read_state, read_weights, reading, rewrite_state, write_checkpoint
 from rtx.trainer.sampler import BatchSampler
-from rtx.trainer.step import backward, batch_run, joined_loss, loss_of
+from rtx.trainer.sharding import copy_to_shard, gather_optimizer, gather_weights, load_optimizer, load_weights, whole
+from rtx.trainer.step import align_chunks, backward, batch_run, joined_loss, live_chunks, loss_of
 from rtx.trainer.watch import LossWatch, out_of_patience
 
 # Short chunks leave out padding, and on a CPU they cost little else; elsewhere, few large ones keep the device busy.
@@ -152,10 +148,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             callbacks=[self.progress],
         )
         self.remove_callback(PrinterCallback)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError(
-                "FSDP and DeepSpeed: not supported, checkpoints would not be whole; start with torchrun, without them"
-            )
+        self._whole = model
+        self._sharded = bool(self.is_fsdp_enabled)
+        if self._sharded:
+            self.model = self.model_wrapped = copy_to_shard(model)
+            # Gradients that wait for the last batch of a step would wait unsharded.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if not is_main():
             self.progress.silence()
         self.sampler = BatchSampler(
@@ -177,7 +175,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return cast(TrainingData, self.train_dataset)
 
     def estimate(self) -> Estimate:
-        """What the run will need, measured on some of its batches; nothing is trained or written."""
+        """What the run will need, measured on some of its batches; nothing is trained or written.
+
+        Raises:
+            UsageError: the run is to be sharded.
+        """
+        if self._sharded:
+            raise UsageError(
+                "FSDP: cannot be estimated; estimate for one process: weights, gradients and AdamW's moments are then "
+                "divided by the number of processes"
+            )
         arguments = self.arguments
         accumulated = arguments.gradient_accumulation_steps
         steps = arguments.max_steps or math.ceil(arguments.epochs * math.ceil(len(self.sampler) / accumulated))
@@ -210,27 +217,24 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if begun is not None and not resume:
             raise UsageError(f"{self.run.output}: holds a run already; resume it, or train into another folder")
         with self.progress, repeatable(self.args.device, self.arguments.threads):
-            record = self._record()
-            if begun is None:
-                record = dataclasses.replace(record, before=self._measure(0))
-                if is_main():
-                    self.run.write(record)
-            else:
-                self.run.check_same(record)
+            self._known = self._record()
+            self._begins = begun is None
+            if begun is not None:
+                self.run.check_same(self._known)
                 if is_main():
                     self.run.clean()
                 before = begun.before[self.evaluator.metric] if self.evaluator is not None else None
-                self.progress.resumed(self.run.newest(), begun.environment, record.environment, before)
-                record = dataclasses.replace(record, before=begun.before)
+                self.progress.resumed(self.run.newest(), begun.environment, self._known.environment, before)
+                self._known = dataclasses.replace(self._known, before=begun.before)
             self._loop(from_main(self.run.newest()))
-            return self._finish(record)
+            return self._finish()
 
     def _loop(self, newest: Path | None) -> None:
         if newest is not None:
-            with _reading(str(newest)):
-                state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+            state = read_state(newest)
             if state.global_step >= state.max_steps or self._out_of_patience(state):
                 # Killed after the last step: the loop of transformers would take one more.
+                self._prepare_to_measure()
                 self._load_from_checkpoint(str(newest))
                 self.state = state
                 return
@@ -238,7 +242,26 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         transformers.set_seed(self.arguments.seed + self.args.process_index)
         super().train(resume_from_checkpoint=str(newest) if newest is not None else None)
 
-    def _finish(self, record: RunRecord) -> Outcome:
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        found = super()._prepare_for_training(*arguments)
+        self._begin()
+        return found
+
+    def _prepare_to_measure(self) -> None:
+        """Put the model where it trains, for a run that will not."""
+        if self._sharded:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new run is there once its model is measured: sharded, if it is to be, since it may fit nowhere else."""
+        if self._begins:
+            self._known = dataclasses.replace(self._known, before=self._measure(0))
+            self._begins = False
+            if is_main():
+                self.run.write(self._known)
+
+    def _finish(self) -> Outcome:
         """The best weights into the model, and what came of the run."""
         if self._watch.always_zero:
             self.progress.say(
@@ -252,18 +275,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if last not in dict(_logged(self.state, "eval_")):
                 self._determine_best_metric(self.evaluate(), None)
             best = self.state.best_global_step
-            if best != last:
-                self._load_from_checkpoint(str(self.run.checkpoint(best)))
-            if is_main():
-                interval = bootstrap_interval(self.run.read_ndcg(best) - self.run.read_ndcg(0))
-                if (found := self.evaluator.first_stage()) is not None:
-                    first_stage = found.metrics
-                    first_stage_interval = bootstrap_interval(self.run.read_ndcg(best) - found.ndcg)
+        self._make_whole(best)
+        if self.evaluator is not None and is_main():
+            interval = bootstrap_interval(self.run.read_ndcg(best) - self.run.read_ndcg(0))
+            if (found := self.evaluator.first_stage()) is not None:
+                first_stage = found.metrics
+                first_stage_interval = bootstrap_interval(self.run.read_ndcg(best) - found.ndcg)
         evaluations = _logged(self.state, "eval_")
         return Outcome(
             steps=last,
             best_step=best,
-            before=record.before,
+            before=self._known.before,
             after=dict(evaluations).get(best, {}),
             evaluations=evaluations,
             interval=interval,
@@ -273,20 +295,29 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             first_stage_interval=first_stage_interval,
         )
 
+    def _make_whole(self, best: int) -> None:
+        """The weights of a step, the last one or one with a checkpoint, into the model that was given."""
+        if best != self.state.global_step:
+            read_weights(self.run.checkpoint(best), self._whole)
+        elif self._sharded:
+            load_weights(self._whole, gather_weights(self.model))
+        self.model = self.model_wrapped = self._whole
+
     def _reported(self, name: str) -> list[tuple[int, float]]:
         return [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
 
     def _measure(self, step: int) -> dict[str, float]:
-        """The main process measures; the others wait for the numbers."""
+        """The main process measures; the others wait for the numbers, or help to run a sharded model."""
         if self.evaluator is None:
             return {}
         metrics: dict[str, float] = {}
-        if is_main():
+        if is_main() or self._sharded:
             with self.progress.evaluating() as report:
                 evaluation = self.evaluator(self.model, progress=report)
             metrics = evaluation.metrics
-            self.progress.measured(step, self.evaluator.metric, metrics)
-            self.run.write_ndcg(step, evaluation.ndcg)
+            if is_main():
+                self.progress.measured(step, self.evaluator.metric, metrics)
+                self.run.write_ndcg(step, evaluation.ndcg)
         return cast(dict[str, float], from_main(metrics))
 
     def _out_of_patience(self, state: TrainerState) -> bool:
@@ -297,7 +328,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _record(self) -> RunRecord:
         data = self.data
-        inputs = {"model": hash_model(self.model)}
+        inputs = {"model": hash_model(self._whole)}
+        if self._sharded and len(set(gather_objects(inputs["model"]))) > 1:
+            raise UsageError("FSDP: the processes hold different models; seed torch before a new head is made")
         inputs |= {f"training data {number}": source.sha256 for number, source in enumerate(data.sources, start=1)}
         inputs |= self._reads
         if self.evaluator is not None:
@@ -325,6 +358,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of a batch, with the graph of all of it."""
         chunks = plan_chunks(inputs, chunk_tokens=self._chunk_tokens)
+        if self._sharded:
+            chunks, _ = align_chunks(chunks, live_chunks(chunks, None))
         loss: Tensor = loss_of(self._runner(model, inputs), chunks, self._joined_loss(inputs), context=self._precision)
         return loss
 
@@ -338,9 +373,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             plan_chunks(inputs, chunk_tokens=self._chunk_tokens),
             self._joined_loss(inputs),
             activation_tokens=self.arguments.activation_tokens,
+            in_step=self._sharded,
             propagate=lambda scalar: self.accelerator.backward(scalar / accumulated),
             context=self._precision,
-            unsynchronised=lambda: self.accelerator.no_sync(model),
+            # Gradients of a sharded model are added up in shares, or they would need the memory of all of it.
+            unsynchronised=contextlib.nullcontext if self._sharded else lambda: self.accelerator.no_sync(model),
             check=lambda loss: self._check_finite("loss", loss),
         )
         if (problem := self._watch.add(value.item())) is not None:
@@ -372,9 +409,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
         # A finite loss can have a gradient that is not; after the step, all weights would be NaN.
-        self._check_finite("norm of the gradient", torch.as_tensor(norm))
+        self._check_finite("norm of the gradient", norm)
         self._rows = []
         return norm
 
@@ -457,85 +494,54 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the signature of transformers
         """The main process writes, also what only the others know: the states of their random generators."""
         self._check_output()
+        target = self.run.checkpoint(self.state.global_step)
+        if from_main(target.exists()):
+            # Written at this step already, before the evaluation at the end of the epoch: only what is known changed.
+            if is_main():
+                rewrite_state(target, self.state)
+        else:
+            snapshot = self._snapshot()
+            if is_main():
+                write_checkpoint(target, self._whole, snapshot)
+        if is_main():
+            self.run.keep(self.arguments.keep_checkpoints, self.state.best_global_step)
+        from_main(None)
+
+    def _snapshot(self) -> Snapshot:
+        """All that changes; of a sharded model, only the main process is given it."""
         with tempfile.TemporaryDirectory() as own:
             self._save_rng_state(own)
             states = gather_objects({file.name: file.read_bytes() for file in Path(own).iterdir()})
-        if is_main():
-            self._write_checkpoint({name: content for state in states for name, content in state.items()})
-        from_main(None)
-
-    def _write_checkpoint(self, random_states: dict[str, bytes]) -> None:
-        target = self.run.checkpoint(self.state.global_step)
-        if target.exists():
-            # Written at this step already, before the evaluation at the end of the epoch: only what is known changed.
-            with atomic_file(target / TRAINER_STATE_NAME) as stream:
-                stream.write(json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True).encode())
-        else:
-            with _writing(target), replace_folder(target, marker=TRAINER_STATE_NAME) as folder:
-                self.model.write(folder)
-                if has_adapters(self.model):
-                    save_file(adapter_state(self.model), folder / ADAPTER_STATE_NAME)
-                self._save_optimizer_and_scheduler(str(folder))
-                for name, content in random_states.items():
-                    (folder / name).write_bytes(content)
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        self.run.keep(self.arguments.keep_checkpoints, self.state.best_global_step)
+        return Snapshot(
+            weights=gather_weights(self.model, keep=is_main()),
+            optimizer=gather_optimizer(self.optimizer, keep=is_main()),
+            schedule=self.lr_scheduler.state_dict(),
+            random_states={name: content for state in states for name, content in state.items()},
+            state=self.state,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
-        if has_adapters(self.model):
-            with _reading(resume_from_checkpoint):
-                state = load_file(Path(resume_from_checkpoint) / ADAPTER_STATE_NAME)
-            load_adapter_state(self.model, state)
-            return
-        saved = RetrievalModel.load(
-            resume_from_checkpoint, task=self.model.task, dtype=next(self.model.backbone.parameters()).dtype
-        )
-        self.model.load_state_dict(saved.state_dict())
+        read_weights(Path(resume_from_checkpoint), self._whole)
+        if self._sharded:
+            load_weights(self.model, self._whole.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            with _reading(checkpoint):
-                # Transformers would go on without them.
-                for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-                    (Path(checkpoint) / name).stat()
-                super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        with reading(Path(checkpoint)):
+            found = [
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+            ]
+            load_optimizer(self.optimizer, found[0])
+            self.lr_scheduler.load_state_dict(found[1])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            with _reading(checkpoint):
+            with reading(Path(checkpoint)):
                 if not any(Path(checkpoint).glob("rng_state*.pth")):
                     raise FileNotFoundError("rng_state.pth is missing")
                 super()._load_rng_state(checkpoint)
-
-
-@contextlib.contextmanager
-def _writing(checkpoint: Path) -> Iterator[None]:
-    """
-    Raises:
-        CheckpointError: a file of a training checkpoint cannot be written.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as broken:
-        # Where the disk is full, torch has other words for it.
-        raise CheckpointError(
-            f"{checkpoint}: cannot be written, is the disk full? {str(broken).partition(chr(10))[0]}"
-        ) from broken
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: str) -> Iterator[None]:
-    """
-    Raises:
-        CheckpointError: a file of a training checkpoint is damaged or missing.
-    """
-    try:
-        yield
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as broken:
-        raise CheckpointError(
-            f"{checkpoint}: is damaged: {str(broken).partition(chr(10))[0]}; "
-            "remove it to go on from the checkpoint before it, or from the beginning"
-        ) from broken
 
 
 def _logged(state: TrainerState, prefix: str) -> list[tuple[int, dict[str, float]]]:

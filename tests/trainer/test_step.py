@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rtx.trainer import losses
+from rtx.trainer import losses, step
 from rtx.trainer.batches import Batch, Chunk, Collator, assemble, plan_chunks
 from rtx.trainer.data import Example
 from rtx.trainer.model import RetrievalModel
@@ -68,7 +68,7 @@ def models(tiny_checkpoint):
     return built
 
 
-def gradients(model, rows, loss, *, chunk_tokens, activation_tokens, counter=None):
+def gradients(model, rows, loss, *, chunk_tokens, activation_tokens, counter=None, in_step=False):
     batch = Collator(model.preprocessor, task=model.task)(list(enumerate(rows)))
     targets = batch.targets._replace(labels=batch.targets.labels.double())
     if "gist" in str(loss):
@@ -89,6 +89,7 @@ def gradients(model, rows, loss, *, chunk_tokens, activation_tokens, counter=Non
         plan_chunks(batch, chunk_tokens=chunk_tokens),
         joined_loss(loss, targets),
         activation_tokens=activation_tokens,
+        in_step=in_step,
     )
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return value, found, torch.get_rng_state()
@@ -135,6 +136,30 @@ def test_what_fits_runs_once_and_the_rest_twice(models):
     counter.clear()
     gradients(models["embed"], rows, losses.info_nce, chunk_tokens=30, activation_tokens=10_000, counter=counter)
     assert (counter.count(False), counter.count(True)) == (0, chunks)
+
+
+@pytest.mark.parametrize(
+    ("activation_tokens", "other", "passes"),
+    [
+        # (chunks, live ones) of another process -> forward passes without and with gradient.
+        (None, (24, 24), (0, 24)),
+        (None, (24, 4), (20, 24)),
+        (0, (24, 1), (23, 24)),
+        (0, (3, 3), (19, 20)),
+    ],
+)
+def test_chunks_that_others_wait_for_change_nothing(tiny_checkpoint, monkeypatch, activation_tokens, other, passes):
+    # Without dropout: idle chunks draw random numbers too.
+    model, rows = RetrievalModel.load(tiny_checkpoint("bert")).double().eval(), examples()
+    options = {"chunk_tokens": 30, "activation_tokens": activation_tokens}
+    value, plain, _ = gradients(model, rows, losses.info_nce, **options)
+    monkeypatch.setattr(step, "gather_objects", lambda own: [own, other])
+    counter: list[bool] = []
+    waiting_value, waiting, _ = gradients(model, rows, losses.info_nce, **options, in_step=True, counter=counter)
+    assert (counter.count(False), counter.count(True)) == passes
+    assert waiting_value.item() == pytest.approx(value.item(), abs=1e-12)
+    for name, gradient in plain.items():
+        assert torch.allclose(waiting[name], gradient, rtol=0, atol=1e-12), name
 
 
 def test_gradients_are_averaged_over_processes_once_at_the_end(models):

@@ -225,7 +225,8 @@ def run(point, output):
     if point == "between":
         train.Trainer.training_step = after(9, train.Trainer.training_step)
     elif point == "writing":
-        train.Trainer._save_optimizer_and_scheduler = after(2, train.Trainer._save_optimizer_and_scheduler)
+        # The last file of a checkpoint.
+        train.TrainerState.save_to_json = after(2, train.TrainerState.save_to_json)
     elif point == "removing":
         remove = shutil.rmtree
         shutil.rmtree = lambda path, **o: die() if str(path).endswith(".old") else remove(path, **o)
