@@ -67,7 +67,7 @@ def check_launcher(environment: Mapping[str, str]) -> None:
             "DeepSpeed: not supported, since it steps inside its own backward pass, and here a batch may have several "
             "(the gradient cache); use FSDP, which shards alike (distributed_type: FSDP, fsdp_version: 2)"
         )
-    if not _is_on(environment, "ACCELERATE_USE_FSDP"):
+    if not is_wanted(environment):
         return
     found = {name: environment.get(name, setting.default).lower() for name, setting in _SETTINGS.items()}
     wrong = [
@@ -77,6 +77,11 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     ]
     if wrong:
         raise UsageError(f"FSDP: accelerate's configuration: {'; '.join(wrong)}")
+
+
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's launcher was told to shard."""
+    return _is_on(environment, "ACCELERATE_USE_FSDP")
 
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from rtx.runtime.candidates import check_scored
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import TrainingError, UsageError
 from rtx.runtime.metrics import Interval, bootstrap_interval
@@ -30,6 +32,7 @@ from rtx.trainer.estimate import Estimate, Plan, estimate, sample_batches
 from rtx.trainer.evaluation import Evaluator
 from rtx.trainer.loop import EpochLoader, loop_arguments, repeatable
 from rtx.trainer.loss_table import DEFAULT_LOSS, SUFFICES, spec_of
+from rtx.trainer.losses.first_stage import first_stage
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.parameters import freeze, parameter_groups
 from rtx.trainer.processes import from_main, gather_objects, is_main, world_size
@@ -37,7 +40,15 @@ from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder, RunRecord
 from rtx.trainer.run_checkpoints import Snapshot, read_state, read_weights, reading, rewrite_state, write_checkpoint
 from rtx.trainer.sampler import BatchSampler
-from rtx.trainer.sharding import copy_to_shard, gather_optimizer, gather_weights, load_optimizer, load_weights, whole
+from rtx.trainer.sharding import (
+    copy_to_shard,
+    gather_optimizer,
+    gather_weights,
+    is_wanted,
+    load_optimizer,
+    load_weights,
+    whole,
+)
 from rtx.trainer.step import align_chunks, backward, batch_run, joined_loss, live_chunks, loss_of
 from rtx.trainer.watch import LossWatch, out_of_patience
 
@@ -116,17 +127,19 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         spec = spec_of(self.loss, model.task)
         # What a model adds in use is added in training.
         weight = model.contract.first_stage_weight
-        if weight and not (isinstance(train_dataset, TrainingData) and not train_dataset.first_stage):
-            self.loss = losses.first_stage(self.loss, weight)
-        elif weight:
-            raise UsageError(
-                f"first_stage: the model adds {weight:g} times the first stage's scores, and the data was read without"
-            )
+        if weight:
+            self.loss = first_stage(self.loss, weight)
+            if isinstance(train_dataset, TrainingData) and not train_dataset.with_first_stage:
+                raise UsageError(
+                    f"first_stage: the model adds {weight:g} times the first stage's scores; the data was read without"
+                )
+            if evaluator is not None and evaluator.candidates is not None:
+                check_scored(evaluator.candidates, evaluator.evalset.name)
         if spec is not None and spec.guided and guide is None:
             raise UsageError(f"loss {describe_loss(self.loss)}: needs a guide, a second embedder")
         needs = spec.needs if spec is not None else "positives" if model.task == "embed" else "labels"
         if not isinstance(train_dataset, TrainingData):
-            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, first_stage=weight > 0)
+            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, with_first_stage=weight > 0)
         elif spec is not None and train_dataset.needs not in SUFFICES[needs]:
             raise UsageError(
                 f"loss {describe_loss(self.loss)}: needs rows with {needs}; the data was read for {train_dataset.needs}"
@@ -149,11 +162,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)
         self._whole = model
-        self._sharded = bool(self.is_fsdp_enabled)
-        if self._sharded:
-            self.model = self.model_wrapped = copy_to_shard(model)
-            # Gradients that wait for the last batch of a step would wait unsharded.
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        self._sharded = self._prepare_to_shard()
         if not is_main():
             self.progress.silence()
         self.sampler = BatchSampler(
@@ -168,6 +177,21 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         on_cpu = self.args.device.type == "cpu"
         self._chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
         self.data_collator = Collator(model.preprocessor, task=model.task)
+
+    def _prepare_to_shard(self) -> bool:
+        """Whether the launcher asks for it; then a copy of the model is what trains.
+
+        Raises:
+            UsageError: it asks, and accelerate does not do it here.
+        """
+        if not self.is_fsdp_enabled:
+            if is_wanted(os.environ):
+                raise UsageError("FSDP: accelerate has it for GPUs only, and there is none; start with torchrun")
+            return False
+        self.model = self.model_wrapped = copy_to_shard(self._whole)
+        # Gradients that wait for the last batch of a step would wait unsharded.
+        self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        return True
 
     @property
     def data(self) -> TrainingData:

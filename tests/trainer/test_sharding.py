@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from rtx.runtime.errors import UsageError
+from rtx.trainer.config import TrainingArguments
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.processes import join_processes
 from rtx.trainer.sharding import check_launcher, copy_to_shard, gather_weights
+from rtx.trainer.train import Trainer
 
 # What accelerate's launcher sets by itself, where it is told to use FSDP and no more.
 DEFAULTS = {
@@ -48,6 +50,14 @@ def test_the_launcher_is_looked_at_before_processes_meet(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match=r"^DeepSpeed"):
         join_processes()
+
+
+def test_fsdp_without_a_gpu_is_refused_and_not_left_out(tiny_checkpoint, tmp_path, monkeypatch):
+    for name, value in FITTING.items():
+        monkeypatch.setenv(name, value)
+    model, rows = RetrievalModel.load(tiny_checkpoint("bert")), [{"query": "how", "positive": "so"}]
+    with pytest.raises(UsageError, match=r"^FSDP: accelerate has it for GPUs only"):
+        Trainer(model, TrainingArguments(output=str(tmp_path)), train_dataset=rows)
 
 
 def test_a_copy_to_shard_lies_in_the_same_memory_until_it_is_moved(tiny_checkpoint):
