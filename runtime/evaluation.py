@@ -6,7 +6,6 @@ reranker + evaluation set + candidates   -> Evaluation  ┴ compare -> Compariso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.candidates import Candidate, Candidates
+from rtx.runtime.candidates import Candidate, Candidates, check_scored
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, EngineError, UsageError
 from rtx.runtime.evalset import EvalSet, Problems
@@ -52,6 +51,9 @@ class EmbeddingModel(Protocol):
 
 class RerankingModel(Protocol):
     """What is evaluated as a reranker: `rtx.runtime.Reranker`, or anything with its `score`."""
+
+    @property
+    def needs_first_stage(self) -> bool: ...
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
@@ -229,13 +231,14 @@ def evaluate_reranker(
     texts = list(evalset.corpus.values())
     queries = list(evalset.queries.values())
     pairs = [(query, texts[place]) for query, row in zip(queries, places, strict=True) for place in row]
-    first_stage = [score for row in given for score in row]
-    scored = all(map(math.isfinite, first_stage))
+    if reranker.needs_first_stage:
+        check_scored(candidates, evalset.name)
+    first_stage = [score for row in given for score in row] if reranker.needs_first_stage else None
     scores = np.empty(len(pairs), dtype=np.float32)
     done = 0
     for part in _chunks(pairs):
-        of_part = first_stage[done : done + len(part)]
-        scores[done : done + len(part)] = reranker.score(part, first_stage=of_part if scored else None)
+        of_part = None if first_stage is None else first_stage[done : done + len(part)]
+        scores[done : done + len(part)] = reranker.score(part, first_stage=of_part)
         done += len(part)
         if progress is not None:
             progress(done, len(pairs))

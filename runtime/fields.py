@@ -6,6 +6,7 @@ What is wrong is added to a list of problems, so that one look at a row names al
 from __future__ import annotations
 
 import json
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,12 +15,24 @@ from rtx.runtime.text import check_text
 
 Row = Mapping[str, object]
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
 NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 
 
 def is_blank(value: object) -> bool:
     """Whether a field has nothing: null, or an empty cell."""
     return value is None or (isinstance(value, str) and not value)
+
+
+def finite_float32(value: object) -> float | None:
+    """A number that is finite in float32, also as text (a cell of a csv file); None for anything else, booleans too."""
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= LARGEST_FLOAT32 else None
 
 
 def missing(row: Row, name: str) -> str:

@@ -362,6 +362,10 @@ class Logits:
     def __init__(self, reranker: Reranker) -> None:
         self._reranker = reranker
 
+    @property
+    def needs_first_stage(self) -> bool:
+        return self._reranker.needs_first_stage
+
     def score(
         self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
     ) -> NDArray[np.float32]:

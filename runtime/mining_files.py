@@ -66,7 +66,7 @@ def write_mined(
     *,
     pairs: bool = False,
     scores: bool = False,
-    first_stage: bool = False,
+    with_first_stage: bool = False,
     fewer: Fewer = "keep",
     on_unusable: Callable[[Unusable], object] = lambda _unusable: None,
 ) -> Summary:
@@ -78,8 +78,8 @@ def write_mined(
         pairs: write a line {query, document, label} for each document, label 1 or 0, instead of a line {query,
             positive, negatives} for each positive.
         scores: add `scores` to each line, the positive's first; a query without a negative has no line then.
-        first_stage: add the same as `first_stage`, or to a line of a pair that document's own. It is for a reranker to
-            be trained on top of, so the scores have to be the embedder's.
+        with_first_stage: add the same as `first_stage`, or to a line of a pair that document's own. A reranker is to be
+            trained on top of them, so they have to be the embedder's.
         fewer: whether a query with fewer negatives than wanted is written with those it has or left out.
         on_unusable: called with each row that could not be compared.
 
@@ -98,7 +98,7 @@ def write_mined(
                 continue
             missing = found.wanted - len(found.negatives)
             keep = not ((missing and fewer == "drop") or (scores and not found.negatives))
-            columns = [name for name, wanted in (("scores", scores), ("first_stage", first_stage)) if wanted]
+            columns = [name for name, wanted in (("scores", scores), ("first_stage", with_first_stage)) if wanted]
             lines = list(_pair_lines(found, columns) if pairs else _row_lines(found, columns)) if keep else []
             stream.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
             summary.add(found, lines=len(lines))

@@ -35,6 +35,11 @@ class Reranker(Session):
 
     task = "rerank"
 
+    @property
+    def needs_first_stage(self) -> bool:
+        """Whether it was trained on top of a first stage and has to be given that stage's scores."""
+        return self.contract.first_stage_weight > 0
+
     def score(
         self,
         pairs: Iterable[object],
@@ -61,6 +66,11 @@ class Reranker(Session):
         given = items_of(pairs, "(query, document) pairs")
         added = self._first_stage_part(first_stage, len(given))
         return self._run(given, self.preprocessor.encode_pairs, check_pair, on_invalid) + added
+
+    def score_alone(self, pairs: Iterable[object]) -> NDArray[np.float32]:
+        """As `score`, without what a first stage adds."""
+        given = items_of(pairs, "(query, document) pairs")
+        return self._run(given, self.preprocessor.encode_pairs, check_pair, "raise")
 
     async def ascore(
         self,
@@ -126,14 +136,18 @@ class Reranker(Session):
             )
         expected = f"first_stage: expected {pairs} finite numbers, one a document, got"
         try:
-            given = np.asarray(scores, dtype=np.float32)
+            given = np.asarray(scores)
         except (TypeError, ValueError) as wrong:
             raise UsageError(f"{expected} something else: {wrong}") from wrong
         if given.shape != (pairs,):
             raise UsageError(f"{expected} an array of shape {given.shape}")
-        if len(bad := np.flatnonzero(~np.isfinite(given))):
+        if pairs and given.dtype.kind not in "iuf":
+            raise UsageError(f"{expected} {given.dtype} ({scores[0]!r} for item 0)")
+        with np.errstate(over="ignore"):
+            added: NDArray[np.float32] = np.float32(weight) * given.astype(np.float32)
+        if len(bad := np.flatnonzero(~np.isfinite(added))):
             raise UsageError(f"{expected} {given[bad[0]]} for item {bad[0]}")
-        return np.float32(weight) * given
+        return added
 
 
 def _check_top_k(top_k: int | None) -> None:

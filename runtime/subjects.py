@@ -66,8 +66,7 @@ class Subject:
         if isinstance(self.model, Embedder):
             self.model.embed(items, prompt=prompt)
         else:
-            # As fast with any numbers.
-            self.model.score(items, first_stage=[0.0] * len(items))
+            self.model.score_alone(items)
 
 
 def open_checkpoint(path: str, bundle: Bundle, *, threads: int, models: ExitStack) -> Subject:

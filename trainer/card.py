@@ -142,8 +142,7 @@ def render_card(
         f"{name} is {_KINDS[config.task].words}, finetuned from `{base}` with rtx. {limits}.\n",
         *_results(outcome, measured),
         f"## Use\n\n```bash\nrtx export {name} -o {name}.rtx\n```\n",
-        _USE[config.task].format(name=name, dimension=contract.dimension),
-        _first_stage(contract),
+        _use(contract, name),
         _prompts(contract),
         "## Training data\n",
         _table(("file", "rows", "sha256"), [(f"`{s.name}`", f"{s.rows:,}", f"`{s.sha256}`") for s in data.sources]),
@@ -213,14 +212,23 @@ def _results(outcome: Outcome, measured: Measured | None) -> list[str]:
     ]
 
 
-def _first_stage(contract: Contract) -> str:
+def _use(contract: Contract, name: str) -> str:
+    use = _USE[contract.task].format(name=name, dimension=contract.dimension)
     if not contract.first_stage_weight:
-        return ""
-    return (
-        "It was trained on top of a first stage and needs that stage's scores, one a document: "
-        f"`rank(..., first_stage=[0.61, 0.58])` adds {contract.first_stage_weight:g} times each to its logit. "
-        "sentence-transformers gives the logits alone: add the same to them.\n"
-    )
+        return use
+    weight = f"{contract.first_stage_weight:g}"
+    for plain, on_top in (
+        ("top_k=10)", "first_stage=[0.61, 0.58], top_k=10)"),
+        ("from sentence_transformers", "import numpy as np\nfrom sentence_transformers"),
+        (
+            'ranked = model.rank("a question", ["a text", "another text"])',
+            'logits = model.predict([("a question", "a text"), ("a question", "another text")])\n'
+            f"scores = logits + {weight} * np.array([0.61, 0.58])",
+        ),
+    ):
+        assert plain in use, plain
+        use = use.replace(plain, on_top)
+    return f"{use}\nIt was trained on top of a first stage: {weight} times that stage's score is added to each logit.\n"
 
 
 def _prompts(contract: Contract) -> str:

@@ -111,6 +111,7 @@ def check_data(
     paths: Sequence[str | Path],
     *,
     needs: Needs | None = None,
+    with_first_stage: bool = False,
     evalset: EvalSet | None = None,
     measure: Measure | None = None,
     max_tokens: int | None = None,
@@ -121,6 +122,7 @@ def check_data(
     Args:
         paths: as TrainingData.read has them.
         needs: what the loss needs of a row; None takes rows of any form.
+        with_first_stage: whether a row needs scores of a first stage.
         evalset: look for its queries and documents in the data.
         measure: how long texts are; None for words and characters.
         max_tokens: the limit of the model that `measure` counts for.
@@ -129,7 +131,7 @@ def check_data(
     Raises:
         DataError, UsageError, MissingExtraError: a file as a whole cannot be read.
     """
-    check = _Check(needs, evalset, measure or _words_and_characters)
+    check = _Check(RowChecker(needs, with_first_stage=with_first_stage), evalset, measure or _words_and_characters)
     for path in map(Path, paths):
         check.read(path, report)
     findings = [check.bad] if check.bad.count else []
@@ -148,14 +150,14 @@ def check_data(
 class _Check:
     """Collects what a pass over the rows shows."""
 
-    def __init__(self, needs: Needs | None, evalset: EvalSet | None, measure: Measure) -> None:
+    def __init__(self, checker: RowChecker, evalset: EvalSet | None, measure: Measure) -> None:
         self.files: list[FileCount] = []
         self.lengths: dict[tuple[str, str], Counter[float]] = {}
         self.labels: dict[str, Counter[float]] = {}
         self.bad = Finding("bad_rows", "rows that cannot be used")
         self.pairs = PairSpool(shown=SHOWN)
         self.leaks = None if evalset is None else Leaks(evalset)
-        self._checker = RowChecker(needs)
+        self._checker = checker
         self._measure = measure
         self._rows = 0
 

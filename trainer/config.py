@@ -308,7 +308,7 @@ class FinetuneConfig(TrainingArguments):
         Option(
             "rerank: train on top of a first stage. Its score of each document, the column first_stage of the training "
             "data and the scores of the candidates, times this is added to the logit, in training and in use; kept in "
-            "the model. For an embedder the scale of its own loss, 20.",
+            "the model. For a new head the scale of the embedder's loss, 20. By default the model's own.",
             at_least=0,
         ),
     ] = None

@@ -60,7 +60,7 @@ class TrainingData(Sequence[Example]):
 
     Attributes:
         needs: what was demanded of each row.
-        first_stage: whether scores of a first stage were demanded too.
+        with_first_stage: whether scores of a first stage were demanded too.
         sources: in the order of the examples.
         documents: how many documents the examples have together.
     """
@@ -71,12 +71,12 @@ class TrainingData(Sequence[Example]):
         sources: tuple[Source, ...],
         *,
         needs: Needs,
-        first_stage: bool,
+        with_first_stage: bool,
         paths: Sequence[str],
         documents: int,
     ) -> None:
         self.needs = needs
-        self.first_stage = first_stage
+        self.with_first_stage = with_first_stage
         self.sources = sources
         self.documents = documents
         self._store = store
@@ -112,7 +112,7 @@ class TrainingData(Sequence[Example]):
         paths: Sequence[str | Path],
         *,
         needs: Needs,
-        first_stage: bool = False,
+        with_first_stage: bool = False,
         folder: str | Path | None = None,
         memory_bytes: int = _MEMORY_BYTES,
         report: Report | None = None,
@@ -123,7 +123,7 @@ class TrainingData(Sequence[Example]):
             paths: files as rtx.runtime.records reads them (jsonl, csv, tsv, each also .gz, and parquet), or folders
                 that `datasets` saved to disk.
             needs: what the loss needs of a row.
-            first_stage: whether a reranker on top of a first stage needs its scores.
+            with_first_stage: whether a reranker on top of a first stage needs its scores.
             folder: where the checked rows of large data are kept for as long as this object lives; None for the
                 system's folder of temporary files.
             memory_bytes: smaller data is kept in memory.
@@ -136,7 +136,7 @@ class TrainingData(Sequence[Example]):
             MissingExtraError: pyarrow or datasets is needed and not installed.
             ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(needs, first_stage, folder, memory_bytes)
+        builder = _Builder(needs, with_first_stage, folder, memory_bytes)
         with builder:
             for path in map(Path, paths):
                 builder.read(path, report)
@@ -148,7 +148,7 @@ class TrainingData(Sequence[Example]):
         rows: Iterable[Row],
         *,
         needs: Needs,
-        first_stage: bool = False,
+        with_first_stage: bool = False,
         name: str = "rows",
         folder: str | Path | None = None,
         memory_bytes: int = _MEMORY_BYTES,
@@ -157,14 +157,14 @@ class TrainingData(Sequence[Example]):
 
         Args:
             rows: read once, from front to back.
-            needs, first_stage, folder, memory_bytes: as `read` has them.
+            needs, with_first_stage, folder, memory_bytes: as `read` has them.
             name: what messages call them.
 
         Raises:
             DataError: a row cannot be used, or there is none.
             ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(needs, first_stage, folder, memory_bytes)
+        builder = _Builder(needs, with_first_stage, folder, memory_bytes)
         with builder:
             builder.take(name, rows)
             return builder.build()
@@ -179,10 +179,10 @@ class TrainingData(Sequence[Example]):
 class _Builder:
     """Collects examples and problems over all files, so that one pass names every bad row."""
 
-    def __init__(self, needs: Needs, first_stage: bool, folder: str | Path | None, memory_bytes: int) -> None:
+    def __init__(self, needs: Needs, with_first_stage: bool, folder: str | Path | None, memory_bytes: int) -> None:
         self._needs = needs
-        self._first_stage = first_stage
-        self._checker = RowChecker(needs, first_stage=first_stage)
+        self._with_first_stage = with_first_stage
+        self._checker = RowChecker(needs, with_first_stage=with_first_stage)
         self._writer = ExampleWriter(folder=None if folder is None else Path(folder), memory_bytes=memory_bytes)
         self._problems = Problems("training data")
         self._sources: list[Source] = []
@@ -220,7 +220,7 @@ class _Builder:
             self._writer.finish(),
             tuple(self._sources),
             needs=self._needs,
-            first_stage=self._first_stage,
+            with_first_stage=self._with_first_stage,
             paths=self._paths,
             documents=self._documents,
         )

@@ -35,6 +35,7 @@ def data() -> None:
 @click.option("--eval", "evalset", metavar="DIR", help="Look for texts of this evaluation set (BEIR layout) in FILES.")
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Hold the rows against this task's default loss.")
 @click.option("--loss", help="Hold the rows against what this loss needs.  [default: any form of row]")
+@click.option("--first-stage", is_flag=True, help="Rows need first_stage, the scores of a first stage.")
 @click.option("--model", metavar="CHECKPOINT", help="Count its tokens, with prompts, instead of words and characters.")
 @click.option("--strict", is_flag=True, help="Fail if the files have evaluation queries or documents that answer them.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -43,6 +44,7 @@ def check(
     evalset: str | None,
     task: Task | None,
     loss: str | None,
+    first_stage: bool,
     model: str | None,
     strict: bool,
     as_json: bool,
@@ -58,7 +60,15 @@ def check(
     loaded = None if evalset is None else load_evalset(evalset)
     measure, max_tokens = (None, None) if model is None else _token_lengths(model, task)
     with _reporting(len(files)) as report:
-        found = check_data(files, needs=needs, evalset=loaded, measure=measure, max_tokens=max_tokens, report=report)
+        found = check_data(
+            files,
+            needs=needs,
+            with_first_stage=first_stage,
+            evalset=loaded,
+            measure=measure,
+            max_tokens=max_tokens,
+            report=report,
+        )
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

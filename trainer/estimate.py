@@ -266,7 +266,8 @@ def loss_bytes(model: RetrievalModel, batches: Sequence[Batch], loss: Callable[.
             outputs = [torch.randn(size, width) if width else torch.randn(size) for size in sizes]
         leaves = [output.to(model.device).requires_grad_() for output in outputs]
         guide = (leaves[0].detach(), leaves[1].detach()) if plan.guided else None
-        own = Targets(targets.owner[part], targets.labels[part], guide)
+        first_stage = None if targets.first_stage is None else targets.first_stage[part]
+        own = Targets(targets.owner[part], targets.labels[part], guide, first_stage)
         return float(kept_bytes(lambda: loss(*leaves, own), besides=())) + sum(leaf.nbytes * 2 for leaf in leaves)
 
     if rows < 4:

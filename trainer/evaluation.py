@@ -36,7 +36,7 @@ class Evaluator:
     Args:
         evalset: queries, corpus and judgements.
         metric: name and cutoff of what decides which of two models is better: ndcg@10, mrr@10, map@100, recall@k, ...
-        candidates: document ids by query id, for a reranker.
+        candidates: documents by query id, for a reranker; with scores for one that is on top of a first stage.
 
     Raises:
         UsageError: there is no such metric.

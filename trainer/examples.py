@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from rtx.runtime.fields import (
+    LARGEST_FLOAT32,
     NUMBERED_NEGATIVE,
     is_blank,
     missing,
@@ -67,12 +68,12 @@ _EXPECTED: dict[Needs | None, str] = {
 }
 # (lowest, highest, in words)
 Bounds = tuple[float, float, str]
-_LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
-_FINITE: Bounds = (-_LARGEST, _LARGEST, "a finite number of float32")
+# Losses are computed in float32.
+_FINITE: Bounds = (-LARGEST_FLOAT32, LARGEST_FLOAT32, "a finite number of float32")
 # Where a label has others.
 _BOUNDS: dict[Needs | None, Bounds] = {
     "labels": (0.0, 1.0, "a number from 0 to 1"),
-    "lists": (0.0, _LARGEST, "a finite number of float32, at least 0"),
+    "lists": (0.0, LARGEST_FLOAT32, "a finite number of float32, at least 0"),
 }
 
 
@@ -112,15 +113,15 @@ class RowChecker:
 
     Args:
         needs: what the loss needs; None takes whatever a row has.
-        first_stage: whether a row needs scores of a first stage; where it does not, they are left aside.
+        with_first_stage: whether a row needs scores of a first stage; where it does not, they are left aside.
     """
 
-    def __init__(self, needs: Needs | None, *, first_stage: bool = False) -> None:
+    def __init__(self, needs: Needs | None, *, with_first_stage: bool = False) -> None:
         self.needs = needs
-        self.first_stage = first_stage
+        self.with_first_stage = with_first_stage
         # Where no scores are needed, a column `score` has a meaning of its own.
         scores = ("scores",) if needs == "scores" else ()
-        extra = {*scores, *(("first_stage",) if first_stage else ())}
+        extra = {*scores, *(("first_stage",) if with_first_stage else ())}
         self._known = sorted({name for form in _FORMS[needs] for name in _COLUMNS[form]} | extra)
         # Columns that have been looked at, with the form of the row: None where no such row can be used, else those of
         # single negatives in order.
@@ -176,7 +177,7 @@ class RowChecker:
                 for name, value in read_items(row, "documents", "texts", problems)
             )
             labels = self._numbers(row, "labels", len(documents), problems)
-        first_stage = self._first_stage(row, form, len(documents), problems) if self.first_stage else ()
+        first_stage = self._first_stage(row, form, len(documents), problems) if self.with_first_stage else ()
         if not problems:
             problems += self._too_few(form, len(documents))
         return Example(query, documents, labels, first_stage)

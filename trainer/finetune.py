@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -129,13 +129,15 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
     torch.manual_seed(config.seed)
     model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
     if config.first_stage_weight is not None:
-        model.configure(first_stage_weight=config.first_stage_weight, activation="identity")
+        # A sum of a logit and a score is no probability.
+        activation = "identity" if config.first_stage_weight else model.contract.activation
+        model.configure(first_stage_weight=config.first_stage_weight, activation=activation)
     given = {"query": config.query_prompt, "document": config.document_prompt}
     if prompts := {name: text for name, text in given.items() if text is not None}:
         # A pair has one prompt, the default one.
         default = {"default_prompt": "query"} if config.task == "rerank" else {}
         model.configure(prompts={**model.contract.prompts, **prompts}, **default)
-        _check_prompts(model, prompts)
+    _check_prompts(model)
     if config.matryoshka and max(config.matryoshka) > model.full_dimension:
         raise UsageError(
             f"matryoshka: expected dimensions of at most {model.full_dimension}, the model's; "
@@ -145,7 +147,7 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         data = TrainingData.read(
             config.train,
             needs=config.loss_spec.needs,
-            first_stage=model.contract.first_stage_weight > 0,
+            with_first_stage=model.contract.first_stage_weight > 0,
             report=report,
         )
     return Trainer(
@@ -160,17 +162,19 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
     )
 
 
-def _check_prompts(model: RetrievalModel, names: Iterable[str]) -> None:
+def _check_prompts(model: RetrievalModel) -> None:
     """
     Raises:
-        UsageError: a prompt leaves no room for a text.
+        UsageError: a prompt that is used in training leaves no room for a text.
     """
-    limit = model.contract.max_tokens
-    for name in names:
-        text = model.preprocessor
-        found = text.encode([""], prompt=name) if model.task == "embed" else text.encode_pairs([("", "")])
-        if isinstance(found[0], Encoded) and len(found[0].ids) >= limit:
-            raise UsageError(f"{name}_prompt: fills all of the {limit} tokens of max_tokens; no text would be read")
+    text, limit = model.preprocessor, model.contract.max_tokens
+    if model.task == "embed":
+        found = {name: text.encode([""], prompt=name)[0] for name in ("query", "document")}
+    else:
+        found = {model.contract.default_prompt or "query": text.encode_pairs([("", "")])[0]}
+    for name, encoded in found.items():
+        if isinstance(encoded, Encoded) and len(encoded.ids) >= limit:
+            raise UsageError(f"prompt '{name}': fills all of the {limit} tokens of max_tokens; no text would be read")
 
 
 def build_loss(config: FinetuneConfig) -> Callable[..., Tensor]:

@@ -19,6 +19,8 @@ def one_of(source: Path, data: Mapping[str, Any], key: str, known: Sequence[str]
 
 def typed(source: Path, data: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     value = data.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
     if value is not None and type(value) is not kind:
         raise CheckpointError(f"{source}: {key}: expected {kind.__name__}, got {value!r}")
     return value

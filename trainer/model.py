@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from rtx.runtime.contract import Contract, Task
+from rtx.runtime.contract import Activation, Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.pairs import RenderedPair, special_token_template
@@ -278,6 +278,10 @@ class RetrievalModel(nn.Module):
 
     def _build_contract(self, layout: Layout) -> Contract:
         """Raises ValueError for a setting that does not fit the model."""
+        if layout.activation not in get_args(Activation):
+            raise ValueError(f"activation: expected {' or '.join(get_args(Activation))}, got {layout.activation!r}")
+        if type(layout.first_stage_weight) not in (int, float):
+            raise ValueError(f"first_stage_weight: expected a number, got {layout.first_stage_weight!r}")
         embeds = layout.task == "embed"
         rendered = self._render(layout)
         if rendered is not None:
@@ -314,7 +318,7 @@ class RetrievalModel(nn.Module):
             default_prompt=layout.default_prompt,
             include_prompt=layout.include_prompt,
             activation=layout.activation,
-            first_stage_weight=layout.first_stage_weight,
+            first_stage_weight=float(layout.first_stage_weight),
         )
 
 

@@ -175,7 +175,7 @@ def _run(given: _Arguments) -> int:
         options: Any = {
             "pairs": given.pairs,
             "scores": given.scores,
-            "first_stage": given.first_stage,
+            "with_first_stage": given.first_stage,
             "fewer": given.fewer,
         }
         summary = write_mined(given.output, mined, on_unusable=log.unusable, **options)

@@ -25,6 +25,7 @@ from rtx.runtime.commands.progress import Progress
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.failures import failure_log, failures_file
+from rtx.runtime.fields import LARGEST_FLOAT32, finite_float32
 from rtx.runtime.records import FORMATS, STDIN, BadRecord, Format, Input, Record
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import check_pair, check_text
@@ -288,23 +289,23 @@ def _first_stage(
     model: Reranker, record: Record, given: _Arguments, *, documents: int | None = None
 ) -> list[float] | BadRecord:
     """The first stage's scores of a record's documents, or of its one document; 0 for a model that takes none."""
-    if not model.contract.first_stage_weight:
-        return [0.0] * (1 if documents is None else documents)
+    count = 1 if documents is None else documents
+    if not model.needs_first_stage:
+        return [0.0] * count
     name = given.first_stage_column
     found: object = record.fields.get(name)
-    values = found if documents is not None else [found]
-    expected = "a finite number" if documents is None else f"a list of {documents} finite numbers, one a document"
+    expected = "a finite number" if documents is None else f"a list of {count} finite numbers, one a document"
     if found is None:
         problem = f"has no column '{name}'; this model was trained on top of a first stage and needs its scores"
         return BadRecord(record.id, record.where, f"{problem}: {expected}")
-    if not isinstance(values, list) or len(values) != (1 if documents is None else documents):
+    values = found if documents is not None and isinstance(found, list) else [found]
+    weight = model.contract.first_stage_weight
+    scores = [score for value in values if (score := finite_float32(value)) is not None]
+    # What is added has to be finite too.
+    scores = [score for score in scores if abs(score) * weight <= LARGEST_FLOAT32]
+    if len(scores) != len(values) or len(values) != count or (documents is not None and values is not found):
         return BadRecord(record.id, record.where, f"{name}: expected {expected}")
-    try:
-        scores = [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError):
-        scores = [math.nan]
-    finite = all(map(math.isfinite, scores))
-    return scores if finite else BadRecord(record.id, record.where, f"{name}: expected {expected}")
+    return scores
 
 
 def _text(document: str, wanted: bool) -> Result:

@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from rtx.runtime.candidates import Candidate, read_candidates, write_candidates
+from rtx.runtime.candidates import Candidate, check_scored, read_candidates, write_candidates
 from rtx.runtime.errors import DataError
 from rtx.runtime.evalset import EvalSet
 
@@ -73,8 +73,12 @@ def test_scores_that_are_not_known_are_not_written(tmp_path):
 def test_run_file_as_trec_eval_reads_it(tmp_path):
     write_candidates(EXPECTED, tmp_path / "found.run")
     assert (tmp_path / "found.run").read_text() == (
-        "q1 Q0 d3 1 3 rtx\nq1 Q0 d1 2 2 rtx\nq1 Q0 4 3 1 rtx\nq2 Q0 d2 1 1 rtx\n"
+        "q1 Q0 d3 1 3 rtx-ranks\nq1 Q0 d1 2 2 rtx-ranks\nq1 Q0 4 3 1 rtx-ranks\nq2 Q0 d2 1 1 rtx-ranks\n"
     )
+    # What only counts down is not taken for scores.
+    assert read_candidates(tmp_path / "found.run", EVALSET) == EXPECTED
+    write_candidates(SCORED, tmp_path / "found.run")
+    assert (tmp_path / "found.run").read_text().splitlines()[2] == "q1 Q0 4 3 -10.0 rtx"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,8 @@ def test_run_file_as_trec_eval_reads_it(tmp_path):
             '{"query-id": "q2", "corpus-ids": ["d1", "d9", "d1"]}\n{"query-id": "q2", "corpus-ids": []}\n'
             '{"query-id": "q3", "corpus-ids": ["d1"], "scores": [1, 2]}\n'
             '{"query-id": "q3", "corpus-ids": ["d1"], "scores": [NaN]}\n'
-            '{"query-id": "q3", "corpus-ids": ["d1"], "scores": 1}\n',
+            '{"query-id": "q3", "corpus-ids": ["d1", "d2"], "scores": [0.1, 0.9]}\n'
+            f'{{"query-id": "q3", "corpus-ids": ["d1"], "scores": [1{"0" * 400}]}}\n',
             [
                 "bad.jsonl:1: corpus-ids: expected a list of ids",
                 "bad.jsonl:2: has no column 'corpus-ids'",
@@ -96,7 +101,8 @@ def test_run_file_as_trec_eval_reads_it(tmp_path):
                 "bad.jsonl:5: query 'q2' is there twice",
                 "bad.jsonl:6: scores: expected a list of 1 finite numbers, one a document",
                 "bad.jsonl:7: scores: expected a list of 1 finite numbers, one a document",
-                "bad.jsonl:8: scores: expected a list of 1 finite numbers, one a document",
+                "bad.jsonl:8: scores: expected the best first; higher is better",
+                "bad.jsonl:9: scores: expected a list of 1 finite numbers, one a document",
             ],
         ),
         (
@@ -135,3 +141,13 @@ def test_ids_with_white_space_need_jsonl(tmp_path):
     assert "use a name in .jsonl" in str(caught.value)
     assert not list(tmp_path.iterdir())
     write_candidates(candidates, tmp_path / "found.jsonl")
+
+
+def test_scores_that_are_needed_are_named():
+    check_scored(SCORED, "tiny")
+    with pytest.raises(DataError) as caught:
+        check_scored(SCORED | {"q2": EXPECTED["q2"]}, "tiny")
+    assert str(caught.value).splitlines() == [
+        "candidates for 'tiny': a reranker on top of a first stage needs its scores: 1 problem:",
+        "  query 'q2': document 'd2' has no score",
+    ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rtx.runtime.coldstart import measure
+from rtx.runtime.contract import Contract
 from rtx.runtime.errors import EngineError
 from rtx.runtime.first_result import peak_rss_bytes
 
@@ -28,6 +31,14 @@ def test_pairs_are_run_by_a_reranker(toy_reranker_bundle: Path) -> None:
         measure(str(toy_reranker_bundle), variant="fp32", threads=1, first=[("sort", "sort the list")]).first_result_s
         > 0
     )
+
+
+def test_a_reranker_on_top_of_a_first_stage_starts_as_any_other(
+    tmp_path: Path, write_bundle: Callable[[Path, Contract], Path], rerank_contract: Contract
+) -> None:
+    contract = dataclasses.replace(rerank_contract, activation="identity", first_stage_weight=60.0)
+    bundle = write_bundle(tmp_path / "top.rtx", contract)
+    assert measure(str(bundle), variant="fp32", threads=1, first=[("sort", "sort the list")]).first_result_s > 0
 
 
 def test_without_a_variant_it_is_what_opens(toy_bundle: Path) -> None:

@@ -36,6 +36,7 @@ class TableEmbedder:
 @dataclass
 class TableReranker:
     scores: dict[tuple[str, str], float]
+    needs_first_stage: bool = False
 
     def score(self, pairs, **_):
         return np.array([self.scores[pair] for pair in pairs], dtype=np.float32)
@@ -200,9 +201,17 @@ def test_reranker_is_given_the_scores_of_the_first_stage():
 
     given = []
     scored = {"q1": [Candidate("d3", 0.5), Candidate("d2", 0.25)], "q2": [Candidate("d1", -1.0)]}
+    evaluate_reranker(Recorder(RERANKER.scores, needs_first_stage=True), EVALSET, scored)
     evaluate_reranker(Recorder(RERANKER.scores), EVALSET, scored)
-    evaluate_reranker(Recorder(RERANKER.scores), EVALSET, scored | {"q1": [Candidate("d3")]})
-    assert given == [[0.5, 0.25, -1.0], None]  # one is not known, so none is given
+    assert given == [[0.5, 0.25, -1.0], None]
+    missing = scored | {"q1": [Candidate("d3"), Candidate("d2", 1.0)]}
+    with pytest.raises(DataError) as caught:
+        evaluate_reranker(Recorder(RERANKER.scores, needs_first_stage=True), EVALSET, missing)
+    assert str(caught.value).splitlines() == [
+        "candidates for 'tiny': a reranker on top of a first stage needs its scores: 1 problem:",
+        "  query 'q1': document 'd3' has no score",
+    ]
+    assert len(given) == 2
 
 
 def test_reranker_leaves_out_the_query_itself():

@@ -287,6 +287,7 @@ def test_replaces_a_file_only_when_asked(rtx_mine):
         (("-o", "nowhere/out.jsonl"), 2, "the folder nowhere does not exist"),
         (("-o", "o.jsonl", "--pairs", "--scores"), 2, "--scores: go with rows of a positive and negatives, not with"),
         (("-o", "o.jsonl", "--rescore-variant", "int8"), 2, "--rescore-variant: names a variant of the RERANKER in"),
+        (("-o", "o.jsonl", "--first-stage", "--rescore", "x.rtx"), 2, "--first-stage: writes MODEL's scores, which"),
         (("-o", "o.jsonl", "--negatives", "0"), 2, "negatives: expected at least 1, got 0"),
         (("-o", "o.jsonl", "--margin", "nan"), 2, "margin: expected a finite number, got nan"),
         (("-o", "o.jsonl", "--corpus", "none.jsonl"), 4, "none.jsonl: cannot be read: No such file or directory"),

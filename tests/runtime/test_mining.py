@@ -49,6 +49,8 @@ class TableEmbedder:
 class TableReranker:
     """Scores are a function of the two texts; some can be set."""
 
+    needs_first_stage = False
+
     scores: dict[tuple[str, str], float] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
 
@@ -356,6 +358,25 @@ def test_margins_go_by_the_lowest_positive():
     (found,) = mine(plane(), rows, corpus=DOCUMENTS, rules=Rules(margin=1.0))
     assert negatives_of(found) == ["d4", "d3", "d2"]
     assert (found.candidates, dict(found.dropped)) == (7, {"no score": 0, "margin": 3})
+
+
+def test_a_reranker_on_top_is_given_the_embedders_scores():
+    class OnTop(TableReranker):
+        needs_first_stage = True
+
+        def score(self, pairs, *, first_stage=None):
+            given.update(zip(pairs, first_stage, strict=True))
+            return super().score(pairs) + 2 * np.array(first_stage, dtype=np.float32)
+
+    given: dict[tuple[str, str], float] = {}
+    rows = [Relevant("q", "d8"), Relevant("q", "d5")]
+    (plain,) = mine(plane(), rows, corpus=DOCUMENTS)
+    (found,) = mine(plane(), rows, corpus=DOCUMENTS, reranker=OnTop())
+    embedders = {each.text: each.score for each in (*plain.positives, *plain.negatives)}
+    for text, score in embedders.items():
+        assert given["q", text] == pytest.approx(score)
+    for each in (*found.positives, *found.negatives):
+        assert each.score == pytest.approx(TableReranker.of("q", each.text) + 2 * given["q", each.text], abs=1e-5)
 
 
 def test_ranks_count_what_is_not_known_to_answer():

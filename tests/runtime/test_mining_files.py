@@ -192,3 +192,16 @@ def test_a_corpus_is_read_as_an_evaluation_set_reads_it(tmp_path):
     (tmp_path / "corpus.txt").write_text("x\ny\n")
     with Input(str(tmp_path / "corpus.txt")) as opened:
         assert list(read_corpus(opened)) == ["x", "y"]
+
+
+def test_scores_for_a_reranker_on_top(tmp_path):
+    write_mined(tmp_path / "rows.jsonl", SOME[:1], with_first_stage=True, scores=True)
+    assert lines(tmp_path / "rows.jsonl") == [
+        {"query": "q", "positive": "d3", "negatives": ["d2", "d1"], "scores": [3, 2, 1], "first_stage": [3, 2, 1]}
+    ]
+    write_mined(tmp_path / "pairs.jsonl", SOME[:1], with_first_stage=True, pairs=True)
+    assert lines(tmp_path / "pairs.jsonl") == [
+        {"query": "q", "document": "d3", "label": 1, "first_stage": 3},
+        {"query": "q", "document": "d2", "label": 0, "first_stage": 2},
+        {"query": "q", "document": "d1", "label": 0, "first_stage": 1},
+    ]

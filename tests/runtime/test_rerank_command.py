@@ -280,6 +280,8 @@ def test_records_without_the_first_stage_that_a_model_needs(on_top: Path) -> Non
         {"query": "x", "documents": ["a", "b"], "first_stage": [1, "high"]},
         {"query": "x", "document": "a"},
         {"query": "x", "document": "a", "first_stage": [1]},
+        {"query": "x", "document": "a", "first_stage": 1e39},
+        {"query": "x", "documents": ["a"], "first_stage": [True]},
         {"id": "fine", "query": "x", "document": "a", "first_stage": "0.5"},
     ]
     result = invoke(on_top, "-", stdin=jsonl(rows))
@@ -292,4 +294,6 @@ def test_records_without_the_first_stage_that_a_model_needs(on_top: Path) -> Non
         f"error: stdin:3: {expected}",
         f"error: stdin:4: {need}a finite number",
         "error: stdin:5: first_stage: expected a finite number",
+        "error: stdin:6: first_stage: expected a finite number",
+        "error: stdin:7: first_stage: expected a list of 1 finite numbers, one a document",
     ]

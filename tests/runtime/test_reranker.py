@@ -213,6 +213,8 @@ def test_the_first_stage_is_added(on_top: Reranker, by_length: Reranker):
         asyncio.run(on_top.arank(QUERY, DOCUMENTS, first_stage=first_stage)),
     ):
         assert [(found.index, found.score) for found in ranked] == [(index, expected[index]) for index in order]
+    np.testing.assert_array_equal(on_top.score_alone(pairs), by_length.score(pairs))
+    assert (on_top.needs_first_stage, by_length.needs_first_stage) == (True, False)
     # A model that was not trained so leaves them aside.
     np.testing.assert_array_equal(by_length.score(pairs, first_stage=first_stage), by_length.score(pairs))
 
@@ -229,7 +231,11 @@ def test_an_invalid_pair_is_nan_with_a_first_stage_too(on_top: Reranker):
         ([1.0], "expected 2 finite numbers, one a document, got an array of shape (1,)"),
         ([[1.0, 2.0]], "expected 2 finite numbers, one a document, got an array of shape (1, 2)"),
         ([1.0, float("nan")], "expected 2 finite numbers, one a document, got nan for item 1"),
-        (["a", "b"], "expected 2 finite numbers, one a document, got something else"),
+        (["a", "b"], "expected 2 finite numbers, one a document, got <U1 ('a' for item 0)"),
+        ([True, False], "expected 2 finite numbers, one a document, got bool (True for item 0)"),
+        ([[1.0], [1.0, 2.0]], "expected 2 finite numbers, one a document, got something else"),
+        ([10**400, 1], "expected 2 finite numbers, one a document, got object"),
+        ([1e38, 1.0], "expected 2 finite numbers, one a document, got 1e+38 for item 0"),  # times the weight
         (0.5, "expected 2 finite numbers, one a document, got an array of shape ()"),
     ],
 )

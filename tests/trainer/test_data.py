@@ -217,8 +217,8 @@ def test_examples_on_disk_are_those_in_memory(tmp_path, memory_bytes):
 @pytest.mark.parametrize("memory_bytes", [0, 2**30])
 def test_scores_of_a_first_stage_come_back_with_their_rows(memory_bytes):
     rows = [{**row, "first_stage": [number, *range(len(row["negatives"]))]} for number, row in enumerate(triples(20))]
-    data = TrainingData.from_rows(rows, needs="labels", first_stage=True, memory_bytes=memory_bytes)
-    assert data.first_stage
+    data = TrainingData.from_rows(rows, needs="labels", with_first_stage=True, memory_bytes=memory_bytes)
+    assert data.with_first_stage
     assert [example.first_stage for example in data] == [tuple(map(float, row["first_stage"])) for row in rows]
     assert data.where(19) == "rows:20"
 

@@ -160,7 +160,7 @@ def test_columns_of_another_meaning_are_left_out():
 
 
 def test_scores_of_a_first_stage():
-    checker = RowChecker(None, first_stage=True)
+    checker = RowChecker(None, with_first_stage=True)
     for row, given, expected in (
         (TRIPLE, [0.5, "0.25", -1], (0.5, 0.25, -1.0)),
         (LIST, "[3, 2, 1]", (3.0, 2.0, 1.0)),
@@ -175,7 +175,7 @@ def test_scores_of_a_first_stage():
 
 
 def test_scores_of_a_first_stage_that_do_not_fit():
-    checker = RowChecker("lists", first_stage=True)
+    checker = RowChecker("lists", with_first_stage=True)
     for given, problem in (
         ({"first_stage": [1, 2]}, "first_stage: has 2 for 3 documents; expected one each"),
         ({"first_stage": [1, 2, None]}, "first_stage[2]: expected a finite number of float32, got None"),

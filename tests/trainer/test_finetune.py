@@ -325,9 +325,20 @@ def test_a_reranker_on_top_of_a_first_stage(work, base):
     model = RetrievalModel.load(work / "judge")
     assert (model.contract.first_stage_weight, model.contract.activation) == (20.0, "identity")
     card = (work / "judge" / "README.md").read_text()
-    assert "adds 20 times each to its logit" in card
+    assert "first_stage=[0.61, 0.58], top_k=10)" in card
+    assert "scores = logits + 20 * np.array([0.61, 0.58])" in card
     assert "Loss: `first_stage(loss=cross_entropy, weight=20.0)`" in card
 
+    # Without the flag, what the model has counts; and a run that is told its steps ahead needs the scores too.
+    further = rtx(
+        "--task rerank --train lists.jsonl -o further --loss cross_entropy --threads 1 --max-steps 2 --save-steps 1 "
+        "--batch-size 8 --gradient-accumulation-steps 2 --activation-tokens 0 --chunk-tokens 64",
+        model=str(work / "judge"),
+    )
+    assert further.exit_code == 0, further.output
+    assert RetrievalModel.load(work / "further").contract.first_stage_weight == 20.0
+    planned = rtx("--task rerank --train lists.jsonl -o x --loss cross_entropy --dry-run", model=str(work / "judge"))
+    assert planned.exit_code == 0, planned.output
     exported = run(main, ["export", "judge", "-o", "judge.rtx", "--eval", "beir", "--candidates", "found.jsonl"])
     assert exported.exit_code == 0, exported.output
     evalset = load_evalset(work / "beir")
@@ -345,8 +356,17 @@ def test_a_reranker_on_top_of_a_first_stage(work, base):
     unscored = {query: [Candidate(one.document) for one in row] for query, row in candidates.items()}
     write_candidates(unscored, work / "unscored.jsonl")
     refused = run(main, ["eval", "judge.rtx", "beir", "--candidates", "unscored.jsonl"])
-    assert refused.exit_code == 2
-    assert "this model adds 20 times the first stage's score to its own" in refused.stderr
+    assert refused.exit_code == 4
+    assert "query 'q0': document '" in refused.stderr
+    # Found before anything that is there is removed.
+    line = "--task rerank --train lists.jsonl -o judge --overwrite --eval beir --candidates unscored.jsonl --threads 1"
+    copied = work / "start"
+    (work / "judge").rename(copied)
+    model.save(work / "judge")
+    refused = rtx(f"{line} --loss cross_entropy", model=str(copied))
+    assert refused.exit_code == 4, refused.output
+    assert "a reranker on top of a first stage needs its scores" in refused.stderr
+    assert (work / "judge" / "config.json").exists()
 
 
 @pytest.mark.usefixtures("work")
@@ -366,5 +386,5 @@ def test_a_prompt_that_leaves_no_room_for_a_text(work, base, task):
     assert rtx(line, model=base, query_prompt=prompt).exit_code == 0
     result = rtx(f"{line} --overwrite --max-tokens 8", model=base, query_prompt=prompt)
     assert result.exit_code == 2
-    assert "query_prompt: fills all of the 8 tokens of max_tokens; no text would be read" in result.stderr
+    assert "prompt 'query': fills all of the 8 tokens of max_tokens; no text would be read" in result.stderr
     assert (work / "tuned" / "config.json").exists()

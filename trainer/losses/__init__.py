@@ -10,13 +10,11 @@ outputs are), and none knows of chunks, caches or processes: those belong to the
 
 from rtx.trainer.losses import embed, rerank
 from rtx.trainer.losses.embed import contrastive, cosent, gist, info_nce, kl, margin_mse, online_contrastive, triplet
-from rtx.trainer.losses.first_stage import FirstStage, first_stage
 from rtx.trainer.losses.matryoshka import Matryoshka, matryoshka
 from rtx.trainer.losses.rerank import bce, cross_entropy, lambda_ndcg, listnet, ranknet
 from rtx.trainer.losses.targets import Targets
 
 __all__ = [
-    "FirstStage",
     "Matryoshka",
     "Targets",
     "bce",
@@ -24,7 +22,6 @@ __all__ = [
     "cosent",
     "cross_entropy",
     "embed",
-    "first_stage",
     "gist",
     "info_nce",
     "kl",

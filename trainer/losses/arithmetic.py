@@ -44,8 +44,7 @@ def mean(values: Tensor) -> Tensor:
 
 def _with_dtype(targets: Targets, dtype: torch.dtype) -> Targets:
     guide = targets.guide
-    return Targets(
-        owner=targets.owner,
+    return targets._replace(
         labels=targets.labels.to(dtype),
         guide=None if guide is None else (guide[0].to(dtype), guide[1].to(dtype)),
     )

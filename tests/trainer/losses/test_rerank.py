@@ -12,7 +12,8 @@ import torch
 from sentence_transformers.cross_encoder import losses as theirs
 
 from rtx.runtime.errors import UsageError
-from rtx.trainer.losses import Targets, bce, cross_entropy, first_stage, lambda_ndcg, listnet, ranknet
+from rtx.trainer.losses import Targets, bce, cross_entropy, lambda_ndcg, listnet, ranknet
+from rtx.trainer.losses.first_stage import first_stage
 from rtx.trainer.losses.rerank import margin_mse
 
 # Two orders of summation of a few hundred terms around 1 in float64.
