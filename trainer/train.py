@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from rtx.runtime.candidates import check_scored
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import TrainingError, UsageError
 from rtx.runtime.metrics import Interval, bootstrap_interval
@@ -31,6 +32,7 @@ from rtx.trainer.estimate import Estimate, Plan, estimate, sample_batches
 from rtx.trainer.evaluation import Evaluator
 from rtx.trainer.loop import EpochLoader, loop_arguments, repeatable
 from rtx.trainer.loss_table import DEFAULT_LOSS, SUFFICES, spec_of
+from rtx.trainer.losses.first_stage import first_stage
 from rtx.trainer.model import RetrievalModel
 from rtx.trainer.parameters import freeze, parameter_groups
 from rtx.trainer.processes import from_main, gather_objects, is_main, world_size
@@ -125,17 +127,19 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         spec = spec_of(self.loss, model.task)
         # What a model adds in use is added in training.
         weight = model.contract.first_stage_weight
-        if weight and not (isinstance(train_dataset, TrainingData) and not train_dataset.first_stage):
-            self.loss = losses.first_stage(self.loss, weight)
-        elif weight:
-            raise UsageError(
-                f"first_stage: the model adds {weight:g} times the first stage's scores, and the data was read without"
-            )
+        if weight:
+            self.loss = first_stage(self.loss, weight)
+            if isinstance(train_dataset, TrainingData) and not train_dataset.with_first_stage:
+                raise UsageError(
+                    f"first_stage: the model adds {weight:g} times the first stage's scores; the data was read without"
+                )
+            if evaluator is not None and evaluator.candidates is not None:
+                check_scored(evaluator.candidates, evaluator.evalset.name)
         if spec is not None and spec.guided and guide is None:
             raise UsageError(f"loss {describe_loss(self.loss)}: needs a guide, a second embedder")
         needs = spec.needs if spec is not None else "positives" if model.task == "embed" else "labels"
         if not isinstance(train_dataset, TrainingData):
-            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, first_stage=weight > 0)
+            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, with_first_stage=weight > 0)
         elif spec is not None and train_dataset.needs not in SUFFICES[needs]:
             raise UsageError(
                 f"loss {describe_loss(self.loss)}: needs rows with {needs}; the data was read for {train_dataset.needs}"
