@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class EvalSet:
         queries: text by query id.
         corpus: text by document id. The order decides which of two documents with equal scores comes first.
         qrels: grade by document id by query id. Above 0 is relevant; a document that is not here is not.
+        titles: by document id, of the documents that have one: what their text begins with.
 
     Raises:
         DataError: a query without a relevant document, a judged document that is not in the corpus, or no query at all.
@@ -48,6 +49,7 @@ class EvalSet:
     queries: dict[str, str]
     corpus: dict[str, str]
     qrels: dict[str, dict[str, int]]
+    titles: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = Problems(f"evaluation set '{self.name}'")
@@ -105,6 +107,7 @@ class EvalSet:
             {key: text for key, text in self.queries.items() if key in kept},
             corpus,
             {key: self.qrels[key] for key in self.queries if key in kept},
+            {key: title for key, title in self.titles.items() if key in corpus},
         )
 
 
@@ -157,8 +160,9 @@ def load_evalset(path: str | os.PathLike[str], *, split: str = "test") -> EvalSe
         hint = f" (splits in qrels: {', '.join(splits)})" if splits else ""
         raise DataError(f"{folder}: is no evaluation set in the BEIR layout: {', '.join(missing)} not found{hint}")
     problems = Problems(str(folder))
-    corpus = _read_texts(_found(files["corpus"]), problems, kind="document")
-    queries = _read_texts(_found(files["queries"]), problems, kind="query")
+    titles: dict[str, str] = {}
+    corpus = _read_texts(_found(files["corpus"]), problems, kind="document", titles=titles)
+    queries = _read_texts(_found(files["queries"]), problems, kind="query", titles={})
     # Lines that could not be read would only make the qrels name texts that seem not to exist.
     problems.raise_any()
     qrels = _read_qrels(_found(files["qrels"]), queries, corpus, problems)
@@ -167,7 +171,9 @@ def load_evalset(path: str | os.PathLike[str], *, split: str = "test") -> EvalSe
     if not qrels:
         raise DataError(f"{files['qrels']}: judges no document relevant; expected at least one grade above 0")
     name = folder.resolve().name
-    return EvalSet(name if split == "test" else f"{name}/{split}", {key: queries[key] for key in qrels}, corpus, qrels)
+    return EvalSet(
+        name if split == "test" else f"{name}/{split}", {key: queries[key] for key in qrels}, corpus, qrels, titles
+    )
 
 
 def write_evalset(evalset: EvalSet, path: str | os.PathLike[str], *, split: str = "test") -> None:
@@ -219,7 +225,8 @@ def _has_relevant(grades: Mapping[str, int]) -> bool:
     return any(grade > 0 for grade in grades.values())
 
 
-def _read_texts(file: Path, problems: Problems, *, kind: str) -> dict[str, str]:
+def _read_texts(file: Path, problems: Problems, *, kind: str, titles: dict[str, str]) -> dict[str, str]:
+    """Texts by id; the titles of documents go into `titles`."""
     texts: dict[str, str] = {}
     with Input(str(file), file_format="jsonl", id_column="_id") as source:
         for record in source.records(["text"], ["title"]):
@@ -235,6 +242,8 @@ def _read_texts(file: Path, problems: Problems, *, kind: str) -> dict[str, str]:
                 problems.add(f"{record.where}: query '{key}' is empty")
             else:
                 texts[key] = text if kind == "query" else f"{title or ''} {text}".strip()
+                if kind == "document" and title and title.strip():
+                    titles[key] = title.strip()
     return texts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 
 from rtx.runtime.evalset import EvalSet
 from rtx.trainer.examples import Example
@@ -17,9 +17,16 @@ class Leaks:
 
     def __init__(self, evalset: EvalSet) -> None:
         relevant = {document for grades in evalset.qrels.values() for document, grade in grades.items() if grade > 0}
-        self._queries = _Texts(evalset.queries)
-        self._answers = _Texts({key: evalset.corpus[key] for key in relevant})
-        self._others = _Texts({key: text for key, text in evalset.corpus.items() if key not in relevant})
+        self._queries = _Texts(evalset.queries.items())
+        self._answers, self._others = (
+            _Texts(
+                (key, form)
+                for key, text in evalset.corpus.items()
+                if (key in relevant) == answers
+                for form in _forms(text, evalset.titles.get(key, ""))
+            )
+            for answers in (True, False)
+        )
         query, answer = "queries that are evaluation queries", "documents that answer an evaluation query"
         self._leaked_queries = Finding("leaked_queries", query), Finding("leaked_queries_almost", query + _ALMOST)
         self._leaked_answers = Finding("leaked_documents", answer), Finding("leaked_documents_almost", answer + _ALMOST)
@@ -39,10 +46,20 @@ class Leaks:
 class _Texts:
     """Finds the id of a text."""
 
-    def __init__(self, texts: Mapping[str, str]) -> None:
-        self.exact = {text: key for key, text in texts.items()}
+    def __init__(self, texts: Iterable[tuple[str, str]]) -> None:
+        self.exact: dict[str, str] = {}
         # As hashes: a large corpus is not held twice.
-        self.almost = {_alike(text): key for key, text in texts.items()}
+        self.almost: dict[bytes, str] = {}
+        for key, text in texts:
+            self.exact[text] = key
+            self.almost[_alike(text)] = key
+
+
+def _forms(text: str, title: str) -> Iterator[str]:
+    """A document as it is ranked, and without its title, as training data often has it."""
+    yield text
+    if title and (body := text.removeprefix(title).strip()):
+        yield body
 
 
 def _compare(where: str, text: str, known: _Texts, findings: tuple[Finding, Finding]) -> bool:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from rtx.runtime.cli import main
 from rtx.runtime.errors import DataError
-from rtx.runtime.evalset import EvalSet, write_evalset
+from rtx.runtime.evalset import EvalSet, load_evalset, write_evalset
 from rtx.trainer.check import check_data
 from rtx.trainer.data import TrainingData
 
@@ -259,3 +259,19 @@ def test_the_command_needs_neither_torch_nor_pyarrow(files):
         [sys.executable, "-c", code, "data", "check", str(files[1])], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_document_leaks_with_and_without_its_title(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"_id": "d1", "title": "Reset", "text": "Hold the button."}\n{"_id": "d2", "title": "Reset", "text": ""}\n'
+    )
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "how?"}\n')
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    texts = ["Hold the button.", "Reset Hold the button.", "hold  the button.", "Reset", "the button."]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"query": f"q{i}", "positive": text}) + "\n" for i, text in enumerate(texts)))
+    found = findings_of(check_data([train], evalset=load_evalset(tmp_path)))
+    assert found["leaked_documents"][0] == 2
+    assert found["leaked_documents_almost"] == (1, [f'{train}:3: "hold  the button." is d1'])
+    assert found["shared_documents"] == (1, [f'{train}:4: "Reset" is d2'])
