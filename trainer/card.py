@@ -107,6 +107,26 @@ ranked = model.rank("a question", ["a text", "another text"])
 ```
 """,
 }
+_USE_ON_TOP = """\
+It was trained on top of a first stage: {weight} times that stage's score is added to its logit.
+
+```python
+from rtx.runtime import Reranker
+
+model = Reranker.open("{name}.rtx")
+ranked = model.rank("a question", ["a text", "another text"], first_stage=[0.61, 0.58], top_k=10)
+```
+
+sentence-transformers opens the folder and gives the logit alone:
+
+```python
+import numpy as np
+from sentence_transformers import CrossEncoder
+
+logits = CrossEncoder("{name}").predict([("a question", "a text"), ("a question", "another text")])
+scores = logits + {weight} * np.array([0.61, 0.58])
+```
+"""
 
 
 def render_card(
@@ -213,22 +233,9 @@ def _results(outcome: Outcome, measured: Measured | None) -> list[str]:
 
 
 def _use(contract: Contract, name: str) -> str:
-    use = _USE[contract.task].format(name=name, dimension=contract.dimension)
-    if not contract.first_stage_weight:
-        return use
-    weight = f"{contract.first_stage_weight:g}"
-    for plain, on_top in (
-        ("top_k=10)", "first_stage=[0.61, 0.58], top_k=10)"),
-        ("from sentence_transformers", "import numpy as np\nfrom sentence_transformers"),
-        (
-            'ranked = model.rank("a question", ["a text", "another text"])',
-            'logits = model.predict([("a question", "a text"), ("a question", "another text")])\n'
-            f"scores = logits + {weight} * np.array([0.61, 0.58])",
-        ),
-    ):
-        assert plain in use, plain
-        use = use.replace(plain, on_top)
-    return f"{use}\nIt was trained on top of a first stage: {weight} times that stage's score is added to each logit.\n"
+    weight = contract.first_stage_weight
+    text = _USE_ON_TOP if weight else _USE[contract.task]
+    return text.format(name=name, dimension=contract.dimension, weight=f"{weight:g}")
 
 
 def _prompts(contract: Contract) -> str:

@@ -298,14 +298,18 @@ def _first_stage(
     if found is None:
         problem = f"has no column '{name}'; this model was trained on top of a first stage and needs its scores"
         return BadRecord(record.id, record.where, f"{problem}: {expected}")
-    values = found if documents is not None and isinstance(found, list) else [found]
-    weight = model.contract.first_stage_weight
-    scores = [score for value in values if (score := finite_float32(value)) is not None]
     # What is added has to be finite too.
-    scores = [score for score in scores if abs(score) * weight <= LARGEST_FLOAT32]
-    if len(scores) != len(values) or len(values) != count or (documents is not None and values is not found):
-        return BadRecord(record.id, record.where, f"{name}: expected {expected}")
-    return scores
+    limit = LARGEST_FLOAT32 / model.contract.first_stage_weight
+    scores = _numbers([found] if documents is None else found, count, limit)
+    return scores if scores is not None else BadRecord(record.id, record.where, f"{name}: expected {expected}")
+
+
+def _numbers(values: object, count: int, limit: float) -> list[float] | None:
+    """So many numbers of at most this size; None for anything else."""
+    if not isinstance(values, list) or len(values) != count:
+        return None
+    found = [number for value in values if (number := finite_float32(value)) is not None and abs(number) <= limit]
+    return found if len(found) == count else None
 
 
 def _text(document: str, wanted: bool) -> Result:
