@@ -22,7 +22,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -42,6 +41,7 @@ from rtx.runtime.evaluation import (
     evaluate_candidates,
     evaluate_embedder,
     evaluate_reranker,
+    evaluate_weights,
 )
 from rtx.runtime.machine import describe_machine
 from rtx.runtime.reranker import Reranker
@@ -52,24 +52,6 @@ from rtx.trainer.model import RetrievalModel
 WEIGHTS = (0, 20, 40, 60, 80, 120)
 
 
-@dataclass
-class Remembered:
-    """A reranker's logits of all pairs, computed once, with any weight of the first stage."""
-
-    logits: dict[tuple[str, str], float]
-    weight: float = 0.0
-    needs_first_stage: bool = True
-
-    def score(
-        self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
-    ) -> NDArray[np.float32]:
-        assert first_stage is not None
-        return np.array(
-            [self.logits[pair] + self.weight * score for pair, score in zip(pairs, first_stage, strict=True)],
-            dtype=np.float32,
-        )
-
-
 @dataclass(frozen=True)
 class Split:
     """An evaluation set, what the first stage found, and how good its order is."""
@@ -77,13 +59,6 @@ class Split:
     evalset: EvalSet
     candidates: Candidates
     first: Evaluation
-
-    def pairs(self) -> list[tuple[str, str]]:
-        queries, corpus = self.evalset.queries, self.evalset.corpus
-        return [(queries[query], corpus[one.document]) for query, found in self.candidates.items() for one in found]
-
-    def ranked(self, model: Remembered) -> Evaluation:
-        return evaluate_reranker(model, self.evalset, self.candidates)
 
 
 @dataclass(frozen=True)
@@ -113,10 +88,10 @@ def main(lists: int, seeds: int, out: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         first_stage(folder, lists)
         splits = {name: read_split(folder, name) for name in ("dev", "eval")}
-        rows = [measure("untrained", splits, logits_of(folder / "ms-marco", splits))]
+        rows = [measure("untrained", splits, folder / "ms-marco")]
         for seed in range(seeds):
             judge, seconds = train(folder, lists, seed)
-            found = measure(f"finetuned, seed {seed}", splits, logits_of(judge, splits))
+            found = measure(f"finetuned, seed {seed}", splits, judge)
             rows.append(dataclasses.replace(found, train_s=seconds))
     report(splits, rows, lists)
 
@@ -151,38 +126,21 @@ def train(folder: Path, lists: int, seed: int) -> tuple[Path, float]:
     return target, time.perf_counter() - begun
 
 
-def logits_of(checkpoint: Path, splits: dict[str, Split]) -> dict[str, Remembered]:
-    """The model's logits without the first stage, of all candidates."""
+def measure(name: str, splits: dict[str, Split], checkpoint: Path) -> Measured:
+    """A reranker with each weight of the first stage, and which of them is best on dev."""
     model = RetrievalModel.load(checkpoint, task="rerank", max_tokens=demo.PAIR_TOKENS)
-    model.configure(activation="identity", first_stage_weight=demo.FIRST_STAGE_WEIGHT)
     reranker = Reranker(model.preprocessor, model.engine())
-    found = {}
-    for name, split in splits.items():
-        pairs = split.pairs()
-        scores = [one.score for row in split.candidates.values() for one in row]
-        found[name] = Remembered(dict(zip(pairs, reranker.score_alone(pairs).tolist(), strict=True)))
-        # What is remembered adds up to what the runtime gives.
-        own = dataclasses.replace(found[name], weight=demo.FIRST_STAGE_WEIGHT).score(
-            pairs[:20], first_stage=scores[:20]
-        )
-        np.testing.assert_allclose(own, reranker.score(pairs[:20], first_stage=scores[:20]), atol=1e-3)
-    return found
-
-
-def measure(name: str, splits: dict[str, Split], models: dict[str, Remembered]) -> Measured:
-    """A reranker by itself, at the weight of training, and at the one that is best on dev."""
-    by_weight = {
-        weight: {
-            split: compare(
-                splits[split].first, splits[split].ranked(dataclasses.replace(model, weight=weight)), evalset
-            )
-            for split, model in models.items()
-            if (evalset := splits[split].evalset)
-        }
-        for weight in WEIGHTS
-    }
-    chosen = max(WEIGHTS, key=lambda weight: by_weight[weight]["dev"].other)
-    return Measured(name, chosen, by_weight)
+    found: dict[int, dict[str, Comparison]] = {weight: {} for weight in WEIGHTS}
+    for split, content in splits.items():
+        weighted = evaluate_weights(reranker, content.evalset, content.candidates, WEIGHTS)
+        # What is measured is what the model does: added up by the runtime, or by itself.
+        own = evaluate_reranker(reranker, content.evalset.limit(20), content.candidates).ndcg
+        ids = list(content.evalset.queries)
+        rows = [ids.index(query) for query in content.evalset.limit(20).queries]
+        np.testing.assert_allclose(own, weighted[int(model.contract.first_stage_weight)].ndcg[rows], atol=1e-6)
+        for weight, evaluation in weighted.items():
+            found[int(weight)][split] = compare(content.first, evaluation, content.evalset)
+    return Measured(name, max(WEIGHTS, key=lambda weight: found[weight]["dev"].other), found)
 
 
 def report(splits: dict[str, Split], rows: Sequence[Measured], lists: int) -> None:

@@ -6,7 +6,7 @@ reranker + evaluation set + candidates   -> Evaluation  ┴ compare -> Compariso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -47,6 +47,12 @@ class EmbeddingModel(Protocol):
     def contract(self) -> Contract: ...
 
     def embed(self, items: Sequence[str], *, prompt: str | None = None) -> NDArray[Any]: ...
+
+
+class LogitModel(Protocol):
+    """What is evaluated at several weights of a first stage: `rtx.runtime.Reranker`, or anything with its `logits`."""
+
+    def logits(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]: ...
 
 
 class RerankingModel(Protocol):
@@ -226,26 +232,77 @@ def evaluate_reranker(
         EngineError: a score is not finite.
         UsageError: k or depth is out of range.
     """
+    if reranker.needs_first_stage:
+        check_scored(candidates, evalset.name)
+
+    def score(pairs: Sequence[tuple[str, str]], first_stage: Sequence[float]) -> NDArray[np.float32]:
+        return reranker.score(pairs, first_stage=first_stage if reranker.needs_first_stage else None)
+
+    places, scores, _ = _scored(score, evalset, candidates, k, depth, ignore_identical_ids, progress)
+    return _measure(_rank(places, scores, depth), evalset, k, depth)
+
+
+def evaluate_weights(
+    reranker: LogitModel,
+    evalset: EvalSet,
+    candidates: Candidates,
+    weights: Iterable[float],
+    *,
+    k: int = 10,
+    depth: int = 100,
+    ignore_identical_ids: bool = True,
+    progress: Progress | None = None,
+) -> dict[float, Evaluation]:
+    """Measure a reranker's logits with the first stage's scores added at several weights; they are computed once.
+
+    Args:
+        reranker: the model, whatever it was trained on top of.
+        evalset, k, depth, ignore_identical_ids, progress: as in `evaluate_embedder`.
+        candidates: as in `evaluate_reranker`, with scores.
+        weights: of the first stage's scores; 0 is the reranker by itself.
+
+    Raises:
+        InvalidItemsError, DataError, EngineError, UsageError: as `evaluate_reranker`.
+    """
+    check_scored(candidates, evalset.name)
+
+    def score(pairs: Sequence[tuple[str, str]], _: Sequence[float]) -> NDArray[np.float32]:
+        return reranker.logits(pairs)
+
+    places, logits, given = _scored(score, evalset, candidates, k, depth, ignore_identical_ids, progress)
+    return {
+        weight: _measure(_rank(places, logits + np.float32(weight) * given, depth), evalset, k, depth)
+        for weight in weights
+    }
+
+
+def _scored(
+    score: Callable[[Sequence[tuple[str, str]], Sequence[float]], NDArray[np.float32]],
+    evalset: EvalSet,
+    candidates: Candidates,
+    k: int,
+    depth: int,
+    ignore_identical_ids: bool,
+    progress: Progress | None,
+) -> tuple[list[list[int]], NDArray[np.float32], NDArray[np.float32]]:
+    """Positions in the corpus, a row a query; scores and first-stage scores, [pairs] float32, query by query."""
     _check_cutoffs(k, depth)
     places, given = _candidate_places(evalset, candidates, ignore_identical_ids)
     texts = list(evalset.corpus.values())
     queries = list(evalset.queries.values())
     pairs = [(query, texts[place]) for query, row in zip(queries, places, strict=True) for place in row]
-    if reranker.needs_first_stage:
-        check_scored(candidates, evalset.name)
-    first_stage = [score for row in given for score in row] if reranker.needs_first_stage else None
+    first_stage = [value for row in given for value in row]
     scores = np.empty(len(pairs), dtype=np.float32)
     done = 0
     for part in _chunks(pairs):
-        of_part = None if first_stage is None else first_stage[done : done + len(part)]
-        scores[done : done + len(part)] = reranker.score(part, first_stage=of_part)
+        scores[done : done + len(part)] = score(part, first_stage[done : done + len(part)])
         done += len(part)
         if progress is not None:
             progress(done, len(pairs))
     ids = list(evalset.corpus)
     rows = zip(evalset.queries, places, strict=True)
     _check_finite(scores[:, None], [f"query '{query}', document '{ids[at]}'" for query, row in rows for at in row])
-    return _measure(_rank(places, scores, depth), evalset, k, depth)
+    return places, scores, np.array(first_stage, dtype=np.float32)
 
 
 def evaluate_candidates(

@@ -31,7 +31,7 @@ def _main() -> None:
     """The process: reads a request and then items, a line each, and answers each with a line."""
     request = json.loads(sys.stdin.readline())
     with _open(request["path"], request["variant"], request["threads"]) as model:
-        run = model.embed if model.contract.task == "embed" else model.score_alone
+        run = model.embed if model.contract.task == "embed" else model.logits
         run(request["first"])
         print("{}", flush=True)
         further = json.loads(sys.stdin.readline())

@@ -37,8 +37,6 @@ _QUERIES_PER_BLOCK = 1024
 _QUERIES_PER_STEP = 32
 _PAIRS_PER_CALL = 2048
 _NO_VECTOR = "the model gives it no finite vector"
-# Where the sigmoid of a float32 is 0 or 1.
-_LOGIT_LIMIT = 16.0
 _NO_SCORE = "the reranker gives it no finite score"
 
 
@@ -352,12 +350,7 @@ class _Miner:
 
 
 class Logits:
-    """A reranker by its logits, also where it has a sigmoid: what a margin and a distilled model can be measured in.
-
-    Args:
-        reranker: a sigmoid in its contract is undone. In float32 that is exact to 1 % up to ±12; beyond ±16, where
-            scores are 0 and 1, logits end.
-    """
+    """A reranker by its logits, also where it has a sigmoid: what a margin and a distilled model can be measured in."""
 
     def __init__(self, reranker: Reranker) -> None:
         self._reranker = reranker
@@ -369,14 +362,10 @@ class Logits:
     def score(
         self, pairs: Sequence[tuple[str, str]], *, first_stage: Sequence[float] | None = None
     ) -> NDArray[np.float32]:
-        """[pairs] float32. Raises as `Reranker.score`."""
-        scores = self._reranker.score(pairs, first_stage=first_stage)
-        if self._reranker.contract.activation != "sigmoid":
-            return scores
-        exact = scores.astype(np.float64)
-        with np.errstate(divide="ignore"):
-            logits: NDArray[np.float64] = np.log(exact) - np.log1p(-exact)
-        return logits.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
+        """[pairs] float32, with what a first stage adds. Raises as `Reranker.score`."""
+        if self.needs_first_stage:
+            return self._reranker.score(pairs, first_stage=first_stage)
+        return self._reranker.logits(pairs)
 
 
 def _rescore(ranked: Sequence[_Ranked], reranker: RerankingModel, texts: Sequence[str]) -> None:

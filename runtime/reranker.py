@@ -12,6 +12,9 @@ from rtx.runtime.errors import UsageError
 from rtx.runtime.session import OnInvalid, Session, items_of
 from rtx.runtime.text import check_pair
 
+# Where the sigmoid of a float32 is 0 or 1.
+_LOGIT_LIMIT = 16.0
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
@@ -67,10 +70,26 @@ class Reranker(Session):
         added = self._first_stage_part(first_stage, len(given))
         return self._run(given, self.preprocessor.encode_pairs, check_pair, on_invalid) + added
 
-    def score_alone(self, pairs: Iterable[object]) -> NDArray[np.float32]:
-        """As `score`, without what a first stage adds."""
+    def logits(self, pairs: Iterable[object]) -> NDArray[np.float32]:
+        """What `score` is made of: the activation undone, and nothing of a first stage added.
+
+        Args:
+            pairs: as in `score`.
+
+        Returns:
+            [len(pairs)] float32. Undoing a sigmoid is exact to 1 % up to ±12; where it was 0 or 1, the logit is ±16.
+
+        Raises:
+            InvalidItemsError, EngineError: as `score`.
+        """
         given = items_of(pairs, "(query, document) pairs")
-        return self._run(given, self.preprocessor.encode_pairs, check_pair, "raise")
+        scores = self._run(given, self.preprocessor.encode_pairs, check_pair, "raise")
+        if self.contract.activation != "sigmoid":
+            return scores
+        exact = scores.astype(np.float64)
+        with np.errstate(divide="ignore"):
+            found: NDArray[np.float64] = np.log(exact) - np.log1p(-exact)
+        return found.clip(-_LOGIT_LIMIT, _LOGIT_LIMIT).astype(np.float32)
 
     async def ascore(
         self,

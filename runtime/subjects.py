@@ -66,7 +66,7 @@ class Subject:
         if isinstance(self.model, Embedder):
             self.model.embed(items, prompt=prompt)
         else:
-            self.model.score_alone(items)
+            self.model.logits(items)
 
 
 def open_checkpoint(path: str, bundle: Bundle, *, threads: int, models: ExitStack) -> Subject:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rtx.runtime.evaluation import (
     evaluate_candidates,
     evaluate_embedder,
     evaluate_reranker,
+    evaluate_weights,
 )
 from rtx.runtime.reranker import Reranker
 
@@ -46,6 +47,7 @@ class _Arguments:
     depth: int
     candidates: str | None
     save_candidates: str | None
+    first_stage_weight: tuple[float, ...]
     against: str | None
     against_variant: str | None
     keep_identical_ids: bool
@@ -63,6 +65,13 @@ class _Arguments:
 @click.option("--depth", type=click.IntRange(min=1), default=100, show_default=True, help="Documents ranked a query.")
 @click.option("--candidates", type=click.Path(), help="For a reranker: what it orders, as a TREC run file or jsonl.")
 @click.option("--save-candidates", type=click.Path(), help="Write the ranking, for a reranker: .jsonl or a TREC run.")
+@click.option(
+    "--first-stage-weight",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    metavar="W",
+    help="For a reranker: measure its logit plus W times the candidate's score too. May be repeated, to choose a W.",
+)
 @click.option("--against", type=click.Path(), help="A second bundle or checkpoint, to measure the difference from.")
 @click.option("--against-variant", help="Its variant; alone, another variant of the same bundle.")
 @click.option("--keep-identical-ids", is_flag=True, help="Rank a document though it has the id of the query.")
@@ -79,6 +88,7 @@ def evaluate(**arguments: Any) -> None:
     \b
     rtx eval manuals.rtx manuals/eval --save-candidates found.jsonl
     rtx eval judge.rtx manuals/eval --candidates found.jsonl
+    rtx eval judge.rtx manuals/dev --candidates found-dev.jsonl --first-stage-weight 20 --first-stage-weight 60
     rtx eval manuals.rtx manuals/eval --variant int8 --against manuals/
     """
     _run(_Arguments(**arguments))
@@ -96,7 +106,9 @@ def _run(given: _Arguments) -> None:
             models.append(open_model(path, variant=variant, threads=given.threads))
             stack.callback(models[-1].close)
         _check_candidates(models, given)
-        evaluations = [_measure(model, evalset, candidates, given) for model in models]
+        weighted = _measure_weights(models[0], evalset, candidates, given)
+        known = [weighted[models[0].contract.first_stage_weight]] if weighted else []
+        evaluations = known + [_measure(model, evalset, candidates, given) for model in models[len(known) :]]
     if len(evaluations) == 1 and candidates is not None:
         ignored = not given.keep_identical_ids
         names.append((_FIRST_STAGE, None))
@@ -113,6 +125,9 @@ def _run(given: _Arguments) -> None:
     if len(evaluations) > 1:
         comparison = compare(evaluations[1], measured, evalset, worst=given.worst)
         report |= {"against": reports[1], "comparison": comparison.to_dict()}
+    if weighted:
+        by_weight = {weight: compare(evaluations[1], found, evalset) for weight, found in weighted.items()}
+        report["by_first_stage_weight"] = {f"{weight:g}": found.to_dict() for weight, found in by_weight.items()}
     if given.save_candidates is not None:
         write_candidates(measured.candidates(evalset, given.depth), given.save_candidates)
     if given.json_file is not None:
@@ -120,6 +135,8 @@ def _run(given: _Arguments) -> None:
             stream.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
     labels = [path if variant is None else f"{path} ({variant})" for path, variant in names]
     _show(labels, evaluations, comparison)
+    if weighted:
+        _show_weights(by_weight)
 
 
 def _check(given: _Arguments) -> None:
@@ -145,15 +162,42 @@ def _check_candidates(models: Sequence[Embedder | Reranker], given: _Arguments) 
     has_reranker = any(isinstance(model, Reranker) for model in models)
     if has_reranker and given.candidates is None:
         raise UsageError("a reranker orders what a first stage found: pass --candidates FILE (from --save-candidates)")
+    if given.first_stage_weight and (not isinstance(models[0], Reranker) or len(models) > 1):
+        raise UsageError("--first-stage-weight: only for a reranker by itself, without --against")
     if not has_reranker and given.candidates is not None:
         raise UsageError("--candidates: only a reranker has them; an embedder ranks the whole corpus")
+
+
+def _measure_weights(
+    model: Embedder | Reranker, evalset: EvalSet, candidates: Candidates | None, given: _Arguments
+) -> dict[float, Evaluation]:
+    """The model with each weight that was asked for, and with its own; nothing if none was."""
+    if not given.first_stage_weight:
+        return {}
+    assert isinstance(model, Reranker)
+    assert candidates is not None
+    weights = sorted({*given.first_stage_weight, model.contract.first_stage_weight})
+    with _progress("pairs") as progress:
+        return evaluate_weights(model, evalset, candidates, weights, **_options(given), progress=progress)
 
 
 def _measure(
     model: Embedder | Reranker, evalset: EvalSet, candidates: Candidates | None, given: _Arguments
 ) -> Evaluation:
+    with _progress("texts" if isinstance(model, Embedder) else "pairs") as progress:
+        if isinstance(model, Embedder):
+            return evaluate_embedder(model, evalset, **_options(given), progress=progress)
+        assert candidates is not None
+        return evaluate_reranker(model, evalset, candidates, **_options(given), progress=progress)
+
+
+def _options(given: _Arguments) -> Any:
+    return {"k": given.k, "depth": given.depth, "ignore_identical_ids": not given.keep_identical_ids}
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     state = [0, 1]
-    what = "texts" if isinstance(model, Embedder) else "pairs"
     with Progress(what, lambda: state[0] / state[1]) as shown:
 
         def progress(done: int, total: int) -> None:
@@ -161,16 +205,7 @@ def _measure(
             state[:] = done, total
             shown.add(added)
 
-        options: Any = {
-            "k": given.k,
-            "depth": given.depth,
-            "ignore_identical_ids": not given.keep_identical_ids,
-            "progress": progress,
-        }
-        if isinstance(model, Embedder):
-            return evaluate_embedder(model, evalset, **options)
-        assert candidates is not None
-        return evaluate_reranker(model, evalset, candidates, **options)
+        yield progress
 
 
 def _show(labels: Sequence[str], evaluations: Sequence[Evaluation], comparison: Comparison | None) -> None:
@@ -188,6 +223,17 @@ def _show(labels: Sequence[str], evaluations: Sequence[Evaluation], comparison: 
     console.print(table)
     if comparison is not None:
         _show_comparison(console, comparison)
+
+
+def _show_weights(by_weight: Mapping[float, Comparison]) -> None:
+    table = Table(title="by the weight of the first stage")
+    k = next(iter(by_weight.values())).k
+    for column in ("weight", f"ndcg@{k}", "to the first stage", "95% interval"):
+        table.add_column(column, justify="right")
+    for weight, found in by_weight.items():
+        low, high = found.interval
+        table.add_row(f"{weight:g}", f"{found.other:.4f}", f"{found.difference:+.4f}", f"{low:+.4f} to {high:+.4f}")
+    Console().print(table)
 
 
 def _show_comparison(console: Console, found: Comparison) -> None:

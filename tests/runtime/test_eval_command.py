@@ -12,7 +12,7 @@ from rtx.runtime import Embedder, Reranker
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.cli import main
 from rtx.runtime.evalset import EvalSet, load_evalset, write_evalset
-from rtx.runtime.evaluation import evaluate_embedder, evaluate_reranker
+from rtx.runtime.evaluation import evaluate_embedder, evaluate_reranker, evaluate_weights
 
 TEXTS = {
     "reset": "hold the button to reset the device",
@@ -142,3 +142,26 @@ def test_errors(toy_bundle, toy_reranker_bundle, folder, tmp_path, arguments, ex
     assert result.exit_code == exit_code, result.output
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
+
+
+def test_a_weight_of_the_first_stage_is_chosen(toy_bundle, toy_reranker_bundle, folder, tmp_path):
+    found, json_file = tmp_path / "found.jsonl", tmp_path / "report.json"
+    assert run(toy_bundle, folder, "--save-candidates", found).exit_code == 0
+    weights = ("--first-stage-weight", 3, "--first-stage-weight", 0.5)
+    result = run(toy_reranker_bundle, folder, "--k", 2, "--candidates", found, *weights, "--json", json_file)
+    assert result.exit_code == 0, result.output
+    evalset = load_evalset(folder)
+    candidates = read_candidates(found, evalset)
+    with Reranker.open(toy_reranker_bundle) as reranker:
+        expected = evaluate_weights(reranker, evalset, candidates, [0.0, 0.5, 3.0], k=2)
+        alone = evaluate_reranker(reranker, evalset, candidates, k=2)
+    report = json.loads(json_file.read_text())
+    assert report["metrics"] == alone.metrics  # its own weight is 0
+    table = report["by_first_stage_weight"]
+    assert {key: value["other"] for key, value in table.items()} == {
+        f"{weight:g}": found.metrics["ndcg@2"] for weight, found in expected.items()
+    }
+    assert "by the weight of the first stage" in result.stdout
+    assert f"{expected[3.0].metrics['ndcg@2']:.4f}" in result.stdout
+    refused = run(toy_bundle, folder, *weights)
+    assert (refused.exit_code, "--first-stage-weight: only for a reranker by itself" in refused.stderr) == (2, True)

@@ -11,7 +11,7 @@ from rtx.runtime.candidates import Candidate
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, EngineError, UsageError
 from rtx.runtime.evalset import EvalSet
-from rtx.runtime.evaluation import Evaluation, compare, evaluate_embedder, evaluate_reranker
+from rtx.runtime.evaluation import Evaluation, compare, evaluate_embedder, evaluate_reranker, evaluate_weights
 
 
 @dataclass
@@ -368,3 +368,26 @@ def test_metrics_equal_those_of_sentence_transformers(static_model, similarity):
     assert 0.2 < ours["ndcg@10"] < 0.9
     for name in ours:
         assert ours[name] == pytest.approx(theirs[name], abs=1e-12), name
+
+
+def test_weights_of_the_first_stage():
+    class Logits(TableReranker):
+        def logits(self, pairs):
+            asked.append(len(pairs))
+            return self.score(pairs)
+
+    asked: list[int] = []
+    scored = {
+        "q1": [Candidate("d3", 0.5), Candidate("d2", 0.25)],
+        "q2": [Candidate("d1", 1.0), Candidate("d2", 0.5), Candidate("d3", 0.25)],
+        "q3": [],
+    }
+    found = evaluate_weights(Logits(RERANKER.scores), EVALSET, scored, [0, 4], k=2, depth=3)
+    assert list(found) == [0, 4]
+    assert asked == [5]  # whatever the number of weights
+    # By itself: a tie, and d3 before d1; with four times the first stage: d3 before d2, and d1 before d3.
+    assert found[0].indices.tolist() == [[2, 1, -1], [2, 0, 1], [-1, -1, -1]]
+    assert found[4].indices.tolist() == [[2, 1, -1], [0, 2, 1], [-1, -1, -1]]
+    assert found[4].scores[:2].tolist() == [[2.5, 1.5, -np.inf], [5.0, 3.0, 1.0]]
+    with pytest.raises(DataError, match="query 'q1': document 'd3' has no score"):
+        evaluate_weights(Logits(RERANKER.scores), EVALSET, scored | {"q1": [Candidate("d3")]}, [0])

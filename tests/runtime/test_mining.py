@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from rtx.runtime import corpus as corpus_module
 from rtx.runtime import mining
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, MissingExtraError, UsageError
-from rtx.runtime.mining import Logits, MinedQuery, Relevant, Unusable, mine
+from rtx.runtime.mining import MinedQuery, Relevant, Unusable, mine
 from rtx.runtime.negatives import Rules
 
 DIM = 4
@@ -492,13 +491,3 @@ def test_all_rows_that_cannot_be_used_are_listed():
         "item 0: query: is empty",
         "item 2: positive: holds an unpaired surrogate at character 0; expected valid Unicode",
     ]
-
-
-def test_logits_end_where_a_sigmoid_in_float32_does():
-    class Saturated:
-        contract = SimpleNamespace(activation="sigmoid")
-
-        def score(self, pairs, **_):
-            return np.array([0.0, 0.5, 1.0, 1 / (1 + np.exp(-3.0))], dtype=np.float32)[: len(pairs)]
-
-    assert Logits(Saturated()).score([("q", "d")] * 4) == pytest.approx([-16, 0, 16, 3], abs=1e-5)

@@ -213,7 +213,7 @@ def test_the_first_stage_is_added(on_top: Reranker, by_length: Reranker):
         asyncio.run(on_top.arank(QUERY, DOCUMENTS, first_stage=first_stage)),
     ):
         assert [(found.index, found.score) for found in ranked] == [(index, expected[index]) for index in order]
-    np.testing.assert_array_equal(on_top.score_alone(pairs), by_length.score(pairs))
+    np.testing.assert_array_equal(on_top.logits(pairs), by_length.score(pairs))
     assert (on_top.needs_first_stage, by_length.needs_first_stage) == (True, False)
     # A model that was not trained so leaves them aside.
     np.testing.assert_array_equal(by_length.score(pairs, first_stage=first_stage), by_length.score(pairs))
@@ -247,3 +247,13 @@ def test_scores_of_a_first_stage_that_do_not_fit(on_top: Reranker, given: Any, m
         with pytest.raises(UsageError, match=r"^first_stage: ") as caught:
             call()
         assert message in str(caught.value)
+
+
+def test_logits_end_where_a_sigmoid_in_float32_does(rerank_contract: Contract, toy_tokenizer: str):
+    class Saturated(LengthEngine):
+        def run(self, _batch: Batch) -> NDArray[np.float32]:
+            return np.array([0.0, 0.5, 1.0, 1 / (1 + np.exp(-3.0))], dtype=np.float32)
+
+    contract = dataclasses.replace(rerank_contract, activation="sigmoid")
+    model = Reranker(TextPreprocessor(contract, toy_tokenizer), Saturated())
+    assert model.logits([("q", "d")] * 4) == pytest.approx([-16, 0, 16, 3], abs=1e-5)

@@ -38,9 +38,12 @@ def evalset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint, evalset, tmp_path_factory):
+def runs(once, tiny_checkpoint, evalset):
     """Folders `one` and `two`, of one process and of two."""
-    folder = tmp_path_factory.mktemp("fsdp")
+    return once("fsdp", lambda folder: train(folder, tiny_checkpoint, evalset))
+
+
+def train(folder, tiny_checkpoint, evalset):
     inputs = [str(tiny_checkpoint("bert")), str(tiny_checkpoint("qwen3-chat", "rerank")), str(evalset)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SHARDED["ROWS"]))
     # The configuration that the guide gives.
@@ -56,7 +59,6 @@ def runs(tiny_checkpoint, evalset, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     SHARDED["train_all"](*inputs, folder / "one")
-    return folder
 
 
 def course_of(folder: Path):

@@ -74,8 +74,11 @@ RUNS = ("plain", "cached", "accumulated", "reranker", "on_top", "evaluated")
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint, toy_evalset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def runs(once, tiny_checkpoint, toy_evalset):
+    return once("processes", lambda folder: train(folder, tiny_checkpoint, toy_evalset))
+
+
+def train(folder, tiny_checkpoint, toy_evalset):
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     inputs = [str(tiny_checkpoint("bert")), str(tiny_checkpoint("bert", "rerank")), str(toy_evalset)]
@@ -85,7 +88,6 @@ def runs(tiny_checkpoint, toy_evalset, tmp_path_factory):
         arguments = [*command, str(worker), *inputs, str(folder / name)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
