@@ -50,6 +50,8 @@ from rtx.trainer.model import RetrievalModel
 
 # Of the first stage's cosine beside the logits. At 0 the reranker is alone.
 WEIGHTS = (0, 20, 40, 60, 80, 120)
+# More than the demo, which has ten minutes.
+PAIR_TOKENS, MIN_PAIRS = 96, 4096
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def main(lists: int, seeds: int, out: Path | None) -> None:
 def first_stage(folder: Path, lists: int) -> None:
     """Data, the finetuned embedder, what it finds, and lists to train on."""
     settings = dataclasses.replace(
-        demo.DATA, train_pairs=max(demo.DATA.train_pairs, demo.EMBEDDER_PAIRS + 2 * lists), pairs_per_distribution=2000
+        demo.DATA, train_pairs=max(MIN_PAIRS, demo.EMBEDDER_PAIRS + 2 * lists), pairs_per_distribution=2000
     )
     prepare(folder / "data", settings, installed())
     demo.split(folder / "data", folder)
@@ -122,13 +124,13 @@ def train(folder: Path, lists: int, seed: int) -> tuple[Path, float]:
     target = folder / f"reranker-{lists}-{seed}"
     begun = time.perf_counter()
     config = demo.reranker_config(folder / "ms-marco", folder / "lists.jsonl", target)
-    finetune(dataclasses.replace(config, seed=seed), overwrite=True)
+    finetune(dataclasses.replace(config, max_tokens=PAIR_TOKENS, seed=seed), overwrite=True)
     return target, time.perf_counter() - begun
 
 
 def measure(name: str, splits: dict[str, Split], checkpoint: Path) -> Measured:
     """A reranker with each weight of the first stage, and which of them is best on dev."""
-    model = RetrievalModel.load(checkpoint, task="rerank", max_tokens=demo.PAIR_TOKENS)
+    model = RetrievalModel.load(checkpoint, task="rerank", max_tokens=PAIR_TOKENS)
     reranker = Reranker(model.preprocessor, model.engine())
     found: dict[int, dict[str, Comparison]] = {weight: {} for weight in WEIGHTS}
     for split, content in splits.items():

@@ -44,11 +44,11 @@ from rtx.trainer.finetune import finetune
 from rtx.trainer.model import RetrievalModel
 
 # Sized for less than ten minutes on two cores.
-EMBEDDER_PAIRS, RERANKER_PAIRS = 2048, 400
+EMBEDDER_PAIRS, RERANKER_PAIRS = 2048, 192
 # The reranker's come from more than are used, since its negatives are taken from among them.
-DATA = Settings(train_pairs=4096, queries_per_distribution=40, documents_per_distribution=100)
+DATA = Settings(train_pairs=2560, queries_per_distribution=40, documents_per_distribution=100)
 MAX_TOKENS = 64
-PAIR_TOKENS = 96
+PAIR_TOKENS = 80
 LEARNING_RATE = 1e-4
 RERANK_DEPTH = 10
 # Of the reranker: what a unit of the embedder's cosine is worth beside its logits, which lie between -11 and 11; and
