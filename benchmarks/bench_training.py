@@ -171,7 +171,8 @@ def report(name: str, case: Case, runs: Mapping[str, Sequence[Mapping[str, Any]]
             "rtx_ndcg_change": [float((ndcg[RTX] - ndcg[side]).mean()), low, high],
         }
     # Of the first seed alone.
-    before = float(np.mean(measured)) if (measured := runs[RTX][0]["ndcg_before"]) else None
+    at_start = runs[RTX][0]["ndcg_before"]
+    before = float(np.mean(at_start)) if at_start else None
     started = "" if before is None else f"; NDCG@10 {before:.4f}"
     click.echo(f"\n{name}: batch {case.batch_size}, {case.steps} steps, {case.max_tokens} tokens{started}")
     heading = ("rows/s", "MiB", "rtx is faster by (spread)", "NDCG@10", "rtx differs by (95 %)")
