@@ -24,6 +24,10 @@ class FirstStage:
 
     def __call__(self, logits: Tensor, targets: Targets, /) -> Tensor:
         """
+        Args:
+            logits: [documents].
+            targets: with `first_stage` [documents] float32.
+
         Raises:
             UsageError: the targets have no scores of a first stage.
         """
