@@ -1,29 +1,61 @@
 """Any image that a caller may hand over, decoded to RGB: file, bytes, base64, URL, PIL image, array.
 
-Decoding runs in worker threads and on what strangers send: size is checked from the header before anything is decoded,
-only formats that Pillow itself decodes are opened, and no global of Pillow's is touched.
+text -> what it names (path, URL, base64) -> bytes -> header -> limits -> pixels -> upright -> RGB
+
+Decoding runs in worker threads, on what strangers send: the size is checked before anything is decoded, only formats
+that Pillow decodes by itself are opened, and no global of Pillow's is touched.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import re
-import struct
+import stat
 import threading
-import urllib.error
+import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, JpegImagePlugin
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "QOI", "ICO")
-"""What is decoded, by Pillow's names. Others of Pillow's call programs, have no signature, or are not seen any more."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "QOI")
+"""What is decoded, by Pillow's names. Others of its formats start programs, have no signature or are rare."""
+
+_WHITE = (255, 255, 255, 255)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What is met where an image is expected, by what it begins with.
+_NOT_IMAGES = (
+    (rb"%PDF-", "a PDF document; expected an image: open it with PdfPages"),
+    (rb"(<\?xml.*)?(<!--.*-->)?\s*(<!DOCTYPE\s+svg.*)?<svg\b", "an SVG drawing; expected pixels: render it to a PNG"),
+    (rb"<(!doctype\s+)?html\b", "a web page; expected an image"),
+    (rb"version https://git-lfs", "a pointer of Git LFS; expected the image itself: git lfs pull brings it"),
+    (rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", "a HEIC image; expected one converted to JPEG or PNG"),
+)
+_SNIFFED_BYTES = 1024
+# The shortest text that is taken for base64: an image of one pixel has about as many characters.
+_SHORTEST_BASE64 = 32
+_FETCHED_BYTES = 1 << 16
+
+# One image may be given twice and decoded by two threads; one that is not decoded yet shares its file with itself.
+_loading = [threading.Lock() for _ in range(16)]
 
 
 class BadImage(ValueError):  # noqa: N818 - a reason, which the caller turns into an ItemError
@@ -35,12 +67,12 @@ class ImageLimits:
     """What is accepted.
 
     Attributes:
-        max_bytes: of a file, of what a URL answers, of decoded base64.
-        max_pixels: height times width, checked before decoding.
-        allow_urls: whether http:// and https:// are fetched.
+        max_bytes: of a file, of what a URL answers, of base64 once it is decoded.
+        max_pixels: height times width; of what is to be decoded it is checked before.
+        allow_urls: whether http:// and https:// are fetched. Whoever names a URL reaches what this machine reaches.
         allow_paths: whether a text may name a file. A server that takes texts from strangers says no.
         base_folder: what relative paths are relative to; None for the working directory.
-        timeout_s: how long a URL's server may take to connect, and between two pieces of its answer.
+        timeout_s: of a fetch as a whole.
     """
 
     max_bytes: int = 64 << 20
@@ -50,20 +82,31 @@ class ImageLimits:
     base_folder: Path | None = None
     timeout_s: float = 10.0
 
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
 
 DEFAULT_LIMITS = ImageLimits()
 
 
 def load_image(source: object, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Decode one image: upright by its EXIF orientation, its first frame, on white where it is transparent.
+    """Decode one image: upright by its EXIF orientation, the first of several frames, on white where it is transparent.
+
+    transformers' image processors lay transparent images on white too; its `load_image` drops the transparency, so that
+    black on transparent becomes black on black. Grey of 16 bits is scaled to 8, where Pillow cuts it off at 255. Colour
+    profiles are ignored, as they are there.
 
     Args:
-        source: a path, bytes, a PIL image (which is not changed), a uint8 or bool array [height, width] or
-            [height, width, 1 | 3 | 4], or a text: a path, an http(s) URL, a data: URL, or base64.
+        source: a Path; bytes; a PIL image, at its current frame; an array [height, width] or
+            [height, width, 1 | 3 | 4] of uint8 or bool; or a text: a path, an http(s) URL, a data: URL, or base64,
+            which is known by its beginning.
         limits: what is accepted.
 
     Returns:
-        In mode RGB. 16-bit grey is scaled to 8 bits.
+        In mode RGB, all decoded. A PIL image that is upright RGB already is returned itself; none is changed, beyond
+        being decoded.
 
     Raises:
         BadImage: it cannot be used.
@@ -78,142 +121,259 @@ def load_image(source: object, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Im
         return _from_pil(source, limits)
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
-    raise BadImage(f"expected an image (path, bytes, base64, URL, PIL image or array), got {type(source).__name__}")
+    kind = type(source).__name__
+    raise BadImage(f"expected an image (a path, bytes, base64, a URL, a PIL image or a uint8 array), got {kind}")
 
 
 def _from_text(text: str, limits: ImageLimits) -> Image.Image:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
-    kind = scheme.group(1).lower() if scheme and len(scheme.group(1)) > 1 else ""
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):(//)?", text[:32], re.IGNORECASE)
+    kind = scheme.group(1).lower() if scheme else ""
     if kind == "data":
         header, comma, body = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
-            raise BadImage("a data: URL that is not base64; expected data:image/…;base64,…")
-        return _from_bytes(_decode_base64(body, limits), limits)
+            raise BadImage(f"a data: URL that is not base64 ({_shown(text, 40)}); expected data:image/…;base64,…")
+        return _from_bytes(_decoded(body, limits), limits)
     if kind in ("http", "https"):
-        if not limits.allow_urls:
-            raise BadImage("URLs are not allowed here; expected a file, bytes or base64")
-        return _from_bytes(_fetch(text, limits), limits)
-    if kind and text[len(kind) : len(kind) + 3] == "://":
-        raise BadImage(f"a URL of scheme {kind}; expected http or https")
+        return _from_url(text, limits)
+    if scheme and scheme.group(2):
+        raise BadImage(f"a URL of the scheme {kind}; expected http or https")
     if _looks_like_base64(text):
-        return _from_bytes(_decode_base64(text, limits), limits)
+        return _from_bytes(_decoded(text, limits), limits)
     if not limits.allow_paths:
-        raise BadImage("expected an image as base64 or a data: URL; paths are not allowed here")
+        raise BadImage(f"no base64 of an image, and paths are not allowed here: {_shown(text)}")
     return _from_path(Path(text), limits)
 
 
+def _shown(text: str, limit_characters: int = 80) -> str:
+    if len(text) <= limit_characters:
+        return f"'{text}'"
+    return f"'{text[:limit_characters]}…' ({len(text):,} characters)"
+
+
+# -- base64 ----------------------------------------------------------------------------------------------------------
+
+
 def _looks_like_base64(text: str) -> bool:
-    return len(text) >= 64 and text.startswith(("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK"))
-
-
-def _decode_base64(text: str, limits: ImageLimits) -> bytes:
-    if len(text) * 3 // 4 > limits.max_bytes * 2:
-        raise BadImage(_too_many_bytes(len(text) * 3 // 4, limits))
-    compact = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    """Whether it begins as the base64 of an image does. A path hardly can: base64 has no full stop."""
+    head = "".join(text[: 2 * _SHORTEST_BASE64].split())[:_SHORTEST_BASE64]
+    if len(head) < _SHORTEST_BASE64:
+        return False
     try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+        prefix = base64.b64decode(head.translate(_TO_STANDARD), validate=True)
+    except ValueError:
+        return False
+    return next(_candidates(prefix[:16]), None) is not None
+
+
+_TO_STANDARD = {ord("-"): "+", ord("_"): "/"}
+
+
+def _decoded(text: str, limits: ImageLimits) -> bytes:
+    compact = "".join(text.split()).rstrip("=")
+    _check_bytes(len(compact) * 3 // 4, limits)
+    try:
+        return base64.b64decode(compact.translate(_TO_STANDARD) + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as wrong:
-        raise BadImage(f"base64 that cannot be decoded: {wrong}") from wrong
+        raise BadImage(f"base64 that cannot be decoded ({wrong})") from wrong
 
 
-def _too_many_bytes(count: int, limits: ImageLimits) -> str:
-    return f"{count:,} bytes; expected at most {limits.max_bytes:,} (max_bytes)"
+def _check_bytes(count: int, limits: ImageLimits) -> None:
+    if count > limits.max_bytes:
+        raise BadImage(f"an image of {count:,} bytes; expected at most {limits.max_bytes:,} (max_bytes)")
 
 
-def _fetch(url: str, limits: ImageLimits) -> bytes:
+# -- URLs ------------------------------------------------------------------------------------------------------------
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
+        url = arguments[-1]
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise BadImage(f"a redirect to the scheme {urlsplit(url).scheme}; expected http or https")
+        return super().redirect_request(*arguments)
+
+
+def _from_url(url: str, limits: ImageLimits) -> Image.Image:
+    if not limits.allow_urls:
+        raise BadImage("URLs are not allowed here; expected a path, bytes or base64")
     try:
-        with urllib.request.urlopen(url, timeout=limits.timeout_s) as answer:
-            content: bytes = answer.read(limits.max_bytes + 1)
-    except (OSError, ValueError) as wrong:
-        raise BadImage(f"the URL could not be fetched: {wrong}") from wrong
-    return content
+        # What may stand in a query, a signature for instance, does not belong in a log.
+        where = _shown(url.partition("?")[0].partition("#")[0])
+        return _from_bytes(_fetched(url, limits), limits)
+    except BadImage as wrong:
+        raise BadImage(f"{where}: {wrong}") from wrong
+    except HTTPError as wrong:
+        raise BadImage(f"{where}: the server answers {wrong.code} ({wrong.reason})") from wrong
+    except (OSError, ValueError, http.client.HTTPException) as wrong:
+        raise BadImage(f"{where}: cannot be fetched ({wrong})") from wrong
+
+
+def _fetched(url: str, limits: ImageLimits) -> bytes:
+    deadline = time.monotonic() + limits.timeout_s
+    # urllib's own opener would also read file:// and ftp://.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        _WebOnly,
+    ):
+        opener.add_handler(handler())
+    request = urllib.request.Request(url, headers={"User-Agent": "rtx", "Accept": "image/*"})
+    content = bytearray()
+    with opener.open(request, timeout=limits.timeout_s) as answer:
+        declared = answer.length
+        _check_bytes(declared or 0, limits)
+        while piece := answer.read1(_FETCHED_BYTES):
+            content += piece
+            _check_bytes(len(content), limits)
+            if time.monotonic() > deadline:
+                raise BadImage(f"not fetched whole within {limits.timeout_s:g} s (timeout_s)")
+    if declared is not None and len(content) < declared:
+        raise BadImage(f"the answer is truncated after {len(content):,} of {declared:,} bytes")
+    return bytes(content)
+
+
+# -- files and bytes -------------------------------------------------------------------------------------------------
 
 
 def _from_path(path: Path, limits: ImageLimits) -> Image.Image:
-    path = (limits.base_folder or Path()) / path
+    shown = _shown(str(path), 200)
     try:
-        with path.open("rb") as file:
-            content = file.read(limits.max_bytes + 1)
-    except (OSError, ValueError) as wrong:
-        raise BadImage(f"{path}: {getattr(wrong, 'strerror', None) or wrong}") from wrong
-    try:
-        return _from_bytes(content, limits)
+        path = limits.base_folder / path if limits.base_folder is not None else path
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage("a folder; expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("neither a file nor a folder; expected a file")
+        _check_bytes(status.st_size, limits)
+        return _from_bytes(path.read_bytes(), limits)
     except BadImage as wrong:
-        raise BadImage(f"{path}: {wrong}") from wrong
+        raise BadImage(f"{shown}: {wrong}") from wrong
+    except FileNotFoundError as wrong:
+        below = "" if limits.base_folder is None or path.is_absolute() else f" below {limits.base_folder}"
+        raise BadImage(f"{shown}: no such file{below}") from wrong
+    except (OSError, ValueError) as wrong:
+        raise BadImage(f"{shown}: cannot be read ({getattr(wrong, 'strerror', None) or wrong})") from wrong
 
 
 def _from_bytes(content: bytes, limits: ImageLimits) -> Image.Image:
     if not content:
-        raise BadImage("0 bytes; expected an image")
-    if len(content) > limits.max_bytes:
-        raise BadImage(_too_many_bytes(len(content), limits))
-    image = _open(io.BytesIO(content), content[:16])
-    return _to_rgb(image, limits)
+        raise BadImage("empty (0 bytes); expected an image")
+    _check_bytes(len(content), limits)
+    return _to_rgb(_opened(content), limits)
 
 
-def _open(file: IO[bytes], prefix: bytes) -> Image.Image:
-    """The image of a file, its header read and nothing decoded.
+def _opened(content: bytes) -> Image.Image:
+    """The image in a file, of which only the header has been read.
 
-    Pillow's own `open` warns of large images by a limit that is one global of the process: its plugins are called
-    without it, and `max_pixels` is checked instead.
+    `Image.open` compares the size with a global of Pillow's and warns: the plugins are called without it.
     """
-    if not all(name in Image.OPEN for name in FORMATS):
-        Image.init()
-    for name in FORMATS:
-        if name not in Image.OPEN:
-            continue
-        factory, accept = Image.OPEN[name]
-        if accept is not None and accept(prefix) is not True:
-            continue
-        file.seek(0)
+    file = io.BytesIO(content)
+    for name, factory in _candidates(content[:16]):
         try:
             return factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):
-            continue
-        except (OSError, ValueError, EOFError) as wrong:
-            raise BadImage(f"{name} that cannot be read: {wrong}") from wrong
-    raise BadImage("not an image in a format that can be read")
+        # What a plugin raises on damaged bytes is nowhere said.
+        except Exception as wrong:
+            raise BadImage(_damaged(name, wrong)) from wrong
+    head = content[:_SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, message in _NOT_IMAGES:
+        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+            raise BadImage(message)
+    raise BadImage(f"no image that can be read ({len(content):,} bytes); expected one of {', '.join(FORMATS)}")
 
 
-_loading = [threading.Lock() for _ in range(16)]
+def _candidates(prefix: bytes) -> Iterator[tuple[str, Callable[[IO[bytes], str], Image.Image]]]:
+    """Names and openers of the formats that a file's first 16 bytes belong to: one, as their signatures differ."""
+    Image.init()
+    for name in FORMATS:
+        # AVIF and QOI are missing in older versions of Pillow.
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is not None and accept is not None and accept(prefix) is True:
+            # Pillow's opener of JPEG looks for further images in the file, and warns of what it does not find.
+            yield name, JpegImagePlugin.JpegImageFile if name == "JPEG" else factory
+
+
+def _damaged(name: str | None, wrong: Exception) -> str:
+    kind = f"{name} image" if name else "image"
+    article = "an" if kind[0] in "AEIOUaeiou" else "a"
+    return f"{article} {kind} that is truncated, damaged or of an unknown kind ({str(wrong) or type(wrong).__name__})"
+
+
+# -- pixels ----------------------------------------------------------------------------------------------------------
 
 
 def _from_pil(image: Image.Image, limits: ImageLimits) -> Image.Image:
-    # One image may be handed over twice, to two threads: Pillow's images that are not decoded yet share their file.
     with _loading[hash(id(image)) % len(_loading)]:
-        return _to_rgb(image, limits)
+        _check_size(*image.size, limits)
+        _decode(image)
+    return _to_rgb(image, limits)
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"an image of {width} × {height} pixels; expected at least 1 × 1")
+    if width * height > limits.max_pixels:
+        expected = f"expected at most {limits.max_pixels:,} in all (max_pixels)"
+        raise BadImage(f"an image of {width:,} × {height:,} pixels; {expected}")
+
+
+def _decode(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as wrong:
+        raise BadImage(_damaged(image.format, wrong)) from wrong
 
 
 def _to_rgb(image: Image.Image, limits: ImageLimits) -> Image.Image:
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        raise BadImage(f"{width} × {height} pixels; expected at most {limits.max_pixels:,} (max_pixels)")
+    _check_size(*image.size, limits)
+    _decode(image)
+    image = _upright(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray(_in_8_bits(np.asarray(image)))
+    if image.mode in ("I", "F"):
+        raise BadImage(f"an image of mode {image.mode}, whose values have no fixed range; expected 8 or 16 bits")
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I;16":
-            return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        if "a" in image.getbands():
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         if "A" in image.getbands() or image.info.get("transparency") is not None:
-            on_white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(on_white, image.convert("RGBA")).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as wrong:
-        raise BadImage(f"cannot be decoded: {wrong}") from wrong
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (ValueError, KeyError, OSError) as wrong:
+        raise BadImage(f"an image of mode {image.mode} that cannot be turned into RGB ({wrong})") from wrong
 
 
-def _to_8_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - damaged metadata say nothing, as those that are not there
+        return image
+    # A damaged value may be of any type.
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_8_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    # 65535 / 255 is 257: the nearest of 256 values.
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
     if array.dtype not in (np.uint8, np.bool_):
-        raise BadImage(f"an array of {array.dtype}; expected uint8 (0 … 255) or bool")
+        hint = ": floats from 0 to 1 times 255, rounded" if array.dtype.kind == "f" else ""
+        raise BadImage(f"an array of {array.dtype}; expected uint8 (0 … 255) or bool{hint}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise BadImage(f"an array of shape {array.shape}; expected [height, width] or [height, width, 1 | 3 | 4]")
-    if array.size == 0:
-        raise BadImage(f"an array of shape {array.shape}; expected at least one pixel")
+        raise BadImage(
+            f"an array of shape {list(array.shape)}; expected [height, width] or [height, width, channels] "
+            "with 1, 3 or 4 channels"
+        )
+    _check_size(array.shape[1], array.shape[0], limits)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    return _to_rgb(Image.fromarray(array), limits)
+        array = array.astype(np.uint8) * np.uint8(255)
+    # Copied, as Pillow's image would share the caller's memory.
+    return _to_rgb(Image.fromarray(array.copy()), limits)
