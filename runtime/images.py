@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +67,8 @@ class ImageLimits:
 
     Attributes:
         max_bytes: of a file, of what a URL answers, of base64 once it is decoded.
-        max_pixels: height times width; of what is to be decoded it is checked before.
+        max_pixels: height times width; of what is to be decoded it is checked before. The default is where Pillow
+            begins to warn: with more, it does warn of a TIFF, and refuses it from twice that on.
         allow_urls: whether http:// and https:// are fetched. Whoever names a URL reaches what this machine reaches.
         allow_paths: whether a text may name a file. A server that takes texts from strangers says no.
         base_folder: what relative paths are relative to; None for the working directory.
@@ -76,7 +76,7 @@ class ImageLimits:
     """
 
     max_bytes: int = 64 << 20
-    max_pixels: int = 100_000_000
+    max_pixels: int = 89_478_485
     allow_urls: bool = False
     allow_paths: bool = True
     base_folder: Path | None = None
@@ -185,14 +185,6 @@ def _check_bytes(count: int, limits: ImageLimits) -> None:
 # -- URLs ------------------------------------------------------------------------------------------------------------
 
 
-class _WebOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
-        url = arguments[-1]
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise BadImage(f"a redirect to the scheme {urlsplit(url).scheme}; expected http or https")
-        return super().redirect_request(*arguments)
-
-
 def _from_url(url: str, limits: ImageLimits) -> Image.Image:
     if not limits.allow_urls:
         raise BadImage("URLs are not allowed here; expected a path, bytes or base64")
@@ -210,7 +202,7 @@ def _from_url(url: str, limits: ImageLimits) -> Image.Image:
 
 def _fetched(url: str, limits: ImageLimits) -> bytes:
     deadline = time.monotonic() + limits.timeout_s
-    # urllib's own opener would also read file:// and ftp://.
+    # urllib's own opener would also read file:// and follow to ftp://.
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -218,7 +210,8 @@ def _fetched(url: str, limits: ImageLimits) -> bytes:
         urllib.request.HTTPSHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
-        _WebOnly,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
     request = urllib.request.Request(url, headers={"User-Agent": "rtx", "Accept": "image/*"})
@@ -241,6 +234,7 @@ def _fetched(url: str, limits: ImageLimits) -> bytes:
 
 def _from_path(path: Path, limits: ImageLimits) -> Image.Image:
     shown = _shown(str(path), 200)
+    below = "" if limits.base_folder is None or path.is_absolute() else f" below {limits.base_folder}"
     try:
         path = limits.base_folder / path if limits.base_folder is not None else path
         status = path.stat()
@@ -253,7 +247,6 @@ def _from_path(path: Path, limits: ImageLimits) -> Image.Image:
     except BadImage as wrong:
         raise BadImage(f"{shown}: {wrong}") from wrong
     except FileNotFoundError as wrong:
-        below = "" if limits.base_folder is None or path.is_absolute() else f" below {limits.base_folder}"
         raise BadImage(f"{shown}: no such file{below}") from wrong
     except (OSError, ValueError) as wrong:
         raise BadImage(f"{shown}: cannot be read ({getattr(wrong, 'strerror', None) or wrong})") from wrong
@@ -299,6 +292,8 @@ def _candidates(prefix: bytes) -> Iterator[tuple[str, Callable[[IO[bytes], str],
 def _damaged(name: str | None, wrong: Exception) -> str:
     kind = f"{name} image" if name else "image"
     article = "an" if kind[0] in "AEIOUaeiou" else "a"
+    if isinstance(wrong, Image.DecompressionBombError):
+        return f"{article} {kind} that is too large ({wrong})"
     return f"{article} {kind} that is truncated, damaged or of an unknown kind ({str(wrong) or type(wrong).__name__})"
 
 
