@@ -109,14 +109,14 @@ def write_tiny_qwen3_vl(folder: Path, *, seed: int = 0, reranker: bool = False) 
             },
         },
         vision_config={
-            "depth": 4,
+            "depth": 3,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
             "out_hidden_size": 32,
             # 5 by 5, which no image's grid is: their sides are even.
             "num_position_embeddings": 25,
-            "deepstack_visual_indexes": [0, 2],
+            "deepstack_visual_indexes": [0, 1],
             "initializer_range": 0.2,
         },
         image_token_id=ids["image_pad"],

@@ -142,7 +142,7 @@ def test_interpolation_is_that_of_pytorch_itself():
         indices, weights = interpolation(patch_places(*size, 1), size, 5)
         rows = grid[0].reshape(3, 25).T.numpy()[indices]
         found = (rows * weights[..., np.newaxis]).sum(axis=1)
-        # It multiplies by the rounded interval, where transformers divides: a position of up to 4 is off by some 2**-22.
+        # It multiplies by a rounded interval where transformers divides: a position of up to 4 is off by some 2**-22.
         assert np.allclose(found, resampled[0].reshape(3, -1).T.numpy(), rtol=0, atol=5e-6)
 
 
