@@ -211,7 +211,7 @@ def test_files_of_the_first_clip(tmp_path: Path):
         ({"preprocessor_config": {"image_processor_type": "NoImageProcessor"}}, "Unrecognized image processor"),
         (
             {"preprocessor_config": {"image_processor_type": "DINOv3ViTImageProcessor"}},
-            "requires the Torchvision library",
+            "Missing optional dependencies: torchvision",
         ),
         ({"preprocessor_config": FAST | {"size": {"edge": 3}}}, "size must have one of"),
     ],
