@@ -25,7 +25,11 @@ CHANNELS = 3
 MAX_ASPECT_RATIO = 200
 """Of an image that is resized to multiples of a patch; a longer one is refused, as transformers does."""
 
-# An image whose shorter side is resized may become very long. Beyond so many pixels only what the crop keeps is made.
+# So many patches at a time stay in the processor's cache.
+_CACHED_PATCHES = 64
+# An image whose shorter side is resized may become very long. Beyond so many pixels only what the crop keeps is made,
+# which may differ by some levels of 255 (3 in a smooth picture, 26 in noise): by what it makes Pillow chooses whether
+# rows or columns come first.
 _WHOLE_RESIZE_PIXELS = 1 << 25
 
 
@@ -262,7 +266,8 @@ class ImagePreprocessor:
         if rules.layout == "pixels":
             values = np.empty((len(images), CHANNELS, rules.height, rules.width), np.float32)
             for image, out in zip(images, values, strict=True):
-                self._normalised(image.pixels.transpose(2, 0, 1), out, channel_axis=0)
+                for channel in range(CHANNELS):
+                    out[channel] = self._values[channel].take(image.pixels[:, :, channel])
             return values
         counts = [math.prod(self.grid(image)) for image in images]
         values = np.empty((sum(counts), rules.patch_width), np.float32)
@@ -278,13 +283,11 @@ class ImagePreprocessor:
         tokens = pixels.reshape(rows, merge, patch, columns, merge, patch, CHANNELS)
         ordered = np.ascontiguousarray(tokens.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, CHANNELS, patch * patch)
         frames = out.reshape(len(out), CHANNELS, self.rules.temporal_patch_size, patch * patch)
-        self._normalised(ordered, frames[:, :, 0], channel_axis=1)
-        frames[:, :, 1:] = frames[:, :, :1]
-
-    def _normalised(self, pixels: NDArray[np.uint8], out: NDArray[np.float32], *, channel_axis: int) -> None:
-        for channel in range(CHANNELS):
-            where = (slice(None),) * channel_axis + (channel,)
-            out[where] = self._values[channel][pixels[where]]
+        for start in range(0, len(out), _CACHED_PATCHES):
+            part = slice(start, start + _CACHED_PATCHES)
+            for channel in range(CHANNELS):
+                frames[part, channel, 0] = self._values[channel].take(ordered[part, channel])
+            frames[part, :, 1:] = frames[part, :, :1]
 
 
 def _values(rules: ImageRules) -> NDArray[np.float32]:

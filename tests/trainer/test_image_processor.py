@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import (
@@ -21,6 +23,9 @@ from transformers import (
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
+from transformers.image_transforms import get_resize_output_image_size
+from transformers.image_utils import ChannelDimension
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from rtx.runtime.errors import CheckpointError, UsageError
 from rtx.runtime.image_rules import ImagePreprocessor, ImageRules
@@ -99,6 +104,46 @@ def test_a_saved_processor_and_its_rules_prepare_images_alike(family: str, tmp_p
         preprocessor = ImagePreprocessor(rules)
         grids = [preprocessor.grid(preprocessor.prepare(image)) for image in images]
         assert np.array_equal(grids, expected["image_grid_thw"])
+
+
+sides = st.one_of(st.integers(1, 40), st.integers(1, 400))
+
+
+@settings(max_examples=25, deadline=None)
+@given(sides, sides, st.sampled_from(["qwen3-vl", "qwen2-vl", "clip", "siglip2-fixed", "dinov2"]))
+def test_images_of_any_size_are_prepared_alike(height: int, width: int, family: str):
+    processor = FAMILIES[family]()
+    rules = image_rules(processor, "model")
+    image = Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    try:
+        expected = processor(image, return_tensors="np")["pixel_values"]
+    except ValueError as refused:
+        assert "aspect ratio" in str(refused)
+        with pytest.raises(ValueError, match="as long as wide"):
+            prepared(rules, [image])
+        return
+    assert np.array_equal(prepared(rules, [image]), expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 10_000), st.integers(1, 5_000_000))
+def test_sizes_are_those_of_transformers(height: int, width: int, fewest: int, more: int):
+    rules = dataclasses.replace(
+        image_rules(FAMILIES["qwen3-vl"](), "model"), min_pixels=fewest, max_pixels=fewest + more
+    )
+    try:
+        expected = smart_resize(height, width, factor=32, min_pixels=fewest, max_pixels=fewest + more)
+    except ValueError:
+        with pytest.raises(ValueError, match="as long as wide"):
+            rules.target_size(height, width)
+    else:
+        assert rules.target_size(height, width) == expected
+    edge = dataclasses.replace(image_rules(FAMILIES["clip"](), "model"), shortest_edge=1 + fewest % 500)
+    pixels = np.broadcast_to(np.uint8(0), (3, height, width))
+    by_edge = get_resize_output_image_size(
+        pixels, size=edge.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
+    )
+    assert edge.target_size(height, width) == by_edge
 
 
 def test_transparent_images_are_laid_on_white_alike():
