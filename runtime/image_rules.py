@@ -226,7 +226,6 @@ class ImagePreprocessor:
         else:
             image = image.resize(target[::-1], self._filter)
         pixels = np.asarray(image)
-        pixels.flags.writeable = False
         digest = hashlib.blake2b(np.array(pixels.shape, dtype="<i8").tobytes(), digest_size=16)
         digest.update(pixels.data)
         return PreparedImage(pixels, digest.digest())

@@ -115,13 +115,13 @@ def test_images_of_any_size_are_prepared_alike(height: int, width: int, family: 
     processor = FAMILIES[family]()
     rules = image_rules(processor, "model")
     image = Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
-    try:
-        expected = processor(image, return_tensors="np")["pixel_values"]
-    except ValueError as refused:
-        assert "aspect ratio" in str(refused)
+    if rules.layout == "patches" and max(height, width) > 200 * min(height, width):
+        with pytest.raises(ValueError, match="aspect ratio"):
+            processor(image, return_tensors="np")
         with pytest.raises(ValueError, match="as long as wide"):
             prepared(rules, [image])
         return
+    expected = processor(image, return_tensors="np")["pixel_values"]
     assert np.array_equal(prepared(rules, [image]), expected)
 
 
