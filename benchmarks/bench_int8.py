@@ -33,9 +33,10 @@ from rtx.runtime.errors import ItemError
 from rtx.runtime.golden import deviation
 from rtx.runtime.machine import describe_machine
 from rtx.runtime.metrics import top_k_overlap
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.rounds import Stat, run_rounds, summarize
 from rtx.runtime.search import search
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -94,7 +95,7 @@ def derive(model: RetrievalModel, folder: Path) -> dict[str, Path]:
 
 
 def measure(
-    engine: OnnxEngine, preprocessor: TextPreprocessor, items: Sequence[Encoded]
+    engine: OnnxEngine, preprocessor: Preprocessor, items: Sequence[Encoded]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Vectors of the items, each alone, and in batches of eight in their order."""
     alone = run_items(engine, preprocessor, items, Budget(max_batch_items=1))

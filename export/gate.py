@@ -29,8 +29,9 @@ from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation, Golden, deviation
 from rtx.runtime.manifest import Tolerance
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
-from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.runtime.text import Batch, Encoded
 from rtx.trainer.model import RetrievalModel
 
 MAX_NDCG_DROP = 0.005
@@ -217,7 +218,7 @@ def judge(
     return Verdict(name, limits, parity, invariance, ranking, tuple(failures))
 
 
-def surroundings(engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
+def surroundings(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
     """Items in mixed batches in their order, in batches of similar length, and alone with padding.
 
     Returns:
@@ -230,7 +231,7 @@ def surroundings(engine: Engine, preprocessor: TextPreprocessor, items: Sequence
     return np.stack([np.concatenate(mixed), similar, np.concatenate(padded)])
 
 
-def _padded(preprocessor: TextPreprocessor, item: Encoded, length: int) -> Batch:
+def _padded(preprocessor: Preprocessor, item: Encoded, length: int) -> Batch:
     """The item alone, padded to a length: it is collated beside a longer one, which is then left out."""
     filler = Encoded([item.ids[0]] * length, [0] * length, item.prompt_tokens)
     return {name: array[:1] for name, array in preprocessor.collate([item, filler]).items()}

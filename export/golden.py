@@ -12,7 +12,8 @@ from rtx.runtime.engine import Budget, Engine, run_items
 from rtx.runtime.errors import ExportError, ItemError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden, tokenize
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 # Empty, one letter, control characters, scripts, right to left, code, numbers, a long word, long texts.
 _TEXTS = (
@@ -66,7 +67,7 @@ def golden_items(contract: Contract, evalset: EvalSet | None) -> tuple[list[obje
 
 
 def make_golden(
-    preprocessor: TextPreprocessor, reference: Engine, items: Sequence[object], prompts: Sequence[str | None]
+    preprocessor: Preprocessor, reference: Engine, items: Sequence[object], prompts: Sequence[str | None]
 ) -> Golden:
     """Run items through the reference engine, each alone.
 

@@ -23,9 +23,9 @@ from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation
 from rtx.runtime.machine import Machine, describe_machine
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.rounds import Block, Note, Stat, fitting_count, rotate, run_rounds, summarize
 from rtx.runtime.subjects import PYTORCH, Subject, open_checkpoint, open_variants
-from rtx.runtime.text import TextPreprocessor
 from rtx.runtime.workload import DOCUMENTS_PER_QUERY, Item, Workload, count_tokens, make_workload
 
 STAGES = ("tokenize", "collate", "run", "rest")
@@ -320,7 +320,7 @@ class _Plan:
         lengths = {f"throughput at {block.tokens} tokens": block for block in self.by_length}
         return {"latency": self.latency, "throughput": self.mix, **lengths}
 
-    def describe(self, workload: Workload, preprocessor: TextPreprocessor) -> WorkloadInfo:
+    def describe(self, workload: Workload, preprocessor: Preprocessor) -> WorkloadInfo:
         reranks = preprocessor.contract.task == "rerank"
         called = [tokens for call in workload.queries for tokens in count_tokens(preprocessor, call, prompt="query")]
         return WorkloadInfo(

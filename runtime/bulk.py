@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError
 from rtx.runtime.failures import failure_log
+from rtx.runtime.items import check_text
 from rtx.runtime.parts import Part, PartFolder, digest_records
 from rtx.runtime.records import BadRecord, Record
-from rtx.runtime.text import check_text
 from rtx.runtime.vectors import Rows, write_npy, write_parquet
 
 OnInvalid = Literal["fail", "skip"]

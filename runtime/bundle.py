@@ -11,7 +11,7 @@ from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
-from rtx.runtime.text import TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
 
 
 class Bundle:
@@ -64,7 +64,7 @@ class Bundle:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
         raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
 
-    def preprocessor(self, *, verify: bool = True) -> TextPreprocessor:
+    def preprocessor(self, *, verify: bool = True) -> Preprocessor:
         """The tokenizer with the contract.
 
         Raises:
@@ -74,7 +74,7 @@ class Bundle:
             content = self.read(TOKENIZER_FILE, verify=verify).decode()
         except UnicodeDecodeError as broken:
             raise BundleError(f"{self.path}: {TOKENIZER_FILE} is no UTF-8: {broken}") from broken
-        return TextPreprocessor(self.manifest.contract, content)
+        return Preprocessor(self.manifest.contract, content)
 
     def golden(self, *, verify: bool = True) -> Golden:
         """The golden set.

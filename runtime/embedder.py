@@ -1,4 +1,4 @@
-"""Texts to vectors."""
+"""Texts and images to vectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from rtx.kernels.pool import l2_normalize, truncate
 from rtx.kernels.quantize import quantize_binary, quantize_int8
-from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.errors import EngineError, ItemError, UsageError
+from rtx.runtime.items import Item, read_item
 from rtx.runtime.session import OnInvalid, Session, items_of
-from rtx.runtime.text import check_text
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -25,10 +25,10 @@ CODES: Mapping[Precision, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
 
 
 class Embedder(Session):
-    """Embeds texts; safe to call from several threads, and from any number of tasks by `aembed`.
+    """Embeds texts and images; safe to call from several threads, and from any number of tasks by `aembed`.
 
     Args:
-        preprocessor: tokenises by the model's contract.
+        preprocessor: prepares items by the model's contract.
         engine: runs the model.
         budget: how much goes through the engine at once.
 
@@ -48,15 +48,15 @@ class Embedder(Session):
         normalize: bool | None = None,
         on_invalid: OnInvalid = "raise",
     ) -> NDArray[Any]:
-        """Embed texts.
+        """Embed texts and images.
 
         Args:
-            items: texts.
+            items: texts, and where the model takes images also those, or mappings of both (see `rtx.runtime.items`).
             prompt: name of a prompt of the contract ("query", "document", ...); None for its default.
             dimensions: keep the first so many (Matryoshka), normalised again if the model normalises.
             precision: "int8" is a vector of norm 1 times 127, rounded; "binary" the signs, 8 to a byte.
             normalize: None leaves vectors as the model makes them; True scales each to norm 1.
-            on_invalid: what an item that is no valid text does: "raise" before anything is computed, or "nan" for a row
+            on_invalid: what an item that cannot be used does: "raise" before anything is computed, or "nan" for a row
                 of NaN (float32 only) while all others are embedded.
 
         Returns:
@@ -69,9 +69,9 @@ class Embedder(Session):
         """
         self._check(prompt, dimensions, precision, normalize, on_invalid)
         vectors = self._run(
-            items_of(items, "texts"),
+            items_of(items, "items"),
             lambda some: self.preprocessor.encode(some, prompt=prompt),
-            check_text,
+            self._read,
             on_invalid,
         )
         return self._finish(vectors, dimensions, precision, normalize)
@@ -89,11 +89,14 @@ class Embedder(Session):
         """As `embed`, in common batches with all other requests that wait at the time."""
         self._check(prompt, dimensions, precision, normalize, on_invalid)
         vectors = await self._arun(
-            items_of(items, "texts"),
+            items_of(items, "items"),
             lambda some: self.preprocessor.encode(some, prompt=prompt),
             on_invalid,
         )
         return self._finish(vectors, dimensions, precision, normalize)
+
+    def _read(self, index: int, item: object) -> Item | ItemError:
+        return read_item(index, item, self.contract)
 
     def _check(
         self,
@@ -103,7 +106,7 @@ class Embedder(Session):
         normalize: bool | None,
         on_invalid: OnInvalid,
     ) -> None:
-        """All that can be said about the arguments before the first text is looked at."""
+        """All that can be said about the arguments before the first item is looked at."""
         self.contract.prompt_text(prompt)
         if dimensions is not None and not 1 <= dimensions <= self.contract.dimension:
             raise UsageError(f"dimensions: expected 1 to {self.contract.dimension}, got {dimensions}")

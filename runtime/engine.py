@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
-from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Batch, Encoded
 
 # More than any model gains from. ONNX Runtime starts as many as it is told, and from 2**31 on raises TypeError.
 _MAX_THREADS = 1024
@@ -38,7 +39,7 @@ class Engine(Protocol):
         """One padded batch through the model.
 
         Args:
-            batch: by input name of the contract, [rows, tokens] int64.
+            batch: arrays by name (see `rtx.runtime.text.Batch`).
 
         Returns:
             [rows, dimension] float32 vectors, or [rows] float32 scores.
@@ -71,9 +72,11 @@ class Budget:
 
 
 def run_items(
-    engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded], budget: Budget
+    engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded], budget: Budget
 ) -> NDArray[np.float32]:
     """Items through the engine in batches of similar length, results in the order of `items`.
+
+    Images that become vectors by themselves run apart from what has tokens.
 
     Returns:
         [len(items), dimension] or [len(items)] float32; of length 0 along the first axis if there are no items.
@@ -82,17 +85,20 @@ def run_items(
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
     results = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
-    batches = plan_batches(
-        [len(item.ids) for item in items],
-        max_batch_tokens=budget.max_batch_tokens,
-        max_batch_items=budget.max_batch_items,
-    )
-    for rows in batches:
-        results[rows] = run_batch(engine, preprocessor, [items[row] for row in rows])
+    for kind in (True, False):
+        places = [place for place, item in enumerate(items) if bool(item.ids) == kind]
+        batches = plan_batches(
+            [items[place].length for place in places],
+            max_batch_tokens=budget.max_batch_tokens,
+            max_batch_items=budget.max_batch_items,
+        )
+        for batch in batches:
+            rows = [places[index] for index in batch]
+            results[rows] = run_batch(engine, preprocessor, [items[row] for row in rows])
     return results
 
 
-def run_batch(engine: Engine, preprocessor: TextPreprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
+def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
     """Items through the engine in one batch: [len(items), dimension] or [len(items)] float32.
 
     Raises:

@@ -1,7 +1,9 @@
 """Evaluation sets in the BEIR layout: queries, a corpus, and who judged which document relevant to which query.
 
     corpus.jsonl         {"_id": "d1", "title": "...", "text": "..."}      title may be missing or null
-    queries.jsonl        {"_id": "q1", "text": "..."}
+                         {"_id": "p1", "image": "pages/1.png"}             a path from here, or a list of them; a text
+                                                                           beside them is optional
+    queries.jsonl        {"_id": "q1", "text": "..."}                      or an image likewise
     qrels/test.tsv       query-id <tab> corpus-id <tab> score, below a header
 
 Also read: each file gzipped (`.gz`), qrels without a header, qrels in TREC form (query, a column nobody reads, document
@@ -20,11 +22,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rtx.runtime.errors import DataError, UsageError
+from rtx.runtime.fields import read_content
 from rtx.runtime.folder import replace_folder
+from rtx.runtime.hashing import sha256_of
+from rtx.runtime.items import Content, check_text
 from rtx.runtime.records import BadRecord, Input
-from rtx.runtime.text import check_text
 
 _SHOWN_PROBLEMS = 10
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*")
@@ -73,7 +78,8 @@ class EvalSet:
         for table in (self.queries, self.corpus, {query: self.qrels[query] for query in self.queries}):
             digest.update(f"{len(table)}\n".encode())
             for key, value in table.items():
-                digest.update(json.dumps([key, value], sort_keys=True).encode() + b"\n")
+                content = _portable(value) if isinstance(value, Content) else value
+                digest.update(json.dumps([key, content], sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
     def limit(self, queries: int, seed: int = 0, *, documents: int | None = None) -> EvalSet:
@@ -109,6 +115,19 @@ class EvalSet:
             {key: self.qrels[key] for key in self.queries if key in kept},
             {key: title for key, title in self.titles.items() if key in corpus},
         )
+
+
+def _fields(text: str) -> dict[str, Any]:
+    if not isinstance(text, Content):
+        return {"text": text}
+    item = text.item
+    return {"text": item.text, "image": list(item.images)}
+
+
+def _portable(content: Content) -> dict[str, Any]:
+    """A text with images, by the content of files and not by their paths on this machine."""
+    images = [str(image) for image in content.item.images]
+    return {"text": content.item.text, "image": [sha256_of(Path(i)) if Path(i).is_file() else i for i in images]}
 
 
 class Problems:
@@ -192,8 +211,8 @@ def write_evalset(evalset: EvalSet, path: str | os.PathLike[str], *, split: str 
     problems.raise_any()
     with replace_folder(Path(path), marker="corpus.jsonl") as folder:
         (folder / "qrels").mkdir()
-        corpus = ({"_id": key, "title": "", "text": text} for key, text in evalset.corpus.items())
-        queries = ({"_id": key, "text": text} for key, text in evalset.queries.items())
+        corpus = ({"_id": key, "title": "", **_fields(text)} for key, text in evalset.corpus.items())
+        queries = ({"_id": key, **_fields(text)} for key, text in evalset.queries.items())
         _write_jsonl(folder / "corpus.jsonl", corpus)
         _write_jsonl(folder / "queries.jsonl", queries)
         with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as stream:
@@ -229,11 +248,18 @@ def _read_texts(file: Path, problems: Problems, *, kind: str, titles: dict[str, 
     """Texts by id; the titles of documents go into `titles`."""
     texts: dict[str, str] = {}
     with Input(str(file), file_format="jsonl", id_column="_id") as source:
-        for record in source.records(["text"], ["title"]):
+        for record in source.records(["text"], ["title", "image"], instead={"text": "image"}):
             if isinstance(record, BadRecord):
                 problems.add(str(record))
                 continue
-            key, text, title = str(record.id), record.fields["text"], record.fields.get("title")
+            key, title, image = str(record.id), record.fields.get("title"), record.fields.get("image")
+            text = record.fields.get("text", "")
+            if image is not None:
+                wrong_image: list[str] = []
+                text = read_content({kind: {"text": text or None, "image": image}}, kind, wrong_image, file.parent)
+                if wrong_image:
+                    problems.add(f"{record.where}: {'; '.join(wrong_image)}")
+                    continue
             if wrong := next((w for w in (_wrong_text("text", text), _wrong_text("title", title or "")) if w), None):
                 problems.add(f"{record.where}: {wrong}")
             elif key in texts:
@@ -241,7 +267,7 @@ def _read_texts(file: Path, problems: Problems, *, kind: str, titles: dict[str, 
             elif kind == "query" and not text.strip():
                 problems.add(f"{record.where}: query '{key}' is empty")
             else:
-                texts[key] = text if kind == "query" else f"{title or ''} {text}".strip()
+                texts[key] = text if kind == "query" or image is not None else f"{title or ''} {text}".strip()
                 if kind == "document" and title and title.strip():
                     titles[key] = title.strip()
     return texts
@@ -309,7 +335,7 @@ def _resolve(cell: str, known: Mapping[str, str]) -> str:
     return cell
 
 
-def _write_jsonl(file: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def _write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with file.open("w", encoding="utf-8", newline="") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

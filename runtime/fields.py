@@ -5,13 +5,19 @@ What is wrong is added to a list of problems, so that one look at a row names al
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from PIL import Image
 
 from rtx.runtime.errors import ItemError
-from rtx.runtime.text import check_text
+from rtx.runtime.images import BadImage, load_image
+from rtx.runtime.items import Content, check_text, is_image
 
 Row = Mapping[str, object]
 
@@ -54,13 +60,68 @@ def read_text(row: Row, name: str, problems: list[str]) -> str:
     return value
 
 
+def read_content(row: Row, name: str, problems: list[str], folder: Path | None = None) -> str:
+    """A text that is not empty, or a text with images as a `Content`; what comes with a problem is not to be used.
+
+    Images come as `{"image": path or data URL or a list of them, "text": ...}`, or as datasets has them: a PIL image,
+    or `{"bytes": ..., "path": ...}`.
+
+    Args:
+        row, name, problems: as for `read_text`.
+        folder: what relative paths are relative to; None for the working directory.
+    """
+    value = row.get(name)
+    if not isinstance(value, Mapping) and not is_image(value):
+        return read_text(row, name, problems)
+    before = len(problems)
+    given, text = value, ""
+    if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
+        if unknown := sorted(map(str, set(value) - {"text", "image"})):
+            problems.append(f"{name}: expected a text, or the keys image and text; got {', '.join(unknown)}")
+        if value.get("text") is not None:
+            text = read_text({"text": value["text"]}, "text", problems)
+        given = value.get("image")
+    several = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    images = [_image_source(f"{name}: image", image, problems, folder) for image in several]
+    if len(problems) == before and not (images or text):
+        problems.append(f"{name}: is empty")
+    return Content.of(text, images)
+
+
+def _image_source(name: str, given: object, problems: list[str], folder: Path | None) -> str:
+    """A path or a data URL for an image of a row, with the bytes of one that is in the row itself."""
+    if isinstance(given, Mapping) and {"bytes", "path"} & set(given):
+        given = given.get("bytes") or given.get("path")
+    if isinstance(given, str) and given.startswith(("data:", "http://", "https://")):
+        return given
+    if isinstance(given, str) and given:
+        path = Path(given) if folder is None else folder / given
+        if not path.is_file():
+            problems.append(f"{name}: {path} {'is no file' if path.exists() else 'does not exist'}")
+        return str(path.absolute())
+    try:
+        content = bytes(given) if isinstance(given, bytes | bytearray) else _png(load_image(given))
+    except BadImage as wrong:
+        problems.append(f"{name}: {wrong}")
+        return ""
+    return f"data:image/*;base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def single_negatives(names: Iterable[str]) -> tuple[str, ...]:
     """Of a row's columns, those that may have one negative each, in order."""
     numbered = sorted((name for name in names if NUMBERED_NEGATIVE.fullmatch(name)), key=lambda name: int(name[9:]))
     return ("negative", *numbered)
 
 
-def read_negatives(row: Row, single: tuple[str, ...], problems: list[str]) -> tuple[str, ...]:
+def read_negatives(
+    row: Row, single: tuple[str, ...], problems: list[str], folder: Path | None = None
+) -> tuple[str, ...]:
     """All negatives of a row, from `negative`, `negative_1` … (`single`) and then `negatives`, a list.
 
     A field that is blank has none. In the list nothing may be blank, since `scores` may go with it place by place.
@@ -68,7 +129,7 @@ def read_negatives(row: Row, single: tuple[str, ...], problems: list[str]) -> tu
     found = [(name, row[name]) for name in single if not is_blank(row.get(name))]
     if not is_blank(row.get("negatives")):
         found += read_items(row, "negatives", "texts", problems)
-    return tuple(read_text({name: value}, name, problems) for name, value in found)
+    return tuple(read_content({name: value}, name, problems, folder) for name, value in found)
 
 
 def read_items(row: Row, name: str, kind: str, problems: list[str]) -> list[tuple[str, object]]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from rtx.runtime.engine import Budget, Engine, run_items
 from rtx.runtime.errors import BundleError, ItemError
 from rtx.runtime.manifest import GOLDEN_FILE, Tolerance
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,17 @@ class Golden:
         except Exception as broken:  # a damaged zip raises a dozen different classes
             raise BundleError(f"{GOLDEN_FILE}: cannot be read ({type(broken).__name__}: {broken})") from broken
 
-    def tokenize(self, preprocessor: TextPreprocessor) -> list[Encoded | ItemError]:
+    def tokenize(self, preprocessor: Preprocessor) -> list[Encoded | ItemError]:
         """What a preprocessor makes of the items now, to be compared with `tokens`."""
         return tokenize(preprocessor, self.items, self.prompts)
 
-    def run(self, engine: Engine, preprocessor: TextPreprocessor, budget: Budget) -> Deviation:
+    def run(self, engine: Engine, preprocessor: Preprocessor, budget: Budget) -> Deviation:
         """Run the recorded tokens through an engine and compare with the recorded outputs."""
         return deviation(run_items(engine, preprocessor, self.tokens, budget), self.outputs)
 
 
 def tokenize(
-    preprocessor: TextPreprocessor, items: Sequence[object], prompts: Sequence[str | None]
+    preprocessor: Preprocessor, items: Sequence[object], prompts: Sequence[str | None]
 ) -> list[Encoded | ItemError]:
     """Tokenise items, each with a prompt of its own."""
     if preprocessor.contract.task == "rerank":

@@ -22,10 +22,10 @@ from rtx.runtime.corpus import Corpus, Key, embed_corpus, embed_or_nan, key_of
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.evaluation import EmbeddingModel, RerankingModel
 from rtx.runtime.faiss_search import load_faiss, search_faiss
+from rtx.runtime.items import check_text
 from rtx.runtime.negatives import Rules, choose
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.search import Hits, score_pairs, search
-from rtx.runtime.text import check_text
 
 Index = Literal["exact", "faiss"]
 INDEXES: tuple[Index, ...] = get_args(Index)

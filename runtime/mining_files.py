@@ -10,10 +10,10 @@ from typing import Any, Literal
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.errors import ItemError, UsageError
 from rtx.runtime.fields import read_negatives, read_text, single_negatives
+from rtx.runtime.items import check_text
 from rtx.runtime.mining import MinedQuery, Relevant, Unusable
 from rtx.runtime.mining_summary import Summary
 from rtx.runtime.records import BadRecord, Input
-from rtx.runtime.text import check_text
 
 Fewer = Literal["keep", "drop"]
 

@@ -1,13 +1,12 @@
-"""A pair to one row of tokens, by special tokens around its two sides or by a chat template.
+"""A pair to one row of tokens, by special tokens around its two sides.
 
-Either way both sides are truncated to fit, the longer one first, and nothing else of the row is. The `tokenizers`
+Both sides are truncated to fit, the longer one first, and nothing else of the row is. The `tokenizers`
 library truncates pairs too, but keeps every piece that it cuts off, and every combination of such pieces: two texts of
 10,000 tokens at a limit of 64 fill the memory of a server.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,72 +64,6 @@ class PairTemplate:
             ids += tokens
             type_ids += [part.type_id] * len(tokens)
         return ids, type_ids
-
-
-class RenderedPair:
-    """A chat template around a pair.
-
-    The whole is tokenised as one text, as the model was trained on it: a token may hold the end of one part and the
-    beginning of the next, such as the space before a word, or a full stop with the line break behind it. Such a token
-    belongs to the side that it touches.
-
-    Args:
-        tokenizer: a tokenizer that does not truncate.
-        parts: the texts before the first side, between the sides, and behind the second one.
-
-    Raises:
-        ValueError: a part goes on with the word before it, so that its tokens depend on where that side is cut.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, parts: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._before, self._between, self._behind = parts
-        # With a letter on each side the parts' own tokens show: those behind a side that is cut are always these.
-        encoding = tokenizer.encode(self.text("a", "a"), add_special_tokens=False)
-        first, second = len(self._before), len(self._before) + 1 + len(self._between)
-        starts, ends = zip(*encoding.offsets, strict=True)
-        stops = bisect_right(ends, first), bisect_right(ends, second)
-        begins = bisect_left(starts, first + 1), bisect_left(starts, second + 1)
-        if any(ends[begin - 1] > side + 1 for begin, side in zip(begins, (first, second), strict=True)):
-            raise ValueError(
-                "rendered: the text behind a side goes on with its last word; expected a space, a line break or a "
-                "special token between them"
-            )
-        head, self._middle = encoding.ids[: stops[0]], encoding.ids[begins[0] : stops[1]]
-        self._tail = encoding.ids[begins[1] :]
-        # What a word takes with it of the part before: the space, in most tokenizers.
-        self._taken = second - max(ends[: stops[1]], default=0)
-        self.special_tokens = len(head) + len(self._middle) + len(self._tail)
-        self.template = " ".join(map(str, [*head, "$A", *self._middle, "$B", *self._tail]))
-
-    def text(self, first: str, second: str) -> str:
-        """The pair as the chat template writes it."""
-        return f"{self._before}{first}{self._between}{second}{self._behind}"
-
-    def cut(self, first: str, second: str, *, max_tokens: int) -> list[int]:
-        """Token ids of a pair that is longer than `max_tokens` as a whole, with its sides truncated to fit."""
-        encoding = self._tokenizer.encode(self.text(first, second), add_special_tokens=False)
-        ids, (starts, ends) = encoding.ids, zip(*encoding.offsets, strict=True)
-        end_of_first = len(self._before) + len(first)
-        start_of_second = end_of_first + len(self._between)
-        a = bisect_right(ends, len(self._before))
-        b = max(a, bisect_left(starts, end_of_first))
-        c = max(b, bisect_right(ends, start_of_second - self._taken))
-        d = max(c, bisect_left(starts, start_of_second + len(second)))
-        head, middle, tail = ids[:a], ids[b:c], self._tail
-
-        def fit() -> tuple[int, int]:
-            return longest_first(b - a, d - c, max_tokens - len(head) - len(middle) - len(tail))
-
-        lengths = fit()
-        if lengths[0] < b - a:
-            # The first side's last token, which may have held a piece of the middle, goes.
-            middle = self._middle
-            lengths = fit()
-            if lengths[1] == d - c:
-                tail = ids[d:]
-                lengths = fit()
-        return [*head, *ids[a : a + lengths[0]], *middle, *ids[c : c + lengths[1]], *tail]
 
 
 def special_token_template(tokenizer: Tokenizer, *, pair: bool) -> str:

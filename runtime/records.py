@@ -40,6 +40,7 @@ _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 # The column whose values are ids where the caller names none and the record has it.
+_NOTHING_ELSE: Mapping[str, str] = {}
 _DEFAULT_ID_COLUMN = "id"
 # Bounds the memory that one line can take: in a file without line ends, or behind a quote that is never closed.
 _MAX_LINE_BYTES = 64 * 2**20
@@ -112,12 +113,15 @@ class Input:
             return self._read_rows / max(int(self._parquet.metadata.num_rows), 1)
         return self._raw.tell() / self._size if self._size and not self._raw.closed else None
 
-    def records(self, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record | BadRecord]:
+    def records(
+        self, required: Sequence[str], optional: Sequence[str] = (), *, instead: Mapping[str, str] = _NOTHING_ELSE
+    ) -> Iterator[Record | BadRecord]:
         """The records in order.
 
         Args:
             required: columns without which a record is bad. Of a txt input the one column, under whatever name.
             optional: columns that a record may have.
+            instead: for a required column the optional one that does instead.
 
         Raises:
             DataError: a column is missing in all records, or the input is damaged from some place on.
@@ -126,7 +130,11 @@ class Input:
         if self.format == "txt" and len(required) != 1:
             raise UsageError(f"{self.name}: a txt input has one text a line, not the columns {', '.join(required)}")
         for line, where, row in self._rows(required, optional):
-            yield row if isinstance(row, BadRecord) else self._record(line, where, row, required, optional)
+            if isinstance(row, BadRecord):
+                yield row
+            else:
+                needed = [name for name in required if instead.get(name) not in row]
+                yield self._record(line, where, row, needed, (*required, *optional))
 
     def all_columns(self) -> Iterator[Record | BadRecord]:
         """The records in order with every column they have; the id is the number of the line (parquet: of the row).
@@ -270,7 +278,9 @@ class Input:
             return BadRecord(number, where, f"column '{column}': expected a text or a whole number as id, got {kind}")
         if isinstance(identifier, str) and not _is_unicode(identifier):
             return BadRecord(number, where, f"column '{column}': holds an unpaired surrogate; expected valid Unicode")
-        return Record(identifier, where, {name: row[name] for name in (*required, *optional) if name in row})
+        return Record(
+            identifier, where, {name: row[name] for name in dict.fromkeys((*required, *optional)) if name in row}
+        )
 
 
 def _format_of(path: str) -> Format:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import ItemError, UsageError
+from rtx.runtime.items import Item, read_pair
 from rtx.runtime.session import OnInvalid, Session, items_of
-from rtx.runtime.text import check_pair
 
 # Where the sigmoid of a float32 is 0 or 1.
 _LOGIT_LIMIT = 16.0
@@ -28,7 +28,7 @@ class Reranker(Session):
     """Scores query–document pairs; safe to call from several threads, and from any number of tasks by the async forms.
 
     Args:
-        preprocessor: tokenises by the model's contract.
+        preprocessor: prepares items by the model's contract.
         engine: runs the model.
         budget: how much goes through the engine at once.
 
@@ -53,10 +53,10 @@ class Reranker(Session):
         """Score (query, document) pairs.
 
         Args:
-            pairs: tuples of two texts.
+            pairs: tuples of two texts, or of what else the model takes as an item (see `rtx.runtime.items`).
             first_stage: the score that the first stage gave each pair's document. A model that was trained on top of a
                 first stage (`contract.first_stage_weight`) needs them, any other leaves them aside.
-            on_invalid: what a pair that is not two valid texts does: "raise" before anything is computed, or "nan".
+            on_invalid: what a pair that cannot be used does: "raise" before anything is computed, or "nan".
 
         Returns:
             [len(pairs)] float32, higher is better, on the scale of the contract's activation.
@@ -68,7 +68,7 @@ class Reranker(Session):
         """
         given = items_of(pairs, "(query, document) pairs")
         added = self._first_stage_part(first_stage, len(given))
-        return self._run(given, self.preprocessor.encode_pairs, check_pair, on_invalid) + added
+        return self._run(given, self.preprocessor.encode_pairs, self._read, on_invalid) + added
 
     def logits(self, pairs: Iterable[object]) -> NDArray[np.float32]:
         """What `score` is made of: the activation undone, and nothing of a first stage added.
@@ -83,7 +83,7 @@ class Reranker(Session):
             InvalidItemsError, EngineError: as `score`.
         """
         given = items_of(pairs, "(query, document) pairs")
-        scores = self._run(given, self.preprocessor.encode_pairs, check_pair, "raise")
+        scores = self._run(given, self.preprocessor.encode_pairs, self._read, "raise")
         if self.contract.activation != "sigmoid":
             return scores
         exact = scores.astype(np.float64)
@@ -114,8 +114,8 @@ class Reranker(Session):
         """Order documents by their score for a query.
 
         Args:
-            query: a text.
-            documents: texts.
+            query: a text, or what else the model takes.
+            documents: the same.
             first_stage: the score that the first stage gave each document, as in `score`.
             top_k: how many to return; None for all.
 
@@ -142,6 +142,9 @@ class Reranker(Session):
         _check_top_k(top_k)
         pairs = [(query, document) for document in items_of(documents, "documents")]
         return _best(await self.ascore(pairs, first_stage=first_stage), top_k)
+
+    def _read(self, index: int, pair: object) -> tuple[Item, Item] | ItemError:
+        return read_pair(index, pair, self.contract)
 
     def _first_stage_part(self, scores: Sequence[float] | None, pairs: int) -> NDArray[np.float32]:
         """What the first stage's scores add to those of the graph: [pairs] float32."""

@@ -108,11 +108,14 @@ class Scheduler:
             entries = [entry for entry in entries if not entry[1].future.done()]
             if not entries:
                 return []
-            chosen = next_batch(
-                [len(item.ids) for item, _, _ in entries],
+            # Images that become vectors by themselves run apart from what has tokens.
+            alike = [place for place, entry in enumerate(entries) if bool(entry[0].ids) == bool(entries[0][0].ids)]
+            batch = next_batch(
+                [entries[place][0].length for place in alike],
                 max_batch_tokens=self._budget.max_batch_tokens,
                 max_batch_items=self._budget.max_batch_items,
             )
+            chosen = [alike[index] for index in batch]
             left = set(range(len(entries))) - set(chosen)
             self._waiting.extendleft(entries[index] for index in sorted(left, reverse=True))
             return [entries[index] for index in chosen]

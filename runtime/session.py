@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,21 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.engine import Budget, Engine, run_batch, run_items
 from rtx.runtime.errors import EngineError, InvalidItemsError, ItemError, UsageError
+from rtx.runtime.items import count_images
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.scheduler import Scheduler
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.text import Encoded
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 OnInvalid = Literal["raise", "nan"]
 Encode = Callable[[Sequence[object]], "list[Encoded | ItemError]"]
 
-# Items tokenised at a time: bounds the memory that tokens take, whatever the length of a call.
+# Items prepared at a time, the next ones while the model runs: bounds the memory that tokens and images take, whatever
+# the length of a call.
 _WINDOW_ITEMS = 4096
+_WINDOW_IMAGES = 32
 
 
 # What to do with a model that was opened as the other kind.
@@ -37,7 +45,7 @@ class Session:
     """An open model. Safe to use from several threads, and from any number of tasks.
 
     Args:
-        preprocessor: tokenises by the model's contract.
+        preprocessor: prepares items by the model's contract.
         engine: runs the model.
         budget: how much goes through the engine at once.
 
@@ -47,7 +55,7 @@ class Session:
 
     task: ClassVar[Task]
 
-    def __init__(self, preprocessor: TextPreprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
+    def __init__(self, preprocessor: Preprocessor, engine: Engine, *, budget: Budget | None = None) -> None:
         self._check_task(preprocessor.contract)
         self.contract = preprocessor.contract
         self.preprocessor = preprocessor
@@ -119,8 +127,8 @@ class Session:
 
         Args:
             items: what `encode` takes.
-            encode: tokenises some of the items.
-            check: looks at one item without tokenising it, so that bad ones are found before anything is computed.
+            encode: prepares some of the items.
+            check: looks at one item without preparing it, so that bad ones are found before anything is computed.
             on_invalid: "raise" lists all items that cannot be used, "nan" gives them rows of NaN.
 
         Returns:
@@ -136,10 +144,12 @@ class Session:
             _raise_for([found for i, item in enumerate(items) if isinstance(found := check(i, item), ItemError)], items)
         results = self._empty(len(items))
         wrong: list[ItemError] = []
-        for start in range(0, len(items), _WINDOW_ITEMS):
-            rows, valid, invalid = _split(encode(items[start : start + _WINDOW_ITEMS]), start)
+        windows = list(_windows(items))
+        prepared = one_ahead(encode, [items[window] for window in windows])
+        for window, encoded in zip(windows, prepared, strict=True):
+            rows, valid, invalid = _split(encoded, window.start)
             wrong += invalid if on_invalid == "raise" else []
-            if not wrong:  # a fault that only tokenising finds: nothing more is computed, the others are still listed
+            if not wrong:  # a fault that only preparing finds: nothing more is computed, the others are still listed
                 results[rows] = run_items(self.engine, self.preprocessor, valid, self.budget)
         _raise_for(wrong, items)
         return results
@@ -184,6 +194,32 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
     return items if isinstance(items, list | tuple) else list(items)
+
+
+def _windows(items: Sequence[object]) -> Iterator[slice]:
+    """What is prepared at a time."""
+    start = images = 0
+    for place, item in enumerate(items):
+        more = count_images(item)
+        if place - start >= _WINDOW_ITEMS or (images and images + more > _WINDOW_IMAGES):
+            yield slice(start, place)
+            start, images = place, 0
+        images += more
+    if start < len(items):
+        yield slice(start, len(items))
+
+
+def one_ahead(function: Callable[[A], B], inputs: Sequence[A]) -> Iterator[B]:
+    """`map`, with the next result computed in another thread while the caller works on the last one."""
+    if len(inputs) < 2:
+        yield from map(function, inputs)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function, inputs[0])
+        for following in inputs[1:]:
+            result, future = future.result(), pool.submit(function, following)
+            yield result
+        yield future.result()
 
 
 def _check_on_invalid(on_invalid: str) -> None:

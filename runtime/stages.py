@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rtx.runtime.engine import Engine
 from rtx.runtime.errors import ItemError
-from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Batch, Encoded
 
 
 @dataclass
@@ -33,10 +34,10 @@ class StageClock:
             setattr(self, stage.name, 0.0)
 
 
-class TimedPreprocessor(TextPreprocessor):
+class TimedPreprocessor(Preprocessor):
     """A preprocessor that does the same and takes the time."""
 
-    def __init__(self, preprocessor: TextPreprocessor, clock: StageClock) -> None:
+    def __init__(self, preprocessor: Preprocessor, clock: StageClock) -> None:
         super().__init__(preprocessor.contract, preprocessor.tokenizer_json)
         self._clock = clock
 

@@ -15,10 +15,10 @@ from rtx.runtime.engine import Budget, Engine
 from rtx.runtime.errors import BundleError, CheckpointError, UsageError
 from rtx.runtime.golden import Deviation, Golden
 from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Tolerance
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.rounds import Note
 from rtx.runtime.stages import StageClock, TimedEngine, TimedPreprocessor
-from rtx.runtime.text import TextPreprocessor
 from rtx.runtime.workload import Item
 
 PYTORCH = "PyTorch"
@@ -131,7 +131,7 @@ def open_variants(
     return subjects
 
 
-def _subject(name: str, origin: Origin, preprocessor: TextPreprocessor, engine: Engine, golden: Golden) -> Subject:
+def _subject(name: str, origin: Origin, preprocessor: Preprocessor, engine: Engine, golden: Golden) -> Subject:
     clock = StageClock()
     timed, watched = TimedPreprocessor(preprocessor, clock), TimedEngine(engine, clock)
     model = Embedder(timed, watched) if preprocessor.contract.task == "embed" else Reranker(timed, watched)

@@ -1,23 +1,36 @@
-"""Text to token ids: the one implementation that trainer, export gate and server share.
+"""Texts to token ids, by a model's contract: its special tokens or chat template, its prompts, its limit.
 
-items -> check -> prompt -> tokenise (in parallel) -> truncate -> Encoded -> collate -> Batch
+`rtx.runtime.preprocessor` is what trainer, export gate and server call; this is its half for texts. Where images become
+tokens among those of a text, it leaves room for them: as many places as the image has visual tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from rtx.runtime.contract import Contract
-from rtx.runtime.errors import BundleError, ItemError
-from rtx.runtime.pairs import PairTemplate, RenderedPair, special_token_template
+from rtx.runtime.errors import BundleError
+from rtx.runtime.image_rules import PreparedImage
+from rtx.runtime.items import Item
+from rtx.runtime.pairs import PairTemplate, special_token_template
+from rtx.runtime.rendered import RenderedItem, RenderedPair
 
-Batch = dict[str, NDArray[np.int64]]
-"""What a graph takes: by input name, [batch, tokens] int64."""
+Batch = dict[str, NDArray[Any]]
+"""What an engine takes, by names that are those of transformers:
+
+    input_ids, attention_mask, token_type_ids, pooling_mask   [rows, tokens] int64, those that the contract lists
+    pixel_values      images of the rows, in order: [images, 3, height, width] float32, or of a model that makes tokens
+                      of them [patches of all images, values of a patch] float32
+    image_grid_thw    [images, 3] int64, of a model that makes tokens of them: frames, rows and columns of patches
+    image_digests     [images, 2] uint64: equal for equal images
+
+A batch has tokens, or images that become vectors by themselves, or tokens with images among them.
+"""
 
 # A text longer than this many characters a token of the limit is cut before it is tokenised: the first attempt keeps so
 # many characters, and each further one, needed only where tokens are long, four times as many.
@@ -26,21 +39,33 @@ _PRECUT_CHARS_PER_TOKEN = 16
 # depends on its own word alone, and where words end on little more than the next character.
 _PRECUT_MARGIN_TOKENS = 16
 
+# An item and how many visual tokens each of its images has.
+Sized = tuple[Item, tuple[int, ...]]
+
 
 class Encoded(NamedTuple):
-    """One tokenised item, truncated and with its special tokens.
+    """One item, tokenised and truncated, with its special tokens, and its prepared images.
 
     Attributes:
-        ids, type_ids: token ids and segment ids, of equal length.
+        ids, type_ids: token ids and segment ids, of equal length; empty for an image that becomes a vector by itself.
         prompt_tokens: leading tokens, special ones included, that belong to a prompt which pooling leaves out; else 0.
+        images: prepared images, in the order of their places among the tokens.
+        image_tokens: tokens that such an image becomes inside its own tower; else 0.
     """
 
     ids: list[int]
     type_ids: list[int]
     prompt_tokens: int = 0
+    images: tuple[PreparedImage, ...] = ()
+    image_tokens: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model sees."""
+        return len(self.ids) + self.image_tokens
 
 
-class TextPreprocessor:
+class TextTokenizer:
     """Tokenises by a contract.
 
     Args:
@@ -57,16 +82,17 @@ class TextPreprocessor:
         self.tokenizer_json = tokenizer_json
         self._tokenizers: dict[bool, Tokenizer] = {}
         self._pair_template: PairTemplate | None = None
+        self._rendered_items: dict[tuple[str, int], RenderedItem] = {}
+        self._rendered_pairs: dict[tuple[int, int], RenderedPair] = {}
         self._prompt_tokens: dict[str, int] = {"": 0}
         pairs = contract.task == "rerank"
         tokenizer = self._tokenizer(truncating=not pairs)
-        self._rendered: RenderedPair | None = None
         if contract.rendered:
             try:
-                self._rendered = RenderedPair(tokenizer, contract.rendered)
+                around = self._rendered_pair(0, 0) if pairs else self._rendered_item(contract.prompt_text(None), 0)
             except ValueError as wrong:
                 raise BundleError(str(wrong)) from wrong
-            special, template = self._rendered.special_tokens, self._rendered.template
+            special, template = around.special_tokens, around.template
         else:
             special = tokenizer.num_special_tokens_to_add(pairs)
             template = special_token_template(tokenizer, pair=pairs)
@@ -76,62 +102,134 @@ class TextPreprocessor:
         if contract.template not in ("", template):
             raise BundleError(f"tokenizer.json: makes '{template}' of an item; the contract says '{contract.template}'")
 
-    def encode(self, items: Sequence[object], *, prompt: str | None = None) -> list[Encoded | ItemError]:
-        """Tokenise texts.
+    def tokenize(self, items: Sequence[Sized], *, prompt: str | None = None) -> list[Encoded | str]:
+        """Tokenise items.
 
         Args:
-            items: texts; anything else becomes an ItemError at its place.
+            items: with the visual tokens of their images.
             prompt: name of a prompt of the contract; None for the contract's default.
+
+        Returns:
+            For each item its tokens without its images, or a sentence that says what is wrong with it.
 
         Raises:
             UsageError: the prompt does not exist.
         """
         prefix = self.contract.prompt_text(prompt)
-        checked = [check_text(index, item) for index, item in enumerate(items)]
-        texts = [prefix + self._precut(text) for text in checked if isinstance(text, str)]
-        encodings = iter(self._tokenizer(truncating=True).encode_batch_fast(texts))
+        if self.contract.rendered:
+            return self._tokenize_rendered(prefix, items)
+        texts = [prefix + self._precut(item.text) for item, _ in items]
+        encodings = self._tokenizer(truncating=True).encode_batch_fast(texts)
         skipped = self._count_prompt_tokens(prefix) if not self.contract.include_prompt else 0
-        rows = (Encoded(row.ids, row.type_ids, min(skipped, len(row.ids))) for row in encodings)
-        return _merged(checked, rows)
+        return [_some(Encoded(row.ids, row.type_ids, min(skipped, len(row.ids)))) for row in encodings]
 
-    def encode_pairs(self, pairs: Sequence[object]) -> list[Encoded | ItemError]:
+    def tokenize_pairs(self, pairs: Sequence[tuple[Sized, Sized]]) -> list[Encoded | str]:
         """Tokenise (query, document) pairs; the longer of the two is truncated first.
 
         The contract's default prompt, if it has one, goes before the query, or is in the rendered template.
         """
-        checked = [check_pair(index, pair) for index, pair in enumerate(pairs)]
-        if self._rendered is not None:
-            given = [self._stripped(pair) for pair in checked if isinstance(pair, tuple)]
-            return _merged(checked, self._encode_rendered(self._rendered, given))
+        if self.contract.rendered:
+            return self._tokenize_rendered_pairs(pairs)
         prefix = self.contract.prompt_text(None)
-        valid = [self._precut_pair(prefix + pair[0], pair[1]) for pair in checked if isinstance(pair, tuple)]
+        sides = [self._precut_pair(prefix + query.text, document.text) for (query, _), (document, _) in pairs]
         # One query stands beside many documents: each text is tokenised once.
-        texts = list(dict.fromkeys(text for pair in valid for text in pair))
+        texts = list(dict.fromkeys(text for pair in sides for text in pair))
         tokenizer = self._tokenizer(truncating=False)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         tokens = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         if self._pair_template is None:
             self._pair_template = PairTemplate(tokenizer)
         template, limit = self._pair_template, self.contract.max_tokens
-        rows = (Encoded(*template.build(tokens[first], tokens[second], max_tokens=limit)) for first, second in valid)
-        return _merged(checked, rows)
+        rows = (Encoded(*template.build(tokens[first], tokens[second], max_tokens=limit)) for first, second in sides)
+        return [_some(row) for row in rows]
 
-    def _stripped(self, pair: tuple[str, str]) -> tuple[str, str]:
-        return (pair[0].strip(), pair[1].strip()) if self.contract.strip_sides else pair
-
-    def _encode_rendered(self, rendered: RenderedPair, pairs: Sequence[tuple[str, str]]) -> Iterator[Encoded]:
-        limit = self.contract.max_tokens
-        sides = [self._precut_pair(*pair) for pair in pairs]
-        texts = [rendered.text(*pair) for pair in sides]
+    def _tokenize_rendered(self, prefix: str, items: Sequence[Sized]) -> list[Encoded | str]:
+        contents = [self._precut(self._stripped(item.text)) for item, _ in items]
+        around = [self._rendered_item(prefix, len(visual)) for _, visual in items]
+        texts = [template.text(content) for template, content in zip(around, contents, strict=True)]
         encodings = self._tokenizer(truncating=False).encode_batch_fast(texts, add_special_tokens=False)
-        for pair, encoding in zip(sides, encodings, strict=True):
-            ids = encoding.ids if len(encoding.ids) <= limit else rendered.cut(*pair, max_tokens=limit)
-            yield Encoded(ids, [0] * len(ids))
+        rows: list[Encoded | str] = []
+        for template, content, (_, visual), encoding in zip(around, contents, items, encodings, strict=True):
+            room = self.contract.max_tokens - sum(visual) + len(visual)
+            if room < template.special_tokens:
+                rows.append(self._too_large(visual, template.special_tokens))
+            else:
+                ids = encoding.ids if len(encoding.ids) <= room else template.cut(content, max_tokens=room)
+                rows.append(self._expand(ids, visual))
+        return rows
 
-    def collate(self, items: Sequence[Encoded]) -> Batch:
-        """Pad items to their longest: by input name of the contract, [len(items), longest] int64."""
+    def _tokenize_rendered_pairs(self, pairs: Sequence[tuple[Sized, Sized]]) -> list[Encoded | str]:
+        sides = [
+            self._precut_pair(self._stripped(query.text), self._stripped(document.text))
+            for (query, _), (document, _) in pairs
+        ]
+        around = [self._rendered_pair(len(first), len(second)) for (_, first), (_, second) in pairs]
+        texts = [template.text(*side) for template, side in zip(around, sides, strict=True)]
+        encodings = self._tokenizer(truncating=False).encode_batch_fast(texts, add_special_tokens=False)
+        rows: list[Encoded | str] = []
+        for template, side, ((_, first), (_, second)), encoding in zip(around, sides, pairs, encodings, strict=True):
+            visual = (*first, *second)
+            room = self.contract.max_tokens - sum(visual) + len(visual)
+            if room < template.special_tokens:
+                rows.append(self._too_large(visual, template.special_tokens))
+            else:
+                ids = encoding.ids if len(encoding.ids) <= room else template.cut(*side, max_tokens=room)
+                rows.append(self._expand(ids, visual))
+        return rows
+
+    def _rendered_item(self, prefix: str, images: int) -> RenderedItem:
+        """The chat template around an item with a prompt and so many images.
+
+        Raises ValueError if the template cannot be cut.
+        """
+        key = prefix, images
+        if key not in self._rendered_items:
+            before, behind = self.contract.rendered
+            if prefix:
+                start, between = self.contract.rendered_prompt
+                before = f"{start}{prefix}{between}"
+            before += self.contract.rendered_image * images
+            self._rendered_items[key] = RenderedItem(self._tokenizer(truncating=False), before, behind)
+        return self._rendered_items[key]
+
+    def _rendered_pair(self, first: int, second: int) -> RenderedPair:
+        """The chat template around a pair with so many images on each side.
+
+        Raises ValueError if the template cannot be cut.
+        """
+        key = first, second
+        if key not in self._rendered_pairs:
+            before, between, behind = self.contract.rendered
+            image = self.contract.rendered_image
+            parts = (before + image * first, between + image * second, behind)
+            self._rendered_pairs[key] = RenderedPair(self._tokenizer(truncating=False), parts)
+        return self._rendered_pairs[key]
+
+    def _stripped(self, text: str) -> str:
+        return text.strip() if self.contract.strip_sides else text
+
+    def _too_large(self, visual: Sequence[int], special: int) -> str:
+        return (
+            f"its images take {sum(visual)} tokens and the template {special - len(visual)}; "
+            f"expected at most {self.contract.max_tokens} together (max_tokens)"
+        )
+
+    def _expand(self, ids: list[int], visual: Sequence[int]) -> Encoded | str:
+        """Each image's placeholder as many times as the image has tokens."""
+        rules = self.contract.visual
+        if rules is not None:
+            places = [place for place, token in enumerate(ids) if token == rules.image_token_id]
+            if len(places) != len(visual):
+                return f"its text holds the token {rules.image_token_id}, which stands for an image; expected none"
+            for place, count in zip(reversed(places), reversed(visual), strict=True):
+                ids = [*ids[:place], *[rules.image_token_id] * count, *ids[place + 1 :]]
+        return _some(Encoded(ids, [0] * len(ids)))
+
+    def pad(self, items: Sequence[Encoded]) -> Batch:
+        """Pad items to their longest, or to the contract's fixed length: by input name, [len(items), tokens] int64."""
         contract = self.contract
-        rows, columns = len(items), max((len(item.ids) for item in items), default=0)
+        longest = max((len(item.ids) for item in items), default=0)
+        rows, columns = len(items), max(longest, contract.fixed_tokens)
         ids = np.full((rows, columns), contract.pad_token_id, dtype=np.int64)
         mask = np.zeros((rows, columns), dtype=np.int64)
         types = np.full((rows, columns), contract.pad_token_type_id, dtype=np.int64)
@@ -197,34 +295,6 @@ class TextPreprocessor:
         return self._tokenizers[truncating]
 
 
-def _merged(checked: Sequence[object], rows: Iterator[Encoded]) -> list[Encoded | ItemError]:
-    """Rows of the valid items and errors of the others, in the order of `checked`."""
-    merged = [item if isinstance(item, ItemError) else next(rows) for item in checked]
-    return [
-        item if isinstance(item, ItemError) or item.ids else ItemError(index, "gives no token; expected at least one")
-        for index, item in enumerate(merged)
-    ]
-
-
-def check_text(index: int, item: object) -> str | ItemError:
-    """The item if it is a text that can be tokenised, otherwise what is wrong with it."""
-    if not isinstance(item, str):
-        return ItemError(index, f"expected a text (str), got {type(item).__name__}")
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError as broken:
-        return ItemError(index, f"holds an unpaired surrogate at character {broken.start}; expected valid Unicode")
-    return item
-
-
-def check_pair(index: int, pair: object) -> tuple[str, str] | ItemError:
-    """The pair if both sides are texts, otherwise what is wrong with it."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        length = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
-        return ItemError(index, f"expected a (query, document) pair, got {type(pair).__name__}{length}")
-    query, document = check_text(index, pair[0]), check_text(index, pair[1])
-    if isinstance(query, ItemError):
-        return ItemError(index, f"query: {query.message}")
-    if isinstance(document, ItemError):
-        return ItemError(index, f"document: {document.message}")
-    return query, document
+def _some(row: Encoded) -> Encoded | str:
+    """The row, if it is not empty."""
+    return row if row.ids else "gives no token; expected at least one"

@@ -18,7 +18,8 @@ from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
 from rtx.runtime.golden import Golden
 from rtx.runtime.manifest import CONTRACT_KEY, GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Tolerance
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 _SHOWN_CHARS = 60
 
@@ -94,7 +95,7 @@ def _check_variant(
     name: str,
     damaged: Mapping[str, str],
     golden: Golden | None,
-    preprocessor: TextPreprocessor | None,
+    preprocessor: Preprocessor | None,
     *,
     threads: int | None,
 ) -> list[Finding]:
@@ -144,7 +145,7 @@ def _check_golden(golden: Golden, contract: Contract) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _check_tokens(golden: Golden, preprocessor: TextPreprocessor) -> tuple[str, ...]:
+def _check_tokens(golden: Golden, preprocessor: Preprocessor) -> tuple[str, ...]:
     """Whether the tokenizer makes of the golden items what it made when the bundle was written."""
     found = golden.tokenize(preprocessor)
     different = [index for index, pair in enumerate(zip(found, golden.tokens, strict=True)) if pair[0] != pair[1]]
@@ -188,7 +189,7 @@ def _check_graph(engine: OnnxEngine, contract: Contract) -> tuple[str, ...]:
 
 
 def _check_outputs(
-    name: str, engine: OnnxEngine, golden: Golden, preprocessor: TextPreprocessor, tolerance: Tolerance
+    name: str, engine: OnnxEngine, golden: Golden, preprocessor: Preprocessor, tolerance: Tolerance
 ) -> Finding:
     """Whether a graph gives the golden outputs as closely as it did when the bundle was written."""
     check = f"{name} outputs"

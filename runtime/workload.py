@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from rtx.runtime.errors import ItemError
-from rtx.runtime.text import TextPreprocessor, check_text
+from rtx.runtime.items import check_text
+from rtx.runtime.preprocessor import Preprocessor
 
 Item = Any  # a text (str), or for a reranker a (query, document) pair of them
 
@@ -52,7 +53,7 @@ class Workload:
 
 
 def make_workload(
-    preprocessor: TextPreprocessor,
+    preprocessor: Preprocessor,
     *,
     documents: Sequence[str] = (),
     queries: Sequence[str] = (),
@@ -97,7 +98,7 @@ def make_workload(
     )
 
 
-def count_tokens(preprocessor: TextPreprocessor, items: Sequence[Item], *, prompt: str = "document") -> list[int]:
+def count_tokens(preprocessor: Preprocessor, items: Sequence[Item], *, prompt: str = "document") -> list[int]:
     """Tokens of each item as the graph gets it: truncated, special tokens and prompt included; 0 for an invalid one."""
     if preprocessor.contract.task == "rerank":
         encoded = preprocessor.encode_pairs(items)
@@ -109,7 +110,7 @@ def count_tokens(preprocessor: TextPreprocessor, items: Sequence[Item], *, promp
 class _Composer:
     """Makes items of a given number of tokens out of words that are one token each."""
 
-    def __init__(self, preprocessor: TextPreprocessor, random: np.random.Generator) -> None:
+    def __init__(self, preprocessor: Preprocessor, random: np.random.Generator) -> None:
         self._preprocessor = preprocessor
         self._random = random
         self._words = _one_token_words(preprocessor.tokenizer_json, random)
@@ -160,11 +161,11 @@ def _one_token_words(tokenizer_json: str, random: np.random.Generator) -> list[s
     return words[:_WORDS]
 
 
-def _item(preprocessor: TextPreprocessor, document: str, query: str) -> Item:
+def _item(preprocessor: Preprocessor, document: str, query: str) -> Item:
     return document if preprocessor.contract.task == "embed" else (query, document)
 
 
-def _call(preprocessor: TextPreprocessor, query: str, mix: Sequence[Item], row: int) -> tuple[Item, ...]:
+def _call(preprocessor: Preprocessor, query: str, mix: Sequence[Item], row: int) -> tuple[Item, ...]:
     """What is sent at once: the query alone, or with the next few documents of the mix."""
     if preprocessor.contract.task == "embed":
         return (query,)

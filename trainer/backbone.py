@@ -124,15 +124,56 @@ def load_backbone(
     except _LOADING_ERRORS as broken:
         raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
     _check_weights(backbone, info, source, layout)
+    _check_images(backbone, source, layout)
     _align(backbone)
     return backbone.eval()
+
+
+def load_image_backbone(
+    source: Source, folder: str, *, dtype: torch.dtype, trust_remote_code: bool = False, attn_implementation: str | None
+) -> Any:
+    """The transformer of an image tower, in evaluation mode.
+
+    Args:
+        source: the checkpoint.
+        folder: the transformer's folder in it.
+        dtype: of the weights.
+        trust_remote_code, attn_implementation: as for `load_backbone`.
+
+    Raises:
+        CheckpointError: it cannot be loaded, its weights are not whole, or it takes no images.
+    """
+    layout = Layout(task="embed", backbone_folder=folder)
+    location = {**source.arguments(layout), "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {**location, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with _quiet():
+            backbone, info = transformers.AutoModel.from_pretrained(source.name, **options)
+    except _LOADING_ERRORS as broken:
+        raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
+    if backbone.main_input_name != "pixel_values" or not isinstance(getattr(backbone.config, "hidden_size", None), int):
+        raise CheckpointError(f"{source.path_of(layout)}: {backbone.config.model_type} is no model of images alone")
+    _check_weights(backbone, info, source, layout)
+    _align(backbone)
+    return backbone.eval()
+
+
+def hidden_size(backbone: Any, layout: Layout) -> int:
+    """Width of the backbone's token vectors, or of the vectors that a dual encoder gives."""
+    config = backbone.config
+    if not layout.features:
+        return int(config.get_text_config().hidden_size)
+    width = getattr(config, "projection_dim", None)
+    return int(width or getattr(config.text_config, "projection_size", None) or config.text_config.hidden_size)
 
 
 def _loader(layout: Layout) -> Any:
     if layout.task == "embed":
         return transformers.AutoModel
     if layout.is_language_model:
-        return transformers.AutoModelForCausalLM
+        return transformers.AutoModelForImageTextToText if layout.images else transformers.AutoModelForCausalLM
     return transformers.AutoModelForSequenceClassification
 
 
@@ -151,11 +192,29 @@ def _check_config(config: Any, source: Source, layout: Layout) -> None:
     where = source.path_of(layout, "config.json")
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{where}: {config.model_type} is an encoder-decoder; expected an encoder or a decoder")
-    if not isinstance(getattr(config, "hidden_size", None), int):
-        raise CheckpointError(f"{where}: {config.model_type} has no hidden_size; expected a text model")
+    if not isinstance(getattr(config.get_text_config(), "hidden_size", None), int):
+        raise CheckpointError(f"{where}: {config.model_type} has no hidden_size; expected a model of texts")
     classifies = layout.task == "rerank" and not layout.is_language_model and not layout.new_classifier
     if classifies and config.num_labels != 1:
         raise CheckpointError(f"{where}: expected a reranker with one label, got {config.num_labels} labels")
+
+
+def _check_images(backbone: Any, source: Source, layout: Layout) -> None:
+    """Raise CheckpointError for a model that takes images in another way than those that are known here."""
+    where = source.path_of(layout, "config.json")
+    if layout.features and not all(hasattr(backbone, f"get_{kind}_features") for kind in ("text", "image")):
+        raise CheckpointError(
+            f"{where}: {backbone.config.model_type} is no dual encoder; expected CLIP, SigLIP or the like, with "
+            "features of texts and of images"
+        )
+    if layout.images and not layout.features:
+        reads = inspect.signature(backbone.forward).parameters
+        known = {"pixel_values", "image_grid_thw"} <= set(reads) and hasattr(backbone.config, "image_token_id")
+        if not known:
+            raise CheckpointError(
+                f"{where}: {backbone.config.model_type} takes images in a way that is not supported; expected "
+                "Qwen3-VL, Qwen2.5-VL or the like"
+            )
 
 
 def _check_weights(backbone: Any, info: Mapping[str, Any], source: Source, layout: Layout) -> None:
@@ -249,8 +308,11 @@ def tokenizer_json(tokenizer: Any) -> str:
     return str(backend.to_str())
 
 
-def graph_inputs(backbone: Any, tokenizer: Any) -> tuple[GraphInput, ...]:
+def graph_inputs(backbone: Any, tokenizer: Any, layout: Layout) -> tuple[GraphInput, ...]:
     """The inputs that the backbone reads and the tokenizer gives."""
+    if layout.features:
+        # SigLIP attends to its padding, and is told so by a tokenizer that gives no mask.
+        return ("input_ids", "attention_mask") if "attention_mask" in tokenizer.model_input_names else ("input_ids",)
     names: list[GraphInput] = ["input_ids", "attention_mask"]
     reads = inspect.signature(backbone.forward).parameters
     # DeBERTa takes segment ids and ignores them unless it has embeddings for them.

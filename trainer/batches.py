@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import DataError, ItemError
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 from rtx.trainer.data import Example, TrainingData
 from rtx.trainer.losses.targets import Targets
 
@@ -115,7 +116,7 @@ class Collator:
         task: "embed" for queries and documents apart, "rerank" for pairs.
     """
 
-    def __init__(self, preprocessor: TextPreprocessor, *, task: Task) -> None:
+    def __init__(self, preprocessor: Preprocessor, *, task: Task) -> None:
         self._preprocessor = preprocessor
         self._task = task
 

@@ -171,17 +171,18 @@ class _Check:
                 self.bad.add(str(record.row))
             else:
                 scored = record.row.get("scores") not in (None, "")
-                self._add(file, record.where, self._checker.check(record.row), scored)
+                self._add(file, record.where, self._checker.check(record.row, path.parent), scored)
             self._rows += 1
 
     def rows_at(self, wanted: set[int]) -> dict[int, tuple[str, Example]]:
         """Place and example of some good rows, which are read once more."""
         found: dict[int, tuple[str, Example]] = {}
-        numbered = enumerate(record for file in self.files for record in read_rows(Path(file.name)))
+        paths = (Path(file.name) for file in self.files)
+        numbered = enumerate((path.parent, record) for path in paths for record in read_rows(path))
         while len(found) < len(wanted):
-            number, record = next(numbered)
+            number, (folder, record) = next(numbered)
             if number in wanted:
-                example = self._checker.check(record.row).example
+                example = self._checker.check(record.row, folder).example
                 assert example is not None
                 found[number] = record.where, example
         return found

@@ -6,6 +6,8 @@
     1_Pooling/config.json               pooling modes
     2_Dense/config.json, .safetensors   any number of Dense and Normalize modules, in the chain's order
     1_LogitScore/config.json            the tokens whose logits score a pair, of a reranker that is a language model
+    router_config.json                  of a model with a tower for texts and one for images: the modules of each, in
+                                        folders text_0_Transformer, text_1_Pooling, image_0_Transformer, ...
 
 Version 6 is written; version 6, all older ones and a bare Hugging Face folder are read. What changes a model's output
 and is not understood is an error, never ignored.
@@ -13,8 +15,9 @@ and is not understood is an error, never ignored.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_args
 
@@ -22,8 +25,13 @@ from rtx.runtime.contract import Activation, Pooling, Similarity, Task
 from rtx.runtime.errors import CheckpointError
 from rtx.runtime.schema import parse
 from rtx.trainer.json_files import one_of, read_json, read_object, typed, write_json
-from rtx.trainer.layout import DenseConfig, HeadModule, Layout, LogitScoreConfig, NormalizeConfig
-from rtx.trainer.transformer_config import read_transformer, transformer_config
+from rtx.trainer.layout import DenseConfig, HeadModule, ImageTower, Layout, LogitScoreConfig, NormalizeConfig
+from rtx.trainer.transformer_config import (
+    image_transformer_config,
+    read_image_transformer,
+    read_transformer,
+    transformer_config,
+)
 
 # The version of the layout that is written. sentence-transformers warns about folders newer than itself.
 LAYOUT_VERSION = "6.0.0"
@@ -31,16 +39,22 @@ LAYOUT_VERSION = "6.0.0"
 # The kinds of model: the modules it starts with, and those that may follow in any number.
 _CHAINS: tuple[tuple[str, list[str], list[str]], ...] = (
     ("SentenceTransformer", ["Transformer", "Pooling"], ["Dense", "Normalize"]),
+    # A dual encoder, which pools by itself.
+    ("SentenceTransformer", ["Transformer"], ["Dense", "Normalize"]),
+    ("SentenceTransformer", ["CLIPModel"], ["Dense", "Normalize"]),
+    ("SentenceTransformer", ["Router"], ["Dense", "Normalize"]),
     ("CrossEncoder", ["Transformer"], []),
     ("CrossEncoder", ["Transformer", "LogitScore"], []),
 )
 _TYPES = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "Router": "sentence_transformers.base.modules.router.Router",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "Dense": "sentence_transformers.base.modules.dense.Dense",
     "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
     "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
 }
+_ROUTES = ("text", "image")
 # In the order in which version 5 and older concatenate them.
 _LEGACY_MODES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
@@ -63,6 +77,13 @@ class _PoolingConfig:
     include_prompt: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RouterConfig:
+    types: dict[str, str]
+    structure: dict[str, tuple[str, ...]]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
 def read_layout(folder: Path, task: Task | None = None) -> Layout:
     """Read what a checkpoint says about its model.
 
@@ -75,11 +96,14 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
         CheckpointError: a file is missing, damaged, or asks for something that rtx does not do.
     """
     chain = _read_chain(folder)
-    backbone_folder = chain[0][1] if chain else ""
     model = read_object(folder / "config_sentence_transformers.json") or {}
     kind = str(model.get("model_type", "SentenceTransformer"))
+    tower = None
     if chain:
         _check_chain(folder, chain, kind)
+    if chain and chain[0][0] == "Router":
+        chain, tower = _read_router(folder, chain)
+    backbone_folder = chain[0][1] if chain else ""
     _refuse_adapter(folder / backbone_folder / "adapter_config.json")
     backbone = read_object(folder / backbone_folder / "config.json")
     if backbone is None:
@@ -88,7 +112,7 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
             f"{missing}: missing; expected a Sentence Transformers checkpoint or a Hugging Face model"
         )
     if chain and kind == "SentenceTransformer" and task in (None, "embed"):
-        return _read_embedder(folder, chain, model)
+        return _read_embedder(folder, chain, model, tower)
     if chain and kind == "CrossEncoder" and task in (None, "rerank"):
         return _read_reranker(folder, chain, model, backbone)
     return _bare_layout(folder, backbone, backbone_folder, task)
@@ -143,19 +167,80 @@ def _check_chain(folder: Path, chain: Sequence[tuple[str, str]], kind: str) -> N
     )
 
 
-def _read_embedder(folder: Path, chain: Sequence[tuple[str, str]], model: Mapping[str, Any]) -> Layout:
-    pooling = _read_pooling(folder / chain[1][1] / "config.json")
+def _read_router(folder: Path, chain: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], ImageTower]:
+    """(class, folder) of each module that texts go through, and the tower that images go through.
+
+    Modules behind the router belong to both.
+    """
+    path = chain[0][1]
+    file = folder / path / "router_config.json"
+    config = read_object(file)
+    if config is None:
+        raise CheckpointError(f"{file}: missing; expected the configuration of a Router module")
+    routes = parse(_RouterConfig, config, source=str(file), error=CheckpointError)
+    _check_routes(file, routes)
+    # Each route has a folder of its own for what stands behind the router, once it is written.
+    both = list(chain[1:])
+    texts, images = (
+        [(_class_of(routes.types[name]), f"{path}/{name}".lstrip("/")) for name in routes.structure[route]] + both
+        for route in _ROUTES
+    )
+    names = [[name for name, _ in route] for route in (texts, images)]
+    for route, found in zip(_ROUTES, names, strict=True):
+        if found[:2] != ["Transformer", "Pooling"] or not set(found[2:]) <= {"Dense", "Normalize"}:
+            raise CheckpointError(
+                f"{file}: route {route}: expected Transformer, Pooling, then any of Dense, Normalize; got "
+                f"{', '.join(found)}"
+            )
+    read_image_transformer(folder, images[0][1])
+    pooling = _read_pooling(folder / images[1][1] / "config.json")
+    head = tuple(_read_module(folder, name, path) for name, path in images[2:])
+    return texts, ImageTower(
+        folder=images[0][1], pooling=pooling.pooling_mode, pooling_dimension=pooling.embedding_dimension, head=head
+    )
+
+
+def _check_routes(file: Path, routes: _RouterConfig) -> None:
+    mapped = {(None, route): route for route in _ROUTES}
+    try:
+        found = {ast.literal_eval(key): route for key, route in (routes.parameters.get("route_mappings") or {}).items()}
+    except (ValueError, SyntaxError, AttributeError) as broken:
+        raise CheckpointError(f"{file}: route_mappings: expected routes by (task, modality): {broken}") from broken
+    wrong = {key: route for key, route in found.items() if mapped.get(key) != route}
+    unknown = [name for names in routes.structure.values() for name in names if name not in routes.types]
+    if set(routes.structure) != set(_ROUTES) or wrong or unknown:
+        raise CheckpointError(
+            f"{file}: expected the routes text and image, each for its own modality and any task; got "
+            f"{', '.join(routes.structure)}{f', mapped by {wrong}' if wrong else ''}"
+            f"{f', of unknown modules {unknown}' if unknown else ''}"
+        )
+
+
+def _read_embedder(
+    folder: Path, chain: Sequence[tuple[str, str]], model: Mapping[str, Any], tower: ImageTower | None
+) -> Layout:
+    transformer = read_transformer(folder, chain[0][1], "embed")
+    if chain[0][0] == "CLIPModel":
+        transformer |= {"features": True, "images": True}
+    pools = [name for name, _ in chain[1:2]] == ["Pooling"]
+    if pools == transformer.get("features", False):
+        raise CheckpointError(
+            f"{folder / 'modules.json'}: expected a Pooling module behind a transformer that gives token embeddings, "
+            "and none behind one that gives sentence embeddings"
+        )
+    pooling = _read_pooling(folder / chain[1][1] / "config.json") if pools else _PoolingConfig(pooling_mode=())
     source = folder / "config_sentence_transformers.json"
     return Layout(
         task="embed",
+        image_tower=tower,
         pooling=pooling.pooling_mode,
         pooling_dimension=pooling.embedding_dimension,
         include_prompt=pooling.include_prompt,
-        head=tuple(_read_module(folder, name, path) for name, path in chain[2:]),
+        head=tuple(_read_module(folder, name, path) for name, path in chain[2 if pools else 1 :]),
         similarity=cast(Similarity, one_of(source, model, "similarity_fn_name", get_args(Similarity)) or "cosine"),
         truncate_dim=typed(source, model, "truncate_dim", int),
         **_read_prompts(source, model),
-        **read_transformer(folder, chain[0][1], "embed"),
+        **transformer,
     )
 
 
@@ -190,11 +275,16 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
     """
     architectures = backbone.get("architectures") or [""]
     classifies = str(architectures[0]).endswith("ForSequenceClassification")
-    causal = str(architectures[0]).endswith("ForCausalLM") and backbone.get("is_causal", True) is not False
-    if task == "rerank" and str(architectures[0]).endswith("ForCausalLM"):
+    sees = _sees(folder / backbone_folder)
+    generates = str(architectures[0]).endswith("ForCausalLM") or (
+        sees and str(architectures[0]).endswith("ForConditionalGeneration")
+    )
+    causal = generates and backbone.get("is_causal", True) is not False
+    if task == "rerank" and generates:
         return Layout(
             task="rerank",
             backbone_folder=backbone_folder,
+            images=sees,
             new_logit_score=True,
             message_format="auto",
             activation="sigmoid",
@@ -211,9 +301,20 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
     return Layout(
         task="embed",
         backbone_folder=backbone_folder,
-        pooling=("lasttoken",) if causal else ("mean",),
+        images=sees,
+        features=sees and not causal,
+        message_format="auto" if sees and causal else None,
+        pooling=() if sees and not causal else ("lasttoken",) if causal else ("mean",),
         head=(HeadModule(config=NormalizeConfig()),),
     )
+
+
+def _sees(folder: Path) -> bool:
+    """Whether a folder has a tokenizer and an image processor: its model takes texts and images."""
+    processor = read_object(folder / "processor_config.json") or {}
+    image = read_object(folder / "preprocessor_config.json") or {}
+    has_images = "image_processor" in processor or bool({"image_processor_type", "image_mean"} & set(image))
+    return has_images and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _read_module(folder: Path, name: str, path: str) -> HeadModule:
@@ -269,7 +370,7 @@ def _read_activation(source: Path, dotted: str) -> Activation:
 
 
 def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> Layout:
-    """Write a layout as version 6 into a folder that holds the backbone and the tokenizer in its root.
+    """Write a layout as version 6.
 
     Args:
         folder: exists.
@@ -277,24 +378,28 @@ def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> L
         versions: of "transformers" and "pytorch", for the record.
 
     Returns:
-        The layout with the folders that its modules have now; the weights of a Dense module belong there.
+        The layout with the folders that its modules have now; their weights belong there.
     """
-    head = tuple(
-        replace(module, folder=f"{index}_{_name_of(module)}") for index, module in enumerate(layout.head, start=2)
-    )
-    chain = [("Transformer", "")]
-    if layout.task == "embed":
-        chain += [("Pooling", "1_Pooling"), *((_name_of(module), module.folder) for module in head)]
-        pooling = {
-            "embedding_dimension": layout.pooling_dimension,
-            "pooling_mode": layout.pooling[0] if len(layout.pooling) == 1 else list(layout.pooling),
-            "include_prompt": layout.include_prompt,
+    placed = _placed(layout)
+    tower = placed.image_tower
+    routes = {"text": _route(placed.backbone_folder, placed.pooling, placed.head, "text" if tower else "")}
+    _write_modules(folder, placed, routes["text"])
+    write_json(folder / placed.backbone_folder / "sentence_bert_config.json", transformer_config(layout), indent=4)
+    if tower is None:
+        chain = routes["text"]
+    else:
+        chain = [("Router", "")]
+        routes["image"] = _route(tower.folder, tower.pooling, tower.head, "image")
+        _write_modules(folder, tower, routes["image"])
+        write_json(folder / tower.folder / "sentence_bert_config.json", image_transformer_config(), indent=4)
+        router = {
+            "types": {path: _TYPES[name] for route in routes.values() for name, path in route},
+            "structure": {name: [path for _, path in route] for name, route in routes.items()},
+            "parameters": {"default_route": "text", "allow_empty_key": True, "route_mappings": {}},
         }
-        write_json(folder / "1_Pooling" / "config.json", pooling, indent=4)
-        for module in head:
-            write_json(folder / module.folder / "config.json", _module_config(module), indent=4)
+        write_json(folder / "router_config.json", router, indent=4)
     if layout.logit_score is not None:
-        chain.append(("LogitScore", "1_LogitScore"))
+        chain = [*chain, ("LogitScore", "1_LogitScore")]
         write_json(folder / "1_LogitScore" / "config.json", vars(layout.logit_score), indent=4)
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": _TYPES[name]}
@@ -302,8 +407,48 @@ def write_layout(folder: Path, layout: Layout, versions: Mapping[str, str]) -> L
     ]
     write_json(folder / "modules.json", modules, indent=2)
     write_json(folder / "config_sentence_transformers.json", _model_config(layout, versions), indent=2, sort_keys=True)
-    write_json(folder / "sentence_bert_config.json", transformer_config(layout), indent=4)
-    return replace(layout, head=head, backbone_folder="", new_classifier=False)
+    return placed
+
+
+def _placed(layout: Layout) -> Layout:
+    """The layout with the folders that version 6 gives its modules."""
+    tower = layout.image_tower
+    prefix = "" if tower is None else "text_"
+    head = _placed_head(layout.head, prefix, first=2 if layout.pooling else 1)
+    if tower is not None:
+        tower = replace(tower, folder="image_0_Transformer", head=_placed_head(tower.head, "image_", first=2))
+    backbone_folder = "" if tower is None else "text_0_Transformer"
+    return replace(layout, head=head, image_tower=tower, backbone_folder=backbone_folder, new_classifier=False)
+
+
+def _placed_head(head: Sequence[HeadModule], prefix: str, *, first: int) -> tuple[HeadModule, ...]:
+    return tuple(
+        replace(module, folder=f"{prefix}{number}_{_name_of(module)}")
+        for number, module in enumerate(head, start=first)
+    )
+
+
+def _route(
+    transformer: str, pooling: Sequence[Pooling], head: Sequence[HeadModule], route: str
+) -> list[tuple[str, str]]:
+    """(class, folder) of each module of a route; "" for the only one."""
+    chain = [("Transformer", transformer)]
+    if pooling:
+        chain.append(("Pooling", f"{route}_1_Pooling".lstrip("_")))
+    return [*chain, *((_name_of(module), module.folder) for module in head)]
+
+
+def _write_modules(folder: Path, described: Layout | ImageTower, chain: Sequence[tuple[str, str]]) -> None:
+    """The configurations of the modules behind a transformer."""
+    if described.pooling:
+        pooling = {
+            "embedding_dimension": described.pooling_dimension,
+            "pooling_mode": described.pooling[0] if len(described.pooling) == 1 else list(described.pooling),
+            "include_prompt": described.include_prompt if isinstance(described, Layout) else True,
+        }
+        write_json(folder / chain[1][1] / "config.json", pooling, indent=4)
+    for module in described.head:
+        write_json(folder / module.folder / "config.json", _module_config(module), indent=4)
 
 
 def _name_of(module: HeadModule) -> str:

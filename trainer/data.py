@@ -200,7 +200,7 @@ class _Builder:
     def read(self, path: Path, report: Report | None) -> None:
         before = self._rows
         for record in read_rows(path, report):
-            self._add(record.where, record.line, record.row)
+            self._add(record.where, record.line, record.row, path.parent)
         self._sources.append(Source(path.name, self._rows - before, sha256_of(path)))
         self._paths.append(str(path))
 
@@ -225,12 +225,12 @@ class _Builder:
             documents=self._documents,
         )
 
-    def _add(self, where: str, line: int, row: Row | BadRecord) -> Example | None:
+    def _add(self, where: str, line: int, row: Row | BadRecord, folder: Path | None = None) -> Example | None:
         self._rows += 1
         if isinstance(row, BadRecord):
             self._problems.add(str(row))
             return None
-        example, _, problems = self._checker.check(row)
+        example, _, problems = self._checker.check(row, folder)
         if problems:
             self._problems.add(f"{where}: {'; '.join(problems)}")
         elif example is not None:

@@ -22,7 +22,7 @@ from rtx.trainer.data import Needs, Report
 from rtx.trainer.loss_table import DEFAULT_LOSS, LOSSES
 
 if TYPE_CHECKING:
-    from rtx.runtime.text import TextPreprocessor
+    from rtx.runtime.preprocessor import Preprocessor
 
 
 @click.group()
@@ -100,7 +100,7 @@ def _token_lengths(checkpoint: str, task: Task | None) -> tuple[Measure, int]:
     from rtx.trainer.tokens import token_lengths
 
     model = RetrievalModel.load(checkpoint, task=task)
-    preprocessor: TextPreprocessor = model.preprocessor
+    preprocessor: Preprocessor = model.preprocessor
     return token_lengths(preprocessor), preprocessor.contract.max_tokens
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rtx.runtime.errors import EngineError
 from rtx.runtime.text import Batch
@@ -15,6 +16,11 @@ from rtx.trainer.sharding import is_sharded
 
 if TYPE_CHECKING:
     from rtx.trainer.model import RetrievalModel
+
+
+def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as a model takes it: without the digests of images, which serve caches of other engines."""
+    return {name: torch.from_numpy(array).to(device) for name, array in batch.items() if name != "image_digests"}
 
 
 class TorchEngine:
@@ -40,7 +46,7 @@ class TorchEngine:
             EngineError: the batch could not be run.
         """
         model = self.model
-        tensors = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
+        tensors = to_tensors(batch, model.device)
         # What a sharded model gathers it keeps for training, where tensors of the inference mode must not be.
         ungraded = torch.no_grad() if is_sharded(model) else torch.inference_mode()
         with self._lock, ungraded:
@@ -49,7 +55,8 @@ class TorchEngine:
             try:
                 output = model(tensors)
             except (RuntimeError, IndexError) as broken:
-                raise EngineError(f"torch: a batch of shape {batch['input_ids'].shape} failed: {broken}") from broken
+                shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+                raise EngineError(f"torch: a batch failed ({shapes}): {broken}") from broken
             finally:
                 model.train(was_training)
             finished = model.finish(output) if model.task == "embed" else model.activate(output)

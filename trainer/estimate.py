@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rtx.runtime.text import Encoded
 from rtx.trainer.batches import Batch, plan_chunks
+from rtx.trainer.engine import to_tensors
 from rtx.trainer.losses.targets import Targets
 from rtx.trainer.parameters import embedding_parameters, head_parameters, layer_parameters
 from rtx.trainer.step import live_chunks
@@ -309,7 +310,7 @@ def _padded_batch(model: RetrievalModel, rows: int, tokens: int) -> dict[str, Te
     token = model.preprocessor.contract.pad_token_id
     lengths = [tokens] * (rows - 1) + [tokens - 1 if rows > 1 else tokens]
     arrays = model.preprocessor.collate([Encoded([token] * length, [0] * length) for length in lengths])
-    return {name: torch.from_numpy(array).to(model.device) for name, array in arrays.items()}
+    return to_tensors(arrays, model.device)
 
 
 @contextlib.contextmanager

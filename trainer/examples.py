@@ -18,6 +18,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from rtx.runtime.fields import (
@@ -25,9 +26,9 @@ from rtx.runtime.fields import (
     NUMBERED_NEGATIVE,
     is_blank,
     missing,
+    read_content,
     read_items,
     read_negatives,
-    read_text,
     single_negatives,
 )
 from rtx.runtime.fields import Row as Row
@@ -81,8 +82,8 @@ class Example(NamedTuple):
     """A query and documents for it.
 
     Attributes:
-        query: the text.
-        documents: at least one text. Of a row with a positive, that one first and then the negatives in order.
+        query: a text, or with images a `Content`.
+        documents: at least one of the same. Of a row with a positive, that one first and then the negatives in order.
         labels: one a document: how well it answers the query, or a teacher's score of it.
         first_stage: one a document: the score that a first stage gave it; empty where none is needed.
     """
@@ -127,8 +128,13 @@ class RowChecker:
         # single negatives in order.
         self._columns: dict[tuple[frozenset[str], Form], tuple[str, ...] | None] = {}
 
-    def check(self, row: object) -> CheckedRow:
-        """An example, or what is wrong with the row."""
+    def check(self, row: object, folder: Path | None = None) -> CheckedRow:
+        """An example, or what is wrong with the row.
+
+        Args:
+            row: a mapping of columns.
+            folder: what the paths of its images are relative to; None for the working directory.
+        """
         if not isinstance(row, Mapping):
             return CheckedRow(None, None, (f"expected a mapping of columns, got {type(row).__name__}",))
         given = [form for form in FORMS if not is_blank(row.get(form))]
@@ -143,7 +149,7 @@ class RowChecker:
         negatives = self._columns[columns]
         if negatives is None:
             return CheckedRow(None, form, tuple(problems))
-        example = self._example(row, form, negatives, problems)
+        example = self._example(row, form, negatives, problems, folder)
         return CheckedRow(None if problems else example, form, tuple(problems))
 
     def _check_columns(self, names: frozenset[str], form: Form) -> list[str]:
@@ -159,21 +165,24 @@ class RowChecker:
                 problems.append(f"column '{name}' is not known; did you mean '{close[0]}'?")
         return problems
 
-    def _example(self, row: Row, form: Form, negatives: tuple[str, ...], problems: list[str]) -> Example:
-        query = read_text(row, "query", problems)
+    def _example(
+        self, row: Row, form: Form, negatives: tuple[str, ...], problems: list[str], folder: Path | None
+    ) -> Example:
+        query = read_content(row, "query", problems, folder)
         if form == "positive":
-            documents = (read_text(row, "positive", problems), *read_negatives(row, negatives, problems))
+            positive = read_content(row, "positive", problems, folder)
+            documents = (positive, *read_negatives(row, negatives, problems, folder))
             labels: tuple[float, ...] = (1.0,) + (0.0,) * (len(documents) - 1)
             if not is_blank(row.get("scores")):
                 labels = self._numbers(row, "scores", len(documents), problems)
             elif self.needs == "scores":
                 problems.append(missing(row, "scores"))
         elif form == "document":
-            documents = (read_text(row, "document", problems),)
+            documents = (read_content(row, "document", problems, folder),)
             labels = (self._number("label", row.get("label"), problems),)
         else:
             documents = tuple(
-                read_text({name: value}, name, problems)
+                read_content({name: value}, name, problems, folder)
                 for name, value in read_items(row, "documents", "texts", problems)
             )
             labels = self._numbers(row, "labels", len(documents), problems)

@@ -62,6 +62,23 @@ class LogitScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageTower:
+    """What turns images into vectors in a model that has a tower for each modality (a Router).
+
+    Attributes:
+        folder: where its transformer and image processor lie in the checkpoint.
+        pooling: modes.
+        pooling_dimension: width that the pooling module expects of the transformer; None if it does not say.
+        head: what follows pooling, in order.
+    """
+
+    folder: str
+    pooling: tuple[Pooling, ...]
+    pooling_dimension: int | None = None
+    head: tuple[HeadModule, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A checkpoint's Sentence Transformers side.
 
@@ -72,9 +89,15 @@ class Layout:
         logit_score: the tokens that a causal language model is scored by, as a reranker; None for any other model.
         new_logit_score: the checkpoint is such a language model and does not say by which tokens; loading settles it.
         message_format: a reranker's pairs go through the tokenizer's chat template, as messages of the roles query and
-            document; None if the tokenizer joins the sides of a pair. "auto" is settled by loading.
+            document, or an embedder's items, as messages of the role user; None if nothing goes through a template.
+            "auto" is settled by loading.
         chat_template_kwargs: variables of the chat template.
-        pooling: modes of an embedder.
+        images: whether the transformer takes images beside texts.
+        features: whether the transformer is a dual encoder (CLIP, SigLIP) that pools by itself: texts go through its
+            get_text_features, images through its get_image_features.
+        image_tower: of a Router, where images have a transformer of their own; None for any other model.
+        fixed_tokens: every text is padded to this length; 0 for no such length.
+        pooling: modes of an embedder; empty for a dual encoder.
         pooling_dimension: width that the pooling module expects of the backbone; None if it does not say.
         include_prompt: False if pooling leaves out the prompt.
         head: what follows pooling, in order.
@@ -95,6 +118,10 @@ class Layout:
     new_logit_score: bool = False
     message_format: MessageFormat | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    images: bool = False
+    features: bool = False
+    image_tower: ImageTower | None = None
+    fixed_tokens: int = 0
     pooling: tuple[Pooling, ...] = ()
     pooling_dimension: int | None = None
     include_prompt: bool = True
@@ -115,6 +142,10 @@ class Layout:
     def is_language_model(self) -> bool:
         """Whether the reranker is a causal language model that is scored by the logits of its tokens."""
         return self.new_logit_score or self.logit_score is not None
+
+    @property
+    def takes_images(self) -> bool:
+        return self.images or self.image_tower is not None
 
     @property
     def prompt(self) -> str:

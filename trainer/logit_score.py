@@ -9,6 +9,9 @@ are the language model's own parameters, often shared with its embeddings, and a
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from rtx.runtime.errors import CheckpointError
 from rtx.trainer.layout import Layout, LogitScoreConfig
 from rtx.trainer.pooling import at_least_float32, pool
-from rtx.trainer.rendering import choose_format, judge_template
+from rtx.trainer.rendering import Chat, Rendered, choose_format, judge_template, render_item, render_pair
 
 _ANSWERS = ("yes", "no")
 # Two ways to the same logit differ by some roundings of 2**-24, or of 2**-8 in the lowest precision; what a head does
@@ -27,8 +30,12 @@ _TOLERANCE_HALF = 3e-2
 
 
 def decoder_of(language_model: Any) -> Any:
-    """The transformer of a language model, without its head."""
-    return language_model.get_decoder()
+    """The transformer of a language model, without its head but with the tower for its images, if it has one."""
+    return language_model.model if _sees(language_model) else language_model.get_decoder()
+
+
+def _sees(language_model: Any) -> bool:
+    return "pixel_values" in inspect.signature(language_model.forward).parameters
 
 
 def score_direction(language_model: Any, config: LogitScoreConfig) -> tuple[Tensor, Tensor]:
@@ -60,33 +67,36 @@ def score_last_token(hidden: Tensor, attention_mask: Tensor, direction: Tensor, 
 
 
 def settle(layout: Layout, tokenizer: Any, where: str) -> Layout:
-    """Decide what a reranker's checkpoint leaves open: the two tokens, and how pairs go through the chat template.
+    """Decide what a checkpoint leaves open: a reranker's two tokens, and how items or pairs go through a chat template.
 
     A language model that was not trained as a reranker mostly has a chat template without queries and documents. If it
     marks turns in the way of ChatML, the tokenizer is given the template of Qwen3-Reranker.
 
     Raises:
-        CheckpointError: there is no token yes or no, or no chat template for a pair.
+        CheckpointError: there is no token yes or no, no chat template for a pair, or none with a place for images.
     """
     starts = layout.new_logit_score
     if starts:
         layout = dataclasses.replace(layout, logit_score=_answers(tokenizer, where), new_logit_score=False)
     if layout.message_format != "auto":
         return layout
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not layout.images:
         return dataclasses.replace(layout, message_format=None)
     try:
-        chosen = choose_format(tokenizer, layout.prompt, layout.chat_template_kwargs)
+        render: Callable[[Chat], Rendered] = functools.partial(render_pair, prompt=layout.prompt, images=layout.images)
+        if layout.task == "embed":
+            render = functools.partial(render_item, images=layout.images)
+        chosen = choose_format(tokenizer, layout.chat_template_kwargs, render)
         return dataclasses.replace(layout, message_format=chosen)
     except ValueError as wrong:
-        if layout.logit_score is None:
+        if layout.logit_score is None and not layout.images:
             # A classifier, whose tokenizer joins the sides.
             return dataclasses.replace(layout, message_format=None)
-        template = judge_template(tokenizer.get_vocab()) if starts else None
+        template = judge_template(tokenizer.get_vocab(), images=layout.images) if starts else None
         if template is None:
             raise CheckpointError(f"{where}: {wrong}; set one that does, in chat_template.jinja") from wrong
         tokenizer.chat_template = template
-        return dataclasses.replace(layout, message_format="flat")
+        return dataclasses.replace(layout, message_format="structured" if layout.images else "flat")
 
 
 def _answers(tokenizer: Any, where: str) -> LogitScoreConfig:

@@ -6,27 +6,28 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from rtx.runtime.contract import Activation, Contract, Task
+from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.pairs import RenderedPair, special_token_template
-from rtx.runtime.text import TextPreprocessor
+from rtx.runtime.image_rules import ImageRules
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.trainer import logit_score, pooling
 from rtx.trainer.adapters import merged
 from rtx.trainer.backbone import (
     Source,
     check_vocabulary,
     graph_inputs,
+    hidden_size,
     load_backbone,
+    load_image_backbone,
     load_tokenizer,
     position_limit,
     save_backbone,
@@ -34,9 +35,11 @@ from rtx.trainer.backbone import (
     tokenizer_json,
 )
 from rtx.trainer.checkpoint import read_layout, write_layout
+from rtx.trainer.contracts import build_contract
 from rtx.trainer.engine import TorchEngine
-from rtx.trainer.layout import DenseConfig, HeadModule, Layout
-from rtx.trainer.rendering import Rendered, render_pair
+from rtx.trainer.image_processing import ImageProcessing
+from rtx.trainer.image_tower import ImageEncoder
+from rtx.trainer.layout import DenseConfig, HeadModule, ImageTower, Layout
 
 # What `configure` may change: the rest follows from the weights.
 _SETTINGS: dict[Task, tuple[str, ...]] = {
@@ -54,23 +57,35 @@ class RetrievalModel(nn.Module):
         tokenizer: its fast tokenizer.
         head: the modules after pooling, as `layout.head` describes them.
         layout: everything else; `max_tokens` and, for an embedder, `pooling_dimension` are set.
+        images: how images are prepared; None for a model that takes none.
+        image_tower: what images go through, where that is not the backbone.
         source: what it was loaded from, for messages.
     """
 
     def __init__(
-        self, backbone: Any, tokenizer: Any, head: Sequence[nn.Module], *, layout: Layout, source: str = "model"
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        head: Sequence[nn.Module],
+        *,
+        layout: Layout,
+        images: ImageProcessing | None = None,
+        image_tower: ImageEncoder | None = None,
+        source: str = "model",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.ModuleList(head)
+        self.image_tower = image_tower
         self.tokenizer = tokenizer
+        self.images = images
         self.layout = layout
         self._tokenizer_json = tokenizer_json(tokenizer)
         try:
             self.contract = self._build_contract(layout)
         except ValueError as wrong:
             raise CheckpointError(f"{source}: {wrong}") from wrong
-        self.preprocessor = TextPreprocessor(self.contract, self._tokenizer_json)
+        self.preprocessor = Preprocessor(self.contract, self._tokenizer_json)
 
     @classmethod
     def load(
@@ -83,6 +98,7 @@ class RetrievalModel(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
     ) -> RetrievalModel:
         """Load a Sentence Transformers checkpoint or a bare Hugging Face model.
 
@@ -97,6 +113,8 @@ class RetrievalModel(nn.Module):
             revision: branch, tag or commit, on the hub.
             trust_remote_code: run Python code that the checkpoint brings.
             attn_implementation: "eager", "sdpa", ...; None for what transformers chooses.
+            processor_kwargs: settings of the image processor in place of the checkpoint's, such as `max_pixels`; they
+                go into the contract and into what is saved.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or not supported.
@@ -117,11 +135,31 @@ class RetrievalModel(nn.Module):
             backbone.config.pad_token_id = tokenizer.pad_token_id
         limit = _max_tokens(layout, backbone, tokenizer, source.path_of(layout))
         if layout.task == "embed":
-            _check_widths(layout, backbone.config.hidden_size, source.name)
-            layout = dataclasses.replace(layout, pooling_dimension=backbone.config.hidden_size)
+            width = hidden_size(backbone, layout)
+            _check_widths(layout, width, source.name)
+            layout = dataclasses.replace(layout, pooling_dimension=width if layout.pooling else None)
         head = [_load_module(source, module) for module in layout.head]
-        layout = dataclasses.replace(layout, max_tokens=limit)
-        model = cls(backbone, tokenizer, head, layout=layout, source=source.name).eval()
+        fixed = limit if layout.features and "attention_mask" not in graph_inputs(backbone, tokenizer, layout) else 0
+        layout = dataclasses.replace(layout, max_tokens=limit, fixed_tokens=fixed)
+        tower = None
+        if layout.image_tower is not None:
+            tower = _load_tower(
+                source,
+                layout.image_tower,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            )
+            layout = dataclasses.replace(layout, image_tower=tower.layout)
+            _check_towers(layout, tower, width, source.name)
+        images = None
+        if layout.takes_images:
+            folder = layout.backbone_folder if layout.image_tower is None else layout.image_tower.folder
+            options = layout.tokenizer_kwargs if layout.image_tower is None else {}
+            images = ImageProcessing.load(source, folder, {**options, **(processor_kwargs or {})})
+        model = cls(
+            backbone, tokenizer, head, layout=layout, images=images, image_tower=tower, source=source.name
+        ).eval()
         if max_tokens is not None:
             model.configure(max_tokens=max_tokens)
         return model
@@ -148,7 +186,7 @@ class RetrievalModel(nn.Module):
         except ValueError as wrong:
             raise UsageError(str(wrong)) from wrong
         self.layout, self.contract = layout, contract
-        self.preprocessor = TextPreprocessor(contract, self._tokenizer_json)
+        self.preprocessor = Preprocessor(contract, self._tokenizer_json)
 
     @property
     def task(self) -> Task:
@@ -159,20 +197,28 @@ class RetrievalModel(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def _image_rules(self) -> ImageRules | None:
+        return self.images.rules if self.images is not None else None
+
+    @property
     def full_dimension(self) -> int:
         """Width of what `forward` gives an embedder, before the Matryoshka cut."""
         widths = [module.config.out_features for module in self.layout.head if isinstance(module.config, DenseConfig)]
-        return widths[-1] if widths else int(self.backbone.config.hidden_size) * len(self.layout.pooling)
+        return widths[-1] if widths else hidden_size(self.backbone, self.layout) * max(1, len(self.layout.pooling))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Run the model as it is trained.
 
         Args:
-            batch: by input name of the contract, [rows, tokens] int64.
+            batch: tensors by name (see `rtx.runtime.text.Batch`).
 
         Returns:
             An embedder's vectors [rows, full_dimension], or a reranker's logits [rows], float32.
         """
+        if "input_ids" not in batch:
+            return self.encode_images(batch["pixel_values"])
+        if self.layout.features:
+            return self._apply_head(self.backbone.get_text_features(**self._backbone_inputs(batch)).pooler_output)
         if self.layout.logit_score is not None:
             return self.score_last_token(self.encode_tokens(batch), batch, *self.score_direction())
         if self.task == "rerank":
@@ -185,6 +231,14 @@ class RetrievalModel(nn.Module):
         transformer = self.backbone if self.layout.logit_score is None else logit_score.decoder_of(self.backbone)
         hidden: Tensor = transformer(**self._backbone_inputs(batch)).last_hidden_state
         return hidden
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Images that become vectors by themselves: [images, 3, height, width] to [images, full_dimension] float32."""
+        if self.image_tower is not None:
+            vectors: Tensor = self.image_tower(pixel_values)
+            return vectors
+        pixel_values = pixel_values.to(self.backbone.dtype)
+        return self._apply_head(self.backbone.get_image_features(pixel_values=pixel_values).pooler_output)
 
     def score_direction(self) -> tuple[Tensor, Tensor]:
         """Of a language model that reranks: what last hidden states are projected on [hidden], and what is added []."""
@@ -200,6 +254,10 @@ class RetrievalModel(nn.Module):
         vectors = pooling.pool(
             hidden, batch["attention_mask"], self.layout.pooling, pooling_mask=batch.get("pooling_mask")
         )
+        return self._apply_head(vectors)
+
+    def _apply_head(self, vectors: Tensor) -> Tensor:
+        vectors = pooling.at_least_float32(vectors)
         for module in self.head:
             vectors = module(vectors)
         return vectors
@@ -237,20 +295,33 @@ class RetrievalModel(nn.Module):
                 gathered one.
         """
         weights = merged(self, state)
-        save_backbone(self.backbone, folder, _part(weights, "backbone"))
-        self.write_around(folder, weights)
+        written = self.write_around(folder, weights)
+        save_backbone(self.backbone, folder / written.backbone_folder, _part(weights, "backbone"))
+        if self.image_tower is not None and written.image_tower is not None:
+            part = _part(weights, "image_tower.backbone")
+            save_backbone(self.image_tower.backbone, folder / written.image_tower.folder, part)
 
-    def write_around(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write all but the backbone, as `write` does: tokenizer, layout and the weights of the head."""
-        self.tokenizer.model_max_length = self.contract.max_tokens
-        save_tokenizer(self.tokenizer, folder)
+    def write_around(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> Layout:
+        """Write all but the transformers, as `write` does: tokenizer, image processor, layout and weights of heads.
+
+        Returns:
+            The layout with the folders that its modules have now.
+        """
         versions = {"transformers": transformers.__version__, "pytorch": torch.__version__}
         written = write_layout(folder, self.layout, versions)
+        self.tokenizer.model_max_length = self.contract.fixed_tokens or self.contract.max_tokens
+        save_tokenizer(self.tokenizer, folder / written.backbone_folder)
+        tower = written.image_tower
+        if self.images is not None:
+            self.images.save(folder / (tower.folder if tower is not None else written.backbone_folder))
         state = self.state_dict() if state is None else state
-        for number, description in enumerate(written.head):
-            if weights := _part(state, f"head.{number}"):
-                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-                save_file(weights, folder / description.folder / "model.safetensors")
+        heads = {"head": written.head, "image_tower.head": tower.head if tower is not None else ()}
+        for name, head in heads.items():
+            for number, description in enumerate(head):
+                if weights := _part(state, f"{name}.{number}"):
+                    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+                    save_file(weights, folder / description.folder / "model.safetensors")
+        return written
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Trade time for memory in the backbone, as transformers' Trainer asks for it.
@@ -268,57 +339,24 @@ class RetrievalModel(nn.Module):
         return self.backbone._no_split_modules
 
     def _backbone_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.contract.inputs if name != "pooling_mask"}
-
-    def _render(self, layout: Layout) -> Rendered | None:
-        """What the chat template makes of a pair; None if pairs do not go through one."""
-        if layout.message_format is None:
-            return None
-        return render_pair(self.tokenizer, layout.message_format, layout.prompt, layout.chat_template_kwargs)
+        inputs: dict[str, Tensor] = {name: batch[name] for name in self.contract.inputs if name != "pooling_mask"}
+        if "pixel_values" in batch:
+            assert self.contract.visual is not None
+            inputs["pixel_values"] = batch["pixel_values"].to(self.backbone.dtype)
+            inputs["image_grid_thw"] = batch["image_grid_thw"]
+            inputs["mm_token_type_ids"] = (batch["input_ids"] == self.contract.visual.image_token_id).int()
+        return inputs
 
     def _build_contract(self, layout: Layout) -> Contract:
         """Raises ValueError for a setting that does not fit the model."""
-        if layout.activation not in get_args(Activation):
-            raise ValueError(f"activation: expected {' or '.join(get_args(Activation))}, got {layout.activation!r}")
-        if type(layout.first_stage_weight) not in (int, float):
-            raise ValueError(f"first_stage_weight: expected a number, got {layout.first_stage_weight!r}")
-        embeds = layout.task == "embed"
-        rendered = self._render(layout)
-        if rendered is not None:
-            around = RenderedPair(Tokenizer.from_str(self._tokenizer_json), rendered.parts)
-            special, template = around.special_tokens, around.template
-        else:
-            special = self.tokenizer.num_special_tokens_to_add(pair=not embeds)
-            template = special_token_template(self.tokenizer.backend_tokenizer, pair=not embeds)
-        if layout.max_tokens is None or layout.max_tokens <= special:
-            raise ValueError(f"max_tokens: expected more than the {special} special tokens, got {layout.max_tokens}")
-        positions = position_limit(self.backbone)
-        if positions is not None and layout.max_tokens > positions:
-            raise ValueError(
-                f"max_tokens: expected at most {positions}, the model's positions; got {layout.max_tokens}"
-            )
-        if layout.truncate_dim is not None and not 1 <= layout.truncate_dim <= self.full_dimension:
-            raise ValueError(f"truncate_dim: expected 1 to {self.full_dimension}, got {layout.truncate_dim}")
-        inputs = graph_inputs(self.backbone, self.tokenizer)
-        return Contract(
-            task=layout.task,
-            inputs=inputs if layout.include_prompt else (*inputs, "pooling_mask"),
-            max_tokens=layout.max_tokens,
-            padding_side=self.tokenizer.padding_side,
-            pad_token_id=self.tokenizer.pad_token_id,
-            pad_token_type_id=self.tokenizer.pad_token_type_id,
-            template=template,
-            rendered=rendered.parts if rendered is not None else (),
-            strip_sides=rendered is not None and rendered.strip_sides,
-            pooling=layout.pooling,
-            dimension=(layout.truncate_dim or self.full_dimension) if embeds else 1,
-            normalize=bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig),
-            similarity=layout.similarity,
-            prompts=dict(layout.prompts),
-            default_prompt=layout.default_prompt,
-            include_prompt=layout.include_prompt,
-            activation=layout.activation,
-            first_stage_weight=float(layout.first_stage_weight),
+        return build_contract(
+            layout,
+            self.backbone,
+            self.tokenizer,
+            self._tokenizer_json,
+            full_dimension=self.full_dimension,
+            images=self._image_rules,
+            image_backbone=self.image_tower.backbone if self.image_tower is not None else None,
         )
 
 
@@ -330,7 +368,7 @@ def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
 
 def _max_tokens(layout: Layout, backbone: Any, tokenizer: Any, where: str) -> int:
     """The limit on length: the checkpoint's, else the tokenizer's, and never more than the model has positions for."""
-    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, getattr(backbone.config.get_text_config(), "max_position_embeddings", None)]
     known = [layout.max_tokens] if layout.max_tokens else [limit for limit in limits if limit and 0 < limit < 1 << 31]
     known.append(position_limit(backbone))
     found = [limit for limit in known if limit is not None]
@@ -341,11 +379,11 @@ def _max_tokens(layout: Layout, backbone: Any, tokenizer: Any, where: str) -> in
     return min(found)
 
 
-def _check_widths(layout: Layout, hidden: int, where: str) -> None:
+def _check_widths(layout: Layout | ImageTower, hidden: int, where: str) -> None:
     """Raise CheckpointError unless each module takes what the one before it gives."""
     if layout.pooling_dimension not in (None, hidden):
         raise CheckpointError(f"{where}: pooling expects {layout.pooling_dimension} dimensions, the model has {hidden}")
-    width = hidden * len(layout.pooling)
+    width = hidden * max(1, len(layout.pooling))
     for module in layout.head:
         if isinstance(module.config, DenseConfig):
             if module.config.in_features != width:
@@ -353,6 +391,43 @@ def _check_widths(layout: Layout, hidden: int, where: str) -> None:
                     f"{where}/{module.folder}: in_features: expected {width}, got {module.config.in_features}"
                 )
             width = module.config.out_features
+
+
+def _load_tower(
+    source: Source,
+    described: ImageTower,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+) -> ImageEncoder:
+    backbone = load_image_backbone(
+        source,
+        described.folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    width = int(backbone.config.hidden_size)
+    _check_widths(described, width, source.name)
+    described = dataclasses.replace(described, pooling_dimension=width)
+    return ImageEncoder(backbone, [_load_module(source, module) for module in described.head], described)
+
+
+def _check_towers(layout: Layout, tower: ImageEncoder, hidden: int, where: str) -> None:
+    """Raise CheckpointError unless texts and images come to vectors of one kind."""
+    widths = [module.config.out_features for module in layout.head if isinstance(module.config, DenseConfig)]
+    texts = (widths or [hidden * len(layout.pooling)])[-1], _normalizes(layout)
+    images = tower.dimension, tower.normalizes
+    if texts != images:
+        raise CheckpointError(
+            f"{where}: expected vectors of one width from both towers, both normalised or neither; texts come to "
+            f"{texts[0]} dimensions{' normalised' * texts[1]}, images to {images[0]}{' normalised' * images[1]}"
+        )
+
+
+def _normalizes(layout: Layout) -> bool:
+    return bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig)
 
 
 def _load_module(source: Source, module: HeadModule) -> nn.Module:

@@ -1,13 +1,14 @@
-"""A tokenizer's chat template, rendered around a pair and frozen as text.
+"""A tokenizer's chat template, rendered around an item or a pair and frozen as text.
 
-A pair is a message of the role query and one of the role document, behind a system message that holds the prompt, if
-there is one: the roles that Sentence Transformers gives to the two sides. A template is a program in Jinja; what counts
-here is that it writes both sides as they are, each once, with fixed texts around them.
+An item is a message of the role user; a pair is one of the role query and one of the role document. Before them stands
+a system message that holds the prompt, if there is one. These are the roles that Sentence Transformers gives. A
+template is a program in Jinja; what counts here is that it writes each text as it is, once, with fixed texts around it,
+and the same for every image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -20,44 +21,88 @@ _RENDERING_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError
 _MARKS = ("xqueryx", "xdocumentx")
 _PROBES = (("A b.", "c\n\nd: <e>"), ("  one \n", "\n\ttwo  "))
 
+_UNEVEN_IMAGES = "expected the same text for every image, before the text of its message"
+
+# What a message in the structured form is written as.
+_IMAGE = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_PARTS = (
+    "{%- macro parts(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content -%}{%- if part.type == 'image' -%}" + "".join(_IMAGE) + "{%- else -%}"
+    "{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _THINK = "<think>"
 
 
 class Rendered(NamedTuple):
-    """What a chat template makes of a pair.
+    """What a chat template makes of a pair, or of an item.
 
     Attributes:
-        parts: the texts before the query, between query and document, and behind the document.
-        strip_sides: whether whitespace around query and document is dropped.
+        parts: the texts before the query, between query and document, and behind the document; of an item without a
+            prompt the texts before and behind it.
+        strip_sides: whether whitespace around a text is dropped.
+        prompt: the texts around the prompt of an item that has one, which stand before it then; of a pair nothing, as
+            the prompt is among its parts.
+        image: what is written for an image; "" for a template that is not asked for images.
     """
 
-    parts: tuple[str, str, str]
+    parts: tuple[str, ...]
     strip_sides: bool
+    prompt: tuple[str, ...] = ()
+    image: str = ""
 
 
-def render_pair(tokenizer: Any, message_format: MessageFormat, prompt: str, variables: Mapping[str, Any]) -> Rendered:
-    """Render the tokenizer's chat template.
+class Chat:
+    """A tokenizer's chat template with its variables.
 
     Args:
         tokenizer: of transformers.
         message_format: "flat" or "structured".
-        prompt: the system message; "" for none.
         variables: of the template.
+    """
+
+    def __init__(self, tokenizer: Any, message_format: MessageFormat, variables: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._format = message_format
+        self._variables = variables
+
+    def render(self, *messages: tuple[str, str, int]) -> str:
+        """Messages of a role, a text and a number of images before it.
+
+        Raises:
+            ValueError: the template fails.
+        """
+        conversation = [{"role": role, "content": self._content(text, images)} for role, text, images in messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, **self._variables))
+        except _RENDERING_ERRORS as broken:
+            reason = " ".join(str(broken).split())
+            roles = " and ".join(role for role, *_ in messages if role != "system")
+            what = f"the role{'s' if ' ' in roles else ''} {roles}"
+            raise ValueError(f"chat_template: cannot render {what}: {reason}") from broken
+
+    def _content(self, text: str, images: int) -> object:
+        if self._format == "flat":
+            return text
+        return [{"type": "image"}] * images + ([{"type": "text", "text": text}] if text or not images else [])
+
+
+def render_pair(chat: Chat, prompt: str, *, images: bool = False) -> Rendered:
+    """Render a chat template around a pair.
+
+    Args:
+        chat: the template.
+        prompt: the system message; "" for none.
+        images: whether the sides may hold images.
 
     Raises:
         ValueError: the template fails, or does not write query and document as they are, once, in this order.
     """
+    system = [("system", prompt, 0)] if prompt else []
 
-    def render(query: str, document: str) -> str:
-        sides = (("query", query), ("document", document))
-        messages = [("system", prompt), *sides] if prompt else sides
-        conversation = [{"role": role, "content": _content(text, message_format)} for role, text in messages]
-        try:
-            return str(tokenizer.apply_chat_template(conversation, tokenize=False, **variables))
-        except _RENDERING_ERRORS as broken:
-            reason = " ".join(str(broken).split())
-            raise ValueError(f"chat_template: cannot render the roles query and document: {reason}") from broken
+    def render(query: str, document: str, first: int = 0, second: int = 0) -> str:
+        return chat.render(*system, ("query", query, first), ("document", document, second))
 
     text = render(*_MARKS)
     if [text.count(mark) for mark in _MARKS] != [1, 1] or text.index(_MARKS[0]) > text.index(_MARKS[1]):
@@ -67,54 +112,122 @@ def render_pair(tokenizer: Any, message_format: MessageFormat, prompt: str, vari
         )
     before, rest = text.split(_MARKS[0])
     between, behind = rest.split(_MARKS[1])
+    parts = (before, between, behind)
+    strip = _strips(parts, lambda probe: render(probe[0], probe[1]), _PROBES)
+    image = ""
+    if images:
+        image = _image_text(render(_MARKS[0], _MARKS[1], 1), text, _MARKS[0])
+        written = f"{before}{image * 2}a{between}{image}b{behind}"
+        if render("a", "b", 2, 1) != written or render("", "", 0, 1) != f"{before}{between}{image}{behind}":
+            raise ValueError(f"chat_template: {_UNEVEN_IMAGES}")
+    return Rendered(parts, strip, image=image)
+
+
+def render_item(chat: Chat, *, images: bool = False) -> Rendered:
+    """Render a chat template around an item, with and without a prompt.
+
+    Args:
+        chat: the template.
+        images: whether the item may hold images.
+
+    Raises:
+        ValueError: the template fails, or does not write prompt and text as they are, once, in this order.
+    """
+    content, prompt = _MARKS[1], _MARKS[0]
+    text = chat.render(("user", content, 0))
+    with_prompt = chat.render(("system", prompt, 0), ("user", content, 0))
+    if text.count(content) != 1 or [with_prompt.count(mark) for mark in _MARKS] != [1, 1]:
+        raise ValueError(
+            "chat_template: expected the messages of the roles system and user, each once and in this order, got "
+            f"{with_prompt[:200]!r}"
+        )
+    before, behind = text.split(content)
+    start, rest = with_prompt.split(prompt)
+    between, end = rest.split(content)
+    if end != behind:
+        raise ValueError("chat_template: writes something else behind an item that has a prompt")
+    probes = [(document,) for _, document in _PROBES]
+    strip = _strips((before, behind), lambda probe: chat.render(("user", probe[0], 0)), probes)
+    image = ""
+    if images:
+        image = _image_text(chat.render(("user", content, 1)), text, content)
+        written = f"{start}p{between}{image * 2}a{behind}"
+        if (
+            chat.render(("system", "p", 0), ("user", "a", 2)) != written
+            or chat.render(("user", "", 1)) != f"{before}{image}{behind}"
+        ):
+            raise ValueError(f"chat_template: {_UNEVEN_IMAGES}")
+    return Rendered((before, behind), strip, (start, between), image)
+
+
+def _image_text(with_image: str, without: str, mark: str) -> str:
+    """What is written for one image, which stands right before a mark."""
+    place = without.index(mark)
+    image = with_image[place : len(with_image) - (len(without) - place)]
+    if not image or with_image != f"{without[:place]}{image}{without[place:]}":
+        raise ValueError(f"chat_template: {_UNEVEN_IMAGES}")
+    return image
+
+
+def _strips(parts: Sequence[str], render: Callable[[tuple[str, ...]], str], probes: Sequence[tuple[str, ...]]) -> bool:
+    """Whether the template drops whitespace around texts.
+
+    Raises ValueError if it writes them neither with nor without.
+    """
     for strip in (False, True):
-        if all(render(*probe) == _written(before, between, behind, probe, strip) for probe in _PROBES):
-            return Rendered((before, between, behind), strip)
+        if all(render(probe) == _written(parts, probe, strip) for probe in probes):
+            return strip
     raise ValueError(
-        "chat_template: writes something else around or in place of some texts; expected a fixed text around query and "
-        "document"
+        "chat_template: writes something else around or in place of some texts; expected fixed texts around them"
     )
 
 
-def choose_format(tokenizer: Any, prompt: str, variables: Mapping[str, Any]) -> MessageFormat:
-    """The form of messages with which the tokenizer's chat template carries a pair.
+def choose_format(tokenizer: Any, variables: Mapping[str, Any], render: Callable[[Chat], Rendered]) -> MessageFormat:
+    """The form of messages with which the tokenizer's chat template can be rendered.
+
+    Args:
+        tokenizer, variables: of the template.
+        render: `render_pair` or `render_item` with its other arguments.
 
     Raises:
         ValueError: with none.
     """
     try:
-        render_pair(tokenizer, "flat", prompt, variables)
+        render(Chat(tokenizer, "flat", variables))
         return "flat"
     except ValueError as flat:
         try:
-            render_pair(tokenizer, "structured", prompt, variables)
+            render(Chat(tokenizer, "structured", variables))
             return "structured"
         except ValueError:
             raise flat from None
 
 
-def judge_template(vocabulary: Mapping[str, int]) -> str | None:
+def judge_template(vocabulary: Mapping[str, int], *, images: bool = False) -> str | None:
     """A chat template that asks whether the document meets the query, for language models that were not trained as
     rerankers: the published format of Qwen3-Reranker (arXiv:2506.05176).
 
     Args:
         vocabulary: token -> id.
+        images: whether messages may hold images, as Qwen3-VL-Reranker's do.
 
     Returns:
-        Jinja, for messages in the flat form; None if the tokenizer does not mark turns in the way of ChatML.
+        Jinja, for messages in the flat form, or with images in the structured form; None if the tokenizer does not mark
+        turns in the way of ChatML, or images in the way of Qwen-VL.
     """
-    if not all(token in vocabulary for token in _CHATML):
+    if not all(token in vocabulary for token in (*_CHATML, *(_IMAGE if images else ()))):
         return None
 
     def content(role: str, otherwise: str = "") -> str:
-        return f"{{{{ messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first{otherwise} }}}}"
+        found = f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first{otherwise}"
+        return f"{{{{ parts({found}) }}}}" if images else f"{{{{ {found} }}}}"
 
     instruction = "Given a web search query, retrieve relevant passages that answer the query"
     # Models that think first are told that they have done so. Jinja drops a line break that ends a template.
     thought = "{{ '<think>\\n\\n</think>\\n\\n' }}" if _THINK in vocabulary else "{{ '' }}"
     system = content("system", f" | default('{instruction}')")
     return (
-        "<|im_start|>system\n"
+        f"{_PARTS if images else ''}<|im_start|>system\n"
         "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
         'Note that the answer can only be "yes" or "no".<|im_end|>\n'
         f"<|im_start|>user\n<Instruct>: {system}\n<Query>: {content('query')}\n<Document>: {content('document')}"
@@ -122,10 +235,6 @@ def judge_template(vocabulary: Mapping[str, int]) -> str | None:
     )
 
 
-def _content(text: str, message_format: MessageFormat) -> object:
-    return text if message_format == "flat" else [{"type": "text", "text": text}]
-
-
-def _written(before: str, between: str, behind: str, sides: Sequence[str], strip: bool) -> str:
-    query, document = (side.strip() if strip else side for side in sides)
-    return f"{before}{query}{between}{document}{behind}"
+def _written(parts: Sequence[str], texts: Sequence[str], strip: bool) -> str:
+    between = (text.strip() if strip else text for text in texts)
+    return "".join(piece for pair in zip(parts, between, strict=False) for piece in pair) + parts[-1]

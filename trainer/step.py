@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rtx.trainer.batches import Batch, Chunk, assemble, pad_chunks
+from rtx.trainer.engine import to_tensors
 from rtx.trainer.losses.targets import Targets
 from rtx.trainer.processes import gather, gather_objects, gather_targets
 
@@ -171,7 +172,7 @@ def batch_run(model: Any, batch: Batch, collate: Callable[..., Any], device: tor
 
     def run(chunk: Chunk) -> Tensor:
         arrays = collate([batch.sides[chunk.side][place] for place in chunk.places])
-        output: Tensor = model({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+        output: Tensor = model(to_tensors(arrays, device))
         return output
 
     return run

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.errors import ArtifactError, MissingExtraError
+from rtx.runtime.items import Content
 from rtx.trainer.examples import Example
 
 # Of one record batch: what is held while rows are written.
@@ -66,8 +67,12 @@ class ExampleStore:
         Args:
             index: 0 to len - 1.
         """
-        (queries, *lists, _, _), place = self._find(index)
-        found = Example(queries[place].as_py(), *(tuple(column[place].as_py()) for column in lists))
+        (queries, documents, *numbers, _, _), place = self._find(index)
+        found = Example(
+            Content.stored(queries[place].as_py()),
+            tuple(Content.stored(text) for text in documents[place].as_py()),
+            *(tuple(column[place].as_py()) for column in numbers),
+        )
         self._count_reads(1)
         return found
 
@@ -141,8 +146,8 @@ class ExampleWriter:
         Raises:
             ArtifactError: the temporary file cannot be written.
         """
-        self._queries.append(example.query)
-        self._documents += example.documents
+        self._queries.append(Content.storable(example.query))
+        self._documents += [Content.storable(document) for document in example.documents]
         self._labels.extend(example.labels)
         self._first_stage.extend(example.first_stage)
         self._first_stage_ends.append(len(self._first_stage))

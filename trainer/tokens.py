@@ -6,21 +6,22 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from rtx.runtime.errors import ItemError
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 from rtx.trainer.check import Length, Measure, Role
 from rtx.trainer.examples import Example
 
 _NO_LIMIT = 2**30
 
 
-def token_lengths(preprocessor: TextPreprocessor) -> Measure:
+def token_lengths(preprocessor: Preprocessor) -> Measure:
     """Lengths in tokens with prompts and special tokens: of queries and documents, or of a reranker's pairs.
 
     Args:
         preprocessor: the model's; its limit is not applied.
     """
     # The one implementation that trains and serves, so that the count is what a model is given.
-    whole = TextPreprocessor(
+    whole = Preprocessor(
         dataclasses.replace(preprocessor.contract, max_tokens=_NO_LIMIT), preprocessor.tokenizer_json
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,11 +30,18 @@ class _Use(NamedTuple):
     module_output_name: str
 
 
-_USES: dict[Literal["embed", "classify", "generate"], _Use] = {
+_Kind = Literal["embed", "features", "classify", "generate", "see"]
+
+_USES: dict[_Kind, _Use] = {
     "embed": _Use("feature-extraction", "last_hidden_state", "token_embeddings"),
+    "features": _Use("feature-extraction", "pooler_output", "sentence_embedding"),
     "classify": _Use("sequence-classification", "logits", "scores"),
     "generate": _Use("text-generation", "logits", "causal_logits"),
+    # A language model that takes images.
+    "see": _Use("any-to-any", "logits", "causal_logits"),
 }
+# What is served of what sentence-transformers knows. A video is not, but a model that takes one too is read.
+_SERVED = ("text", "image", "message")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +89,10 @@ def read_transformer(folder: Path, path: str, task: Task, *, generates: bool = F
         if old in data:
             data.setdefault(new, data.pop(old))
     config = parse(_Config, data, source=str(file), error=CheckpointError)
-    # A reranker's pairs may go through a chat template, an embedder's texts not yet.
-    message = config.modality_config.get("message") if task == "rerank" else None
-    _check(file, config, _USES["generate" if generates else "embed" if task == "embed" else "classify"], message)
-    chat = {}
+    kinds: dict[str, tuple[_Kind, ...]] = {"embed": ("embed", "features"), "rerank": ("classify",)}
+    use = _check(file, config, ("generate", "see") if generates else kinds[task])
+    message = config.modality_config.get("message")
+    chat: dict[str, Any] = {}
     if message is not None:
         kwargs = config.processing_kwargs.get("chat_template", {})
         # Whether truncation may cut off the template's end: here it never does.
@@ -96,6 +103,8 @@ def read_transformer(folder: Path, path: str, task: Task, *, generates: bool = F
         "backbone_folder": path,
         "max_tokens": config.max_seq_length,
         "do_lower_case": config.do_lower_case,
+        "images": "image" in config.modality_config,
+        "features": use is _USES["features"],
         **chat,
         "model_kwargs": _trusted(config.model_kwargs),
         "tokenizer_kwargs": _trusted(config.processor_kwargs),
@@ -103,35 +112,96 @@ def read_transformer(folder: Path, path: str, task: Task, *, generates: bool = F
     }
 
 
-def _check(file: Path, config: _Config, use: _Use, message: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError for what is set and not understood."""
-    text = {"method": "forward", "method_output_name": use.method_output_name}
-    modalities: list[dict[str, Any]] = [{}, {"text": text}]
-    processing: list[dict[str, Any]] = [{}]
-    if message is not None:
-        modalities = [{"text": text, "message": {**text, "format": name}} for name in (*_FORMATS, "auto")]
-        modalities.append({"text": text, "message": text})
-        chat_kwargs = config.processing_kwargs.get("chat_template")
-        if isinstance(chat_kwargs, dict) and not {"padding", "truncation", "max_length"} & set(chat_kwargs):
-            processing = [{"chat_template": chat_kwargs}]
+def read_image_transformer(folder: Path, path: str) -> None:
+    """Check the file of a transformer that takes images alone.
+
+    Raises:
+        CheckpointError: it asks for something that rtx does not do.
+    """
+    file = folder / path / _FILES[0]
+    config = parse(_Config, dict(read_object(file) or {}), source=str(file), error=CheckpointError)
+    given = config.modality_config or {"image": _method(_USES["embed"], "image")}
+    _raise_for(file, _wrong_values(config, _USES["embed"]) + _wrong_modalities(given, _USES["embed"], ("image",)))
+
+
+def _check(file: Path, config: _Config, kinds: Sequence[_Kind]) -> _Use:
+    """Which of some kinds the file describes.
+
+    Raises CheckpointError for what is set and not understood.
+    """
+    uses = [_USES[kind] for kind in kinds]
+    # A language model that takes images has another task, a dual encoder another output.
+    use = next(
+        (u for u in uses if (config.transformer_task, config.module_output_name) == (u.transformer_task, u[2])), uses[0]
+    )
+    problems = _wrong_values(config, use)
+    if config.modality_config:
+        known = ("text", "message") if use in (_USES["classify"], _USES["generate"]) else _SERVED
+        problems += _wrong_modalities(config.modality_config, use, known)
+    problems += _wrong_processing(config.processing_kwargs, use, has_chat="message" in config.modality_config)
+    _raise_for(file, problems)
+    return use
+
+
+def _raise_for(file: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise CheckpointError(f"{file}: not supported: {'; '.join(problems)}")
+
+
+def _wrong_values(config: _Config, use: _Use) -> list[str]:
     # Without the task a folder is of a time when there was one for each kind of model; LogitScore is younger.
-    tasks = (use.transformer_task,) if use is _USES["generate"] else (None, use.transformer_task)
-    expected: list[tuple[str, object, list[Any] | tuple[Any, ...]]] = [
+    tasks = (use.transformer_task,) if use.module_output_name == "causal_logits" else (None, use.transformer_task)
+    expected: list[tuple[str, object, tuple[Any, ...]]] = [
         ("transformer_task", config.transformer_task, tasks),
         ("module_output_name", config.module_output_name, (None, use.module_output_name)),
-        ("modality_config", config.modality_config, modalities),
-        ("processing_kwargs", config.processing_kwargs, processing),
         ("query_length", config.query_length, (None,)),
         ("document_length", config.document_length, (None,)),
         ("query_expansion", config.query_expansion, (None,)),
     ]
-    problems = [
+    return [
         f"{key}: expected {json.dumps(allowed[-1])}, got {json.dumps(value)}"
         for key, value, allowed in expected
         if value not in allowed
     ]
-    if problems:
-        raise CheckpointError(f"{file}: not supported: {'; '.join(problems)}")
+
+
+def _method(use: _Use, modality: str) -> dict[str, str]:
+    method = f"get_{modality}_features" if use is _USES["features"] else "forward"
+    return {"method": method, "method_output_name": use.method_output_name}
+
+
+def _wrong_modalities(given: Mapping[str, Any], use: _Use, known: Sequence[str]) -> list[str]:
+    problems = []
+    for modality, entry in given.items():
+        if modality == "video" and "image" in given:
+            continue
+        expected: dict[str, str] = _method(use, modality)
+        found = dict(entry) if isinstance(entry, Mapping) else entry
+        if modality == "message" and isinstance(found, dict) and found.get("format", "auto") in (*_FORMATS, "auto"):
+            found.pop("format", None)
+        if modality not in known or found != expected or (modality == "message" and use is _USES["features"]):
+            wanted = {name: _method(use, name) for name in known}
+            problems.append(f"modality_config: expected some of {json.dumps(wanted)}, got {json.dumps(given)}")
+            break
+    needed = [name for name in known if name == "text" or (name == "image" and use is _USES["see"])]
+    if absent := [name for name in needed if name not in given]:
+        problems.append(
+            f"modality_config: expected {' and '.join(absent)} among the modalities, got {', '.join(given)}"
+        )
+    return problems
+
+
+def _wrong_processing(given: Mapping[str, Any], use: _Use, *, has_chat: bool) -> list[str]:
+    problems = []
+    for key, value in given.items():
+        fixed_by_caller = isinstance(value, dict) and {"padding", "truncation", "max_length"} & set(value)
+        if key == "chat_template" and has_chat and isinstance(value, dict) and not fixed_by_caller:
+            continue
+        # A dual encoder without a mask: settled by the model itself, which knows its length.
+        if key == "text" and use is _USES["features"] and value == {"padding": "max_length"}:
+            continue
+        problems.append(f"processing_kwargs: expected {{}}, got {json.dumps({key: value})}")
+    return problems
 
 
 def _trusted(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,20 +209,44 @@ def _trusted(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "torch_dtype", "dtype")}
 
 
+def kind_of(layout: Layout) -> _Kind:
+    """What the transformer of a model is to Sentence Transformers."""
+    if layout.task == "embed":
+        return "features" if layout.features else "embed"
+    if layout.is_language_model:
+        return "see" if layout.images else "generate"
+    return "classify"
+
+
 def transformer_config(layout: Layout) -> dict[str, Any]:
     """The content of the file, version 6, for a layout whose `message_format` is settled."""
     # The limit on length is not here: version 6 keeps it in the tokenizer's `model_max_length`.
-    kind: Literal["generate", "classify"] = "generate" if layout.is_language_model else "classify"
-    use = _USES["embed" if layout.task == "embed" else kind]
-    text = {"method": "forward", "method_output_name": use.method_output_name}
-    modalities: dict[str, Any] = {"text": text}
+    use = _USES[kind_of(layout)]
+    modalities: dict[str, Any] = {"text": _method(use, "text")}
+    if layout.images:
+        modalities["image"] = _method(use, "image")
     if layout.message_format is not None:
-        modalities["message"] = {**text, "format": layout.message_format}
+        modalities["message"] = {**_method(use, "message"), "format": layout.message_format}
     config = {
         "transformer_task": use.transformer_task,
         "modality_config": modalities,
         "module_output_name": use.module_output_name,
     }
+    processing: dict[str, Any] = {}
     if layout.chat_template_kwargs:
-        config["processing_kwargs"] = {"chat_template": layout.chat_template_kwargs}
+        processing["chat_template"] = layout.chat_template_kwargs
+    if layout.fixed_tokens:
+        processing["text"] = {"padding": "max_length"}
+    if processing:
+        config["processing_kwargs"] = processing
     return {**config, "do_lower_case": True} if layout.do_lower_case else config
+
+
+def image_transformer_config() -> dict[str, Any]:
+    """The content of the file for a transformer that takes images alone."""
+    use = _USES["embed"]
+    return {
+        "transformer_task": use.transformer_task,
+        "modality_config": {"image": _method(use, "image")},
+        "module_output_name": use.module_output_name,
+    }

@@ -24,7 +24,7 @@ _REPORT_FILE = "report.json"
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 _ONLY_FOR = {
     "embed": ("pooling", "dimension", "normalize", "similarity", "include_prompt"),
-    "rerank": ("rendered", "strip_sides", "activation", "first_stage_weight"),
+    "rerank": ("activation", "first_stage_weight"),
 }
 
 
@@ -150,10 +150,17 @@ def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a contract that mean something for its task, in words."""
     hidden = {field for task, fields in _ONLY_FOR.items() if task != contract["task"] for field in fields}
     rows = {field: _in_words(value) for field, value in contract.items() if field not in hidden}
-    if contract.get("rendered"):
-        before, between, behind = contract["rendered"]
-        return {**rows, "rendered": repr(f"{before}$A{between}$B{behind}")}
-    return {field: row for field, row in rows.items() if field not in ("rendered", "strip_sides")}
+    if parts := contract.get("rendered"):
+        sides = ("$A", "$B")[: len(parts) - 1]
+        rows["rendered"] = repr(
+            "".join(piece for pair in zip(parts, sides, strict=False) for piece in pair) + parts[-1]
+        )
+        if around := contract["rendered_prompt"]:
+            rows["rendered_prompt"] = repr("$prompt".join(around) + "$A" + parts[-1])
+    optional = ("rendered", "rendered_prompt", "rendered_image", "images", "visual", "image_tokens", "fixed_tokens")
+    unused = {field for field in optional if not contract.get(field)}
+    unused |= set() if contract.get("rendered") else {"strip_sides"}
+    return {field: row for field, row in rows.items() if field not in unused}
 
 
 def _in_words(value: object) -> str:

@@ -26,9 +26,9 @@ from rtx.runtime.engine import Budget
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.failures import failure_log, failures_file
 from rtx.runtime.fields import LARGEST_FLOAT32, finite_float32
+from rtx.runtime.items import check_text, read_pair
 from rtx.runtime.records import FORMATS, STDIN, BadRecord, Format, Input, Record
 from rtx.runtime.reranker import Reranker
-from rtx.runtime.text import check_pair, check_text
 
 _STDOUT = "-"
 # Pairs that are scored in one call: enough to sort by length, few enough to bound memory.
@@ -262,18 +262,18 @@ def _score(
     given: _Arguments,
 ) -> Iterator[tuple[Record, float] | BadRecord]:
     """Bad records first, before anything is computed; then the others in order, with their scores."""
-    good: list[tuple[Record, tuple[str, str], float]] = []
+    good: list[tuple[Record, tuple[object, object], float]] = []
     for record in chunk:
         if isinstance(record, BadRecord):
             yield record
-        elif isinstance(pair := check_pair(0, pair_of(record)), ItemError):
-            yield BadRecord(record.id, record.where, pair.message)
+        elif isinstance(problem := read_pair(0, pair_of(record), model.contract), ItemError):
+            yield BadRecord(record.id, record.where, problem.message)
         elif isinstance(first_stage := _first_stage(model, record, given), BadRecord):
             yield first_stage
         else:
-            good.append((record, pair, first_stage[0]))
+            good.append((record, pair_of(record), first_stage[0]))
 
-    def score(some: Sequence[tuple[Record, tuple[str, str], float]]) -> NDArray[np.float32]:
+    def score(some: Sequence[tuple[Record, tuple[object, object], float]]) -> NDArray[np.float32]:
         return model.score([pair for _, pair, _ in some], first_stage=[first for *_, first in some])
 
     scores, rows, errors = without_invalid(score, good)

@@ -14,7 +14,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ExportError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden
-from rtx.runtime.text import TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.trainer.model import RetrievalModel
 
 CONTRACT = Contract(task="embed", inputs=("input_ids", "attention_mask"), max_tokens=64, pad_token_id=0)
@@ -74,7 +74,7 @@ def without_special_tokens(tiny_checkpoint):
 
 def test_what_gives_no_token_is_left_out(without_special_tokens):
     model, tokenizer_json = without_special_tokens
-    preprocessor = TextPreprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
+    preprocessor = Preprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
     golden = make_golden(preprocessor, model.engine(), ["", "a text", "", "other"], [None, "query", None, "document"])
     assert golden.items == ("a text", "other")
     assert golden.prompts == ("query", "document")
@@ -88,7 +88,7 @@ def test_what_gives_no_token_is_left_out(without_special_tokens):
 
 def test_an_empty_golden_set_is_impossible(without_special_tokens):
     model, tokenizer_json = without_special_tokens
-    preprocessor = TextPreprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
+    preprocessor = Preprocessor(dataclasses.replace(model.contract, template="$A"), tokenizer_json)
     with pytest.raises(ExportError, match="gives no token for any golden text"):
         make_golden(preprocessor, model.engine(), ["", ""], [None, None])
 

@@ -30,7 +30,8 @@ from rtx.runtime.manifest import (
     Tolerance,
     Variant,
 )
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 _DIMENSION = 32
 _MAX_TOKENS = 64
@@ -156,7 +157,7 @@ def toy_reranker_bundle(
 
 
 def _write_bundle(folder: Path, contract: Contract, toy: Toy, tokenizer_json: str) -> Path:
-    preprocessor = TextPreprocessor(contract, tokenizer_json)
+    preprocessor = Preprocessor(contract, tokenizer_json)
     files = {
         "onnx/model.onnx": _graph(toy, contract, int8=False),
         "onnx/model_int8.onnx": _graph(toy, contract, int8=True),
@@ -194,7 +195,7 @@ def _tolerance(cosine: float, max_abs: float) -> Tolerance:
     return Tolerance(min_cosine=1 - cosine, max_abs=max_abs)
 
 
-def _golden(toy: Toy, preprocessor: TextPreprocessor) -> Golden:
+def _golden(toy: Toy, preprocessor: Preprocessor) -> Golden:
     long = " ".join(_WORDS.split())
     items: Sequence[Any]
     prompts: tuple[str | None, ...]

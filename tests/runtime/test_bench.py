@@ -29,9 +29,10 @@ from rtx.runtime.errors import BundleError, CheckpointError, UsageError
 from rtx.runtime.evalset import EvalSet, write_evalset
 from rtx.runtime.evaluation import Evaluation, evaluate_embedder
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, Manifest
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.schema import parse
 from rtx.runtime.subjects import checkpoint_bytes
-from rtx.runtime.text import Batch, TextPreprocessor
+from rtx.runtime.text import Batch
 
 _LATENCIES = {"latency_p50_ms", "latency_p95_ms", "latency_p99_ms"}
 _STAGES = {f"stage_{stage}_ms" for stage in ("tokenize", "collate", "run", "rest")}
@@ -328,7 +329,7 @@ def test_another_contract_than_the_bundles_is_named(
 ) -> None:
     bundle = Bundle.open(toy_bundle)
     contract = dataclasses.replace(bundle.manifest.contract, max_tokens=32, normalize=False)
-    preprocessor = TextPreprocessor(contract, bundle.preprocessor().tokenizer_json)
+    preprocessor = Preprocessor(contract, bundle.preprocessor().tokenizer_json)
     monkeypatch.setattr(
         subjects_module, "open_model", lambda _path, **_: Embedder(preprocessor, bundle.engine("fp32", threads=1))
     )

@@ -60,7 +60,11 @@ def test_an_unknown_prompt_names_the_nearest():
         ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
         ({"dimension": 0}, "dimension: expected at least 1, got 0"),
         ({"default_prompt": "x"}, "default_prompt: 'x' is not in prompts (query, title)"),
-        ({"rendered": ("a", "b", "c")}, "rendered: expected three texts of a reranker; got 3 of task embed"),
+        (
+            {"rendered": ("a", "b", "c")},
+            "rendered, rendered_prompt: expected 2 and 2 texts of task embed, got 3 and 0",
+        ),
+        ({"fixed_tokens": 64}, "fixed_tokens: expected 0 or at least max_tokens, 256; got 64"),
         ({"include_prompt": False}, "inputs: pooling_mask has to be there if and only if include_prompt is false"),
         (
             {"inputs": ("input_ids", "pooling_mask")},
@@ -78,7 +82,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str):
 
 
 def test_a_rendered_pair_has_three_parts():
-    with pytest.raises(ValueError, match="rendered: expected three texts of a reranker; got 2 of task rerank"):
+    with pytest.raises(ValueError, match="expected 3 and 0 texts of task rerank, got 2 and 0"):
         dataclasses.replace(RENDERED, rendered=("Q: ", "D: "))
     # As a bundle has it that was written before there were chat templates.
     older = {key: value for key, value in RERANK.to_dict().items() if key not in ("rendered", "strip_sides")}

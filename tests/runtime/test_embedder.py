@@ -19,7 +19,8 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, InvalidItemsError, UsageError
-from rtx.runtime.text import Batch, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Batch
 
 TEXTS = [
     "how do i reset the device?",
@@ -67,7 +68,7 @@ def fixed(embed_contract: Contract, toy_tokenizer: str) -> Callable[..., Embedde
     def build(vector: list[float] | None = None, **changes: Any) -> Embedder:
         vector = vector or [3, 4, 0, 12]
         contract = dataclasses.replace(embed_contract, **{"dimension": len(vector), "normalize": False, **changes})
-        return Embedder(TextPreprocessor(contract, toy_tokenizer), FixedEngine(vector))
+        return Embedder(Preprocessor(contract, toy_tokenizer), FixedEngine(vector))
 
     return build
 
@@ -75,7 +76,7 @@ def fixed(embed_contract: Contract, toy_tokenizer: str) -> Callable[..., Embedde
 def reference(
     toy_model: Any, contract: Contract, tokenizer_json: str, prompt: str | None = None
 ) -> NDArray[np.float32]:
-    encoded = TextPreprocessor(contract, tokenizer_json).encode(TEXTS, prompt=prompt)
+    encoded = Preprocessor(contract, tokenizer_json).encode(TEXTS, prompt=prompt)
     return np.array([toy_model.embed(item) for item in encoded], dtype=np.float32)
 
 
@@ -154,7 +155,7 @@ def test_every_kind_of_list_is_accepted(model: Embedder):
 
 @pytest.mark.parametrize("items", ["sort", b"sort", {"text": "sort"}, None, 7])
 def test_something_else_than_a_list_is_an_error(model: Embedder, items: Any):
-    message = f"expected a list of texts, got a single {type(items).__name__}; put it in a list"
+    message = f"expected a list of items, got a single {type(items).__name__}; put it in a list"
     with pytest.raises(UsageError, match=f"^{message}$"):
         model.embed(items)
     with pytest.raises(UsageError, match=f"^{message}$"):
@@ -187,7 +188,7 @@ def test_every_invalid_item_is_listed_before_anything_is_computed(
             "  item 2: expected a text (str), got int\n"
             "  item 4: expected a text (str), got NoneType\n"
             "  item 5: holds an unpaired surrogate at character 1; expected valid Unicode\n"
-            "  item 6: expected a text (str), got bytes\n"
+            "  item 6: expected a text (str), got bytes; this model takes no images\n"
             "  item 8: expected a text (str), got list"
         )
     assert model.engine.batches == 0  # type: ignore[attr-defined]
@@ -213,7 +214,7 @@ def test_what_only_tokenising_finds_is_listed_across_windows(
     tokenizer = Tokenizer.from_str(toy_tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     contract = dataclasses.replace(embed_contract, dimension=2)
-    model = Embedder(TextPreprocessor(contract, tokenizer.to_str()), FixedEngine([0.6, 0.8]))
+    model = Embedder(Preprocessor(contract, tokenizer.to_str()), FixedEngine([0.6, 0.8]))
     monkeypatch.setattr(session, "_WINDOW_ITEMS", 2)
     items = ["sort", "list", "", "find", "file", "", " "]
     for call in (lambda: model.embed(items), lambda: asyncio.run(model.aembed(items))):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget, run_batch, run_items
 from rtx.runtime.errors import EngineError, UsageError
-from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Batch, Encoded
 
 
 class CountingEngine:
@@ -33,15 +34,15 @@ class CountingEngine:
 
 
 @pytest.fixture
-def preprocessor(embed_contract: Contract, toy_tokenizer: str) -> TextPreprocessor:
-    return TextPreprocessor(dataclasses.replace(embed_contract, dimension=2), toy_tokenizer)
+def preprocessor(embed_contract: Contract, toy_tokenizer: str) -> Preprocessor:
+    return Preprocessor(dataclasses.replace(embed_contract, dimension=2), toy_tokenizer)
 
 
 def items(*lengths: int) -> list[Encoded]:
     return [Encoded([index + 1] * length, [0] * length) for index, length in enumerate(lengths)]
 
 
-def test_items_run_by_length_and_come_back_in_order(preprocessor: TextPreprocessor):
+def test_items_run_by_length_and_come_back_in_order(preprocessor: Preprocessor):
     engine = CountingEngine()
     results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1), Budget(max_batch_tokens=18, max_batch_items=9))
     assert results.tolist() == [[1, 2], [2, 9], [3, 3], [4, 9], [5, 1]]
@@ -49,10 +50,10 @@ def test_items_run_by_length_and_come_back_in_order(preprocessor: TextPreprocess
     assert engine.shapes == [(2, 9), (3, 3)]
 
 
-def test_no_items_run_nothing(preprocessor: TextPreprocessor, rerank_contract: Contract, toy_tokenizer: str):
+def test_no_items_run_nothing(preprocessor: Preprocessor, rerank_contract: Contract, toy_tokenizer: str):
     engine = CountingEngine()
     assert run_items(engine, preprocessor, [], Budget()).shape == (0, 2)
-    assert run_items(engine, TextPreprocessor(rerank_contract, toy_tokenizer), [], Budget()).shape == (0,)
+    assert run_items(engine, Preprocessor(rerank_contract, toy_tokenizer), [], Budget()).shape == (0,)
     assert engine.shapes == []
 
 
@@ -66,7 +67,7 @@ def test_no_items_run_nothing(preprocessor: TextPreprocessor, rerank_contract: C
         (lambda rows: rows.astype(np.float64), "[3, 2] float64"),
     ],
 )
-def test_what_the_contract_does_not_say_is_an_error(preprocessor: TextPreprocessor, change: object, got: str):
+def test_what_the_contract_does_not_say_is_an_error(preprocessor: Preprocessor, change: object, got: str):
     engine, three = CountingEngine(change), items(4, 4, 4)  # type: ignore[arg-type]
     for run in (run_batch, functools.partial(run_items, budget=Budget())):
         with pytest.raises(EngineError) as caught:

@@ -12,7 +12,8 @@ from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, ItemError
 from rtx.runtime.golden import Golden, deviation
 from rtx.runtime.manifest import Tolerance
-from rtx.runtime.text import Encoded, TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 NAN = float("nan")
 
@@ -132,7 +133,7 @@ def test_another_tokenizer_gives_other_tokens(toy_bundle: Path):
     bundle = Bundle.open(toy_bundle)
     golden = bundle.golden()
     changed = bundle.read("tokenizer.json").decode().replace('"lowercase":true', '"lowercase":false')
-    found = golden.tokenize(TextPreprocessor(bundle.manifest.contract, changed))
+    found = golden.tokenize(Preprocessor(bundle.manifest.contract, changed))
     different = [index for index, pair in enumerate(zip(found, golden.tokens, strict=True)) if pair[0] != pair[1]]
     assert [golden.items[index] for index in different] == ["Sort THE list"]
     assert not any(isinstance(item, ItemError) for item in found)

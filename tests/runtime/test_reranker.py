@@ -16,8 +16,9 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import EngineError, InvalidItemsError, UsageError
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Ranked, Reranker
-from rtx.runtime.text import Batch, Encoded, TextPreprocessor
+from rtx.runtime.text import Batch, Encoded
 
 QUERY = "reset the device"
 DOCUMENTS = [
@@ -50,11 +51,11 @@ class LengthEngine:
 
 @pytest.fixture
 def by_length(rerank_contract: Contract, toy_tokenizer: str) -> Reranker:
-    return Reranker(TextPreprocessor(rerank_contract, toy_tokenizer), LengthEngine())
+    return Reranker(Preprocessor(rerank_contract, toy_tokenizer), LengthEngine())
 
 
 def expected_scores(model: Reranker, toy_model: Any, toy_tokenizer: str) -> NDArray[Any]:
-    encoded = TextPreprocessor(model.contract, toy_tokenizer).encode_pairs([(QUERY, text) for text in DOCUMENTS])
+    encoded = Preprocessor(model.contract, toy_tokenizer).encode_pairs([(QUERY, text) for text in DOCUMENTS])
     return np.array([toy_model.score(item) for item in encoded if isinstance(item, Encoded)])
 
 
@@ -196,7 +197,7 @@ def test_variants_and_closing(toy_reranker_bundle: Path, model: Reranker):
 def on_top(rerank_contract: Contract, toy_tokenizer: str) -> Reranker:
     """Adds four times the first stage's score to the number of tokens."""
     contract = dataclasses.replace(rerank_contract, activation="identity", first_stage_weight=4.0)
-    return Reranker(TextPreprocessor(contract, toy_tokenizer), LengthEngine())
+    return Reranker(Preprocessor(contract, toy_tokenizer), LengthEngine())
 
 
 def test_the_first_stage_is_added(on_top: Reranker, by_length: Reranker):
@@ -255,5 +256,5 @@ def test_logits_end_where_a_sigmoid_in_float32_does(rerank_contract: Contract, t
             return np.array([0.0, 0.5, 1.0, 1 / (1 + np.exp(-3.0))], dtype=np.float32)
 
     contract = dataclasses.replace(rerank_contract, activation="sigmoid")
-    model = Reranker(TextPreprocessor(contract, toy_tokenizer), Saturated())
+    model = Reranker(Preprocessor(contract, toy_tokenizer), Saturated())
     assert model.logits([("q", "d")] * 4) == pytest.approx([-16, 0, 16, 3], abs=1e-5)

@@ -23,8 +23,9 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
-from rtx.runtime.text import Batch, TextPreprocessor
+from rtx.runtime.text import Batch
 
 TEXTS = ["how do i reset the device?", "", "sort", "list the sort", "sort the list", "word " * 40]
 TIMEOUT_S = 30  # of a wait that ends at once unless something is broken
@@ -68,7 +69,7 @@ def narrow(embed_contract: Contract) -> Contract:
 def gated(narrow: Contract, toy_tokenizer: str) -> Iterator[tuple[Embedder, GatedEngine]]:
     bad = Tokenizer.from_str(toy_tokenizer).token_to_id("broken")
     engine = GatedEngine(bad)
-    with Embedder(TextPreprocessor(narrow, toy_tokenizer), engine, budget=Budget(max_batch_items=2)) as model:
+    with Embedder(Preprocessor(narrow, toy_tokenizer), engine, budget=Budget(max_batch_items=2)) as model:
         yield model, engine
         engine.allowed.set()
 
@@ -115,7 +116,7 @@ def test_the_event_loop_goes_on_while_a_batch_runs(gated: tuple[Embedder, GatedE
 def test_the_event_loop_goes_on_while_texts_are_tokenised(narrow: Contract, toy_tokenizer: str):
     ticked = threading.Event()
 
-    class Slow(TextPreprocessor):
+    class Slow(Preprocessor):
         def encode(self, *arguments: Any, **options: Any) -> Any:
             assert ticked.wait(TIMEOUT_S), "the event loop stood still"
             return super().encode(*arguments, **options)

@@ -6,7 +6,7 @@ import pytest
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError
-from rtx.runtime.text import TextPreprocessor
+from rtx.runtime.preprocessor import Preprocessor
 from rtx.trainer.batches import Collator, NumberedRows
 from rtx.trainer.data import Example, TrainingData
 
@@ -21,7 +21,7 @@ def preprocessor(**changes):
     contract = Contract(
         **{"task": "embed", "inputs": ("input_ids", "attention_mask"), "max_tokens": 8, "pad_token_id": 0, **changes}
     )
-    return TextPreprocessor(contract, tokenizer.to_str())
+    return Preprocessor(contract, tokenizer.to_str())
 
 
 def collate(model, examples):

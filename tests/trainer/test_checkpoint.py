@@ -231,7 +231,10 @@ def test_a_language_model_with_other_ideas_is_refused(write: Any) -> None:
         return str(caught.value)
 
     use = CAUSAL["sentence_bert_config.json"]
-    assert 'transformer_task: expected "text-generation", got "any-to-any"' in refused(
+    assert 'transformer_task: expected "text-generation", got "fill-mask"' in refused(
+        "sentence_bert_config.json", {**use, "transformer_task": "fill-mask"}
+    )
+    assert "modality_config: expected image among the modalities, got text" in refused(
         "sentence_bert_config.json", {**use, "transformer_task": "any-to-any"}
     )
     assert 'transformer_task: expected "text-generation", got null' in refused("sentence_bert_config.json", {})
@@ -349,10 +352,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"modules.json": modules(("Transformer", ""), ("Pooling", "1_Pooling"), ("LSTM", "2_LSTM"))},
         r"modules\.json: a SentenceTransformer of Transformer, Pooling, LSTM is not supported; supported are: "
-        r"SentenceTransformer of Transformer, Pooling, then any of Dense, Normalize; CrossEncoder of Transformer; "
+        r"SentenceTransformer of Transformer, Pooling, then any of Dense, Normalize; SentenceTransformer of "
+        r"Transformer, then any of Dense, Normalize; .*; CrossEncoder of Transformer; "
         r"CrossEncoder of Transformer, LogitScore$",
     ),
-    ({"modules.json": modules(("Router", ""))}, "a SentenceTransformer of Router is not supported"),
+    ({"modules.json": modules(("Router", ""))}, "router_config.json: missing; expected the configuration of a Router"),
     (
         {
             "modules.json": modules(
@@ -428,8 +432,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
                 "query_length": 32,
             }
         },
-        r"not supported: transformer_task: expected \"feature-extraction\", got \"fill-mask\"; modality_config: .*; "
-        r"processing_kwargs: expected \{\}, got \{\"text\".*; query_length: expected null, got 32",
+        r"not supported: transformer_task: expected \"feature-extraction\", got \"fill-mask\"; "
+        r"query_length: expected null, got 32; modality_config: expected text .*, got message; "
+        r"processing_kwargs: expected \{\}, got \{\"text\"",
     ),
     ({"sentence_bert_config.json": {"max_seq_len": 12}}, r"unknown key 'max_seq_len' \(did you mean 'max_seq_length'"),
     (

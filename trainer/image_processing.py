@@ -1,0 +1,59 @@
+"""A checkpoint's image processor: read as rules, and written back as the files that transformers reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtx.runtime.errors import CheckpointError
+from rtx.runtime.image_rules import ImageRules
+from rtx.trainer.backbone import Source
+from rtx.trainer.image_processor import image_rules, load_image_processor
+from rtx.trainer.json_files import read_object, write_json
+
+_VIDEO_FILE = "video_preprocessor_config.json"
+
+
+class ImageProcessing:
+    """How a model's images are prepared.
+
+    Args:
+        processor: an image processor of transformers.
+        rules: the same as data, which is what is run.
+        video: the settings of its processor of videos, if it has one. No video is prepared here, but transformers does
+            not open the checkpoint without them.
+    """
+
+    def __init__(self, processor: Any, rules: ImageRules, video: Mapping[str, Any] | None = None) -> None:
+        self.processor = processor
+        self.rules = rules
+        self._video = video
+
+    @classmethod
+    def load(cls, source: Source, folder: str, options: Mapping[str, Any]) -> ImageProcessing:
+        """Read the image processor of a checkpoint.
+
+        Args:
+            source: the checkpoint.
+            folder: where the processor's files lie in it; "" for its root.
+            options: settings in place of the checkpoint's.
+
+        Raises:
+            CheckpointError: it is missing, or prepares images in a way that is not supported.
+        """
+        where = "/".join(part for part in (source.name.rstrip("/"), folder) if part)
+        try:
+            processor = load_image_processor(source.name, subfolder=folder, revision=source.revision, **options)
+        except (OSError, ValueError, TypeError) as broken:
+            reason = " ".join(str(broken).split())[:400]
+            raise CheckpointError(f"{where}: no image processor that transformers can load: {reason}") from broken
+        combined = read_object(source.folder / folder / "processor_config.json") or {}
+        video = read_object(source.folder / folder / _VIDEO_FILE) or combined.get("video_processor")
+        return cls(processor, image_rules(processor, where), video)
+
+    def save(self, folder: Path) -> None:
+        """Write the processor's files into a folder that exists."""
+        self.processor.save_pretrained(folder)
+        if self._video is not None:
+            write_json(folder / _VIDEO_FILE, dict(self._video), indent=2, sort_keys=True)
