@@ -29,6 +29,7 @@ _STEPS = (
     "center_crop",
     "rescale",
     "normalize",
+    "patchify",
 )
 
 
@@ -92,8 +93,7 @@ def image_rules(processor: Any, where: str) -> ImageRules:
     parent = Qwen2VLImageProcessorPil if isinstance(processor, Qwen2VLImageProcessorPil) else PilBackend
     if not isinstance(processor, PilBackend):
         raise CheckpointError(f"{source}: does not work with Pillow; expected one loaded with backend='pil'")
-    own = [step for step in _STEPS if getattr(type(processor), step) is not getattr(parent, step)]
-    if own:
+    if any(getattr(type(processor), step, None) is not getattr(parent, step, None) for step in _STEPS):
         hint = ""
         if type(processor).__name__.startswith("Siglip2"):
             hint = "; of SigLIP 2, the checkpoints with a fixed resolution can be used"
@@ -127,10 +127,8 @@ def _arithmetic(processor: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def _filter(resample: object, problems: list[str]) -> str:
-    # transformers takes bilinear where none is given.
-    number = Image.Resampling.BILINEAR if resample is None else resample
     for name in get_args(Resample):
-        if Image.Resampling[name.upper()] == number:
+        if Image.Resampling[name.upper()] == resample:
             return str(name)
     known = ", ".join(f"{Image.Resampling[name.upper()].value} ({name})" for name in get_args(Resample))
     problems.append(f"resample: expected one of {known}, got {resample!r}")

@@ -132,9 +132,9 @@ def test_multiples_by_hand(size: tuple[int, int], expected: tuple[int, int]):
 
 def test_a_side_has_one_token_at_least():
     rules = dataclasses.replace(QWEN, max_pixels=4096)
-    # √(20000 / 4096) · 32 = 70.7 pixels a token: of 10 none, of 2000 28.
-    assert rules.target_size(10, 2000) == (32, 896)
-    assert rules.target_size(2000, 10) == (896, 32)
+    # √(80000 / 4096) · 32 = 141.4 pixels a token: of 20 none, of 4000 28.
+    assert rules.target_size(20, 4000) == (32, 896)
+    assert rules.target_size(4000, 20) == (896, 32)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))

@@ -205,10 +205,25 @@ def test_files_of_qwen3_vl_are_read_without_torchvision(
         min_pixels=4096,
         max_pixels=40_000,
     )
-    assert image_rules(load_image_processor(write(tmp_path, **files)), "model") == expected
+    assert image_rules(load_image_processor(write(tmp_path / "root", **files)), "model") == expected
     write(tmp_path / "0_Transformer", **files)
     assert image_rules(load_image_processor(str(tmp_path), subfolder="0_Transformer"), "model") == expected
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_transformers_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def from_pretrained(name: str, **arguments: Any) -> Any:
+        calls.append((name, arguments, transformers.utils.logging.get_verbosity()))
+        raise ImportError("needs\n  something")
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_pretrained)
+    with pytest.raises(CheckpointError, match=r"^owner/model/vision: no image processor .* load: needs something$"):
+        load_image_processor("owner/model", subfolder="vision", revision="abc", backend="torchvision", max_pixels=5)
+    location = {"subfolder": "vision", "revision": "abc", "trust_remote_code": False}
+    # Quietly, and never with torchvision, which would resize a little differently.
+    assert calls == [("owner/model", {**location, "backend": "pil", "max_pixels": 5}, transformers.logging.ERROR)]
 
 
 @pytest.mark.parametrize("content", [{"size": {"shortest_edge": 4096, "longest_edge": 40_000}}, {"min_pixels": 100}])
@@ -308,6 +323,7 @@ def test_a_processor_that_cannot_be_loaded(files: dict[str, Any], reason: str, t
             "size: expected shortest_edge and longest_edge (numbers of pixels), got {'height': 30, 'width': 30}",
         ),
         (Qwen2VLImageProcessorPil(patch_size=16.5), "settings: patch_size: expected a whole number, got 16.5"),
+        (ViTImageProcessorPil(size={"height": True, "width": 3}), "size: height: expected a whole number, got True"),
         (
             Qwen2VLImageProcessorPil(min_pixels=200, max_pixels=100),
             "min_pixels: expected at most max_pixels (100), got 200",
@@ -322,12 +338,25 @@ def test_settings_that_rules_cannot_say(processor: Any, expected: str):
     assert expected in message
 
 
-class OfItsOwn(CLIPImageProcessorPil):
+class ResizesItself(CLIPImageProcessorPil):
     def resize(self, image: Any, *_: Any, **__: Any) -> Any:
         return image
 
 
-@pytest.mark.parametrize("processor", [Idefics3ImageProcessorPil(), Siglip2ImageProcessorPil(), OfItsOwn()])
+class PatchesItself(Qwen2VLImageProcessorPil):
+    def patchify(self, image: Any, *_: Any, **__: Any) -> Any:
+        return image, 1, 1
+
+
+class OrdersItself(CLIPImageProcessorPil):
+    def _preprocess(self, images: Any, *_: Any, **__: Any) -> Any:
+        return images
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [Idefics3ImageProcessorPil(), Siglip2ImageProcessorPil(), ResizesItself(), PatchesItself(), OrdersItself()],
+)
 def test_a_processor_with_steps_of_its_own_is_refused(processor: Any):
     with pytest.raises(CheckpointError, match="prepares images in a way of its own; supported are") as caught:
         image_rules(processor, "model")
