@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.export.golden import golden_items, make_golden
-from rtx.export.variants import Precision
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.embedder import Embedder
@@ -28,7 +27,7 @@ from rtx.runtime.errors import EngineError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation, Golden, deviation
-from rtx.runtime.manifest import Tolerance
+from rtx.runtime.manifest import Precision, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch, Encoded
@@ -224,17 +223,27 @@ def surroundings(engine: Engine, preprocessor: Preprocessor, items: Sequence[Enc
     Returns:
         [3, len(items), ...] float32.
     """
-    mixed = [run_batch(engine, preprocessor, items[start : start + 4]) for start in range(0, len(items), 4)]
     similar = run_items(engine, preprocessor, items, Budget())
+    mixed = np.empty_like(similar)
+    # Images that become vectors by themselves run apart from what has tokens.
+    for kind in (True, False):
+        places = [place for place, item in enumerate(items) if bool(item.ids) == kind]
+        for start in range(0, len(places), 4):
+            some = places[start : start + 4]
+            mixed[some] = run_batch(engine, preprocessor, [items[place] for place in some])
     longest = preprocessor.contract.max_tokens
     padded = [engine.run(_padded(preprocessor, item, min(len(item.ids) + 7, longest))) for item in items]
-    return np.stack([np.concatenate(mixed), similar, np.concatenate(padded)])
+    return np.stack([mixed, similar, np.concatenate(padded)])
 
 
 def _padded(preprocessor: Preprocessor, item: Encoded, length: int) -> Batch:
     """The item alone, padded to a length: it is collated beside a longer one, which is then left out."""
+    if not item.ids:
+        return preprocessor.collate([item])
     filler = Encoded([item.ids[0]] * length, [0] * length, item.prompt_tokens)
-    return {name: array[:1] for name, array in preprocessor.collate([item, filler]).items()}
+    batch = preprocessor.collate([item, filler])
+    # The filler has no images: all that there are belong to the item.
+    return {name: array[:1] if name in preprocessor.contract.inputs else array for name, array in batch.items()}
 
 
 def _failure(what: str, found: Deviation, limit: Tolerance, golden: Golden) -> str:

@@ -1,17 +1,22 @@
-"""The golden inputs: texts that have gone wrong elsewhere, and some of the user's own."""
+"""The golden inputs: texts and images that have gone wrong elsewhere, and some of the user's own."""
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget, Engine, run_items
 from rtx.runtime.errors import ExportError, ItemError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden, tokenize
+from rtx.runtime.images import load_image
+from rtx.runtime.items import Content
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
 
@@ -41,29 +46,86 @@ _WORDS_OF_LONG = 14
 _LONG_TOKENS = 1500
 _QUERY = "how long is the warranty?"
 _FROM_EVALSET = 16
+_IMAGES_FROM_EVALSET = 4
 
 
 def golden_items(contract: Contract, evalset: EvalSet | None) -> tuple[list[object], list[str | None]]:
-    """Items and the name of the prompt of each: built-in texts, then queries and documents of an evaluation set.
+    """Items and the name of the prompt of each: built-in ones, then queries and documents of an evaluation set.
 
-    For a reranker each text is the document of a pair, and the query of one more where it is short.
+    For a reranker each of them is the document of a pair, and the query of one more where it is short.
     """
-    queries: list[str] = []
-    documents: list[str] = []
+    queries: list[object] = []
+    documents: list[object] = []
     if evalset is not None:
-        chosen = random.Random(0)
-        queries = chosen.sample(sorted(evalset.queries.values()), min(_FROM_EVALSET, len(evalset.queries)))
-        documents = chosen.sample(sorted(evalset.corpus.values()), min(_FROM_EVALSET, len(evalset.corpus)))
-    built_in = (*_TEXTS, _LONG * (1 + min(contract.max_tokens, _LONG_TOKENS) // _WORDS_OF_LONG))
+        queries = _sample(evalset.queries, _FROM_EVALSET)
+        documents = _sample(evalset.corpus, _FROM_EVALSET)
+    built_in: list[object] = [*_TEXTS, _LONG * (1 + min(contract.max_tokens, _LONG_TOKENS) // _WORDS_OF_LONG)]
+    if contract.takes_images:
+        built_in += _image_items(contract)
     if contract.task == "rerank":
-        pairs: list[object] = [(_QUERY, text) for text in built_in]
+        pairs: list[object] = [(_QUERY, item) for item in built_in]
         pairs += [(text, _TEXTS[14]) for text in _TEXTS[:8]]
         pairs += list(zip(queries, documents, strict=False))
+        if contract.takes_images:
+            pairs.append((built_in[-1], built_in[-1]))
         return pairs, [None] * len(pairs)
-    texts = [*built_in, *queries, *documents]
-    # The built-in texts take each kind of prompt in turn.
+    # The built-in items take each kind of prompt in turn.
     prompts = [(None, "query", "document")[index % 3] for index in range(len(built_in))]
-    return list(texts), [*prompts, *["query"] * len(queries), *["document"] * len(documents)]
+    return [*built_in, *queries, *documents], [*prompts, *["query"] * len(queries), *["document"] * len(documents)]
+
+
+def _sample(texts: Mapping[str, str], count: int) -> list[object]:
+    """Some of an evaluation set's texts; of those with images fewer, and with the files themselves."""
+    chosen = random.Random(0).sample(sorted(texts.values()), min(count, len(texts)))
+    found: list[object] = []
+    images = 0
+    for text in chosen:
+        item = text.item if isinstance(text, Content) else None
+        if item is None:
+            found.append(text)
+        elif images < _IMAGES_FROM_EVALSET:
+            images += 1
+            found.append({"text": item.text, "image": [_file(str(image)) for image in item.images]})
+    return found
+
+
+def _file(source: str) -> bytes:
+    """The bytes of an image's file, or of what is read in another way."""
+    path = Path(source)
+    return path.read_bytes() if not source.startswith("data:") and path.is_file() else _png(load_image(source))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _image_items(contract: Contract) -> list[object]:
+    """Images that have gone wrong elsewhere: odd sizes, one pixel, a thin strip, transparency, text on white."""
+    noise = np.random.default_rng(0)
+    page = Image.new("RGB", (425, 550), "white")
+    drawing = ImageDraw.Draw(page)
+    for line in range(12):
+        drawing.text((40, 40 + 36 * line), f"{line + 1}. Turn the valve by {15 * line} degrees.", fill="black")
+    ramp = np.linspace(0, 255, 97 * 203 * 3).reshape(97, 203, 3).astype(np.uint8)
+    clear = Image.new("RGBA", (60, 90), (0, 0, 0, 0))
+    ImageDraw.Draw(clear).rectangle((10, 20, 40, 60), fill=(200, 30, 30, 255))
+    pictures = [
+        Image.fromarray(noise.integers(0, 256, (48, 64, 3), dtype=np.uint8)),
+        Image.fromarray(ramp),
+        Image.new("RGB", (1, 1), (12, 200, 90)),
+        Image.fromarray(noise.integers(0, 256, (24, 600), dtype=np.uint8)),
+        clear,
+        page,
+    ]
+    files = [_png(picture) for picture in pictures]
+    items: list[object] = [{"text": "", "image": [file]} for file in files]
+    if contract.visual is None:
+        return items
+    # Beside texts, several in an item, the same one twice.
+    items += [{"text": text, "image": [file]} for text, file in zip(("fig. 3", _TEXTS[14]), files, strict=False)]
+    return [*items, {"text": "which of them is newer?", "image": [files[0], files[5], files[0]]}]
 
 
 def make_golden(

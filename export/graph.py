@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from rtx.trainer.model import RetrievalModel
 
 # Opset 23 has an Attention operator that TensorRT-RTX and ONNX Runtime do not take in every form.
 OPSET = 20
-_BACKBONE = "model.backbone"
+_BACKBONES = ("model.backbone", "model.image_tower.backbone")
 # Where the transformer ends and the score begins in the classification models of transformers: what these modules do,
 # and what the classification model itself does between them.
 _SCORING = ("classifier", "pre_classifier", "score", "pooler", "head")
@@ -66,15 +66,29 @@ class _Exported(nn.Module):
             return (self.model.activate(logits),)
         if self.model.task == "rerank":
             return (self.model.activate(self.model(batch)),)
+        if self.model.layout.features:
+            return (self.model.finish(self.model(batch)),)
         hidden = self.model.encode_tokens(batch)
         return self.model.finish(self.model.pool(hidden, batch)), hidden.float()
+
+
+class _ExportedImages(nn.Module):
+    """What images go through that become vectors by themselves."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.finish(self.model.encode_images(pixel_values))
 
 
 def export_graph(model: RetrievalModel) -> ir.Model:
     """Export a model in float32.
 
-    Inputs are those of the contract, [batch, tokens] int64. Outputs are `sentence_embedding` [batch, dimension] and
-    `last_hidden_state` [batch, tokens, hidden] (for loaders that pool by themselves), or `scores` [batch]; all float32.
+    Inputs are those of the contract, [batch, tokens] int64. Outputs are `sentence_embedding` [batch, dimension] and,
+    but for a dual encoder, `last_hidden_state` [batch, tokens, hidden] (for loaders that pool by themselves), or
+    `scores` [batch]; all float32.
 
     Args:
         model: on the CPU, in float32.
@@ -85,39 +99,91 @@ def export_graph(model: RetrievalModel) -> ir.Model:
     contract = model.contract
     # At least two rows and columns: torch.export takes a size of one for a constant. And a tensor for each input: it
     # takes one that is given twice for one input.
-    tokens = max(2, min(8, contract.max_tokens))
+    tokens = contract.fixed_tokens or max(2, min(8, contract.max_tokens))
     mask = torch.ones((2, tokens), dtype=torch.int64)
     mask[1, tokens // 2 :] = 0
-    inputs = {name: mask.clone() if name.endswith("mask") else torch.zeros_like(mask) for name in contract.inputs}
+    inputs: dict[str, Tensor] = {
+        name: mask.clone() if name.endswith("mask") else torch.zeros_like(mask) for name in contract.inputs
+    }
     inputs["input_ids"] = torch.randint(
-        0, model.backbone.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
+        0, model.backbone.config.get_text_config().vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
     batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
-    token_axis = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
-    outputs = [contract.output, *(["last_hidden_state"] if contract.task == "embed" else [])]
-    with _exporting(model):
-        try:
-            program = torch.onnx.export(
-                _Exported(model).eval(),
-                (),
-                kwargs=inputs,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_shapes={name: {0: batch_axis, 1: token_axis} for name in inputs},
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as broken:
-            # The exporter's own message is advice on debugging it; what went wrong is where it comes from.
-            cause: BaseException = broken
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise ExportError(f"torch.onnx cannot export {type(model.backbone).__name__}: {reason}") from broken
+    axes: dict[int, Any] = {0: batch_axis}
+    if not contract.fixed_tokens:
+        axes[1] = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
+    with_tokens = contract.task == "embed" and not model.layout.features
+    outputs = [contract.output, *(["last_hidden_state"] if with_tokens else [])]
+    with _exporting(model, model.backbone):
+        graph = to_graph(
+            _Exported(model), inputs, outputs, dict.fromkeys(inputs, axes), name=type(model.backbone).__name__
+        )
+    graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
+    return graph
+
+
+def export_image_graph(model: RetrievalModel) -> ir.Model:
+    """Export what images go through that become vectors by themselves, in float32.
+
+    Input is `pixel_values` [images, 3, height, width], output `sentence_embedding` [images, dimension]; all float32.
+
+    Args:
+        model: on the CPU, in float32, with a tower for images.
+
+    Raises:
+        ExportError: torch.onnx cannot export this architecture.
+    """
+    contract = model.contract
+    assert contract.images is not None
+    backbone = model.backbone if model.image_tower is None else model.image_tower.backbone
+    # Two images, as above.
+    inputs = {"pixel_values": torch.zeros((2, 3, contract.images.height, contract.images.width))}
+    axes = {"pixel_values": {0: torch.export.Dim("images", min=1, max=1 << 20)}}
+    with _exporting(model, backbone):
+        return to_graph(_ExportedImages(model), inputs, [contract.output], axes, name=type(backbone).__name__)
+
+
+def to_graph(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic_shapes: Mapping[str, Any],
+    *,
+    name: str,
+) -> ir.Model:
+    """A module as a graph whose nodes know the modules that they come from.
+
+    Args:
+        module: to be exported, in evaluation mode for the time.
+        inputs: examples, by name.
+        outputs: names of what it gives.
+        dynamic_shapes: by input, as torch.export takes them.
+        name: what messages call it.
+
+    Raises:
+        ExportError: torch.onnx cannot export it.
+    """
+    try:
+        program = torch.onnx.export(
+            module.eval(),
+            (),
+            kwargs=dict(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dict(dynamic_shapes),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as broken:
+        # The exporter's own message is advice on debugging it; what went wrong is where it comes from.
+        cause: BaseException = broken
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise ExportError(f"torch.onnx cannot export {name}: {reason}") from broken
     assert program is not None
     graph = cast(ir.Model, program.model)
-    graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
     graph.producer_name = "rtx"
     graph.producer_version = importlib.metadata.version("rtx-retrieval")
     _complete_notes(graph)
@@ -155,7 +221,7 @@ def is_scoring(node: ir.Node) -> bool:
     """Whether a node belongs to pooling, head or classifier, which stay float32 in every variant."""
     modules, kinds = _modules(node), _classes(node)
     # Of a language model only the transformer in it is run, and not the module around both.
-    inside = any(name == _BACKBONE or name.startswith(f"{_BACKBONE}.") for name in modules)
+    inside = any(name == backbone or name.startswith(f"{backbone}.") for name in modules for backbone in _BACKBONES)
     if not inside or kinds[-1].endswith(_CLASSIFICATION_MODEL):
         return True
     return any(name.rpartition(".")[2] in _SCORING for name in modules)
@@ -202,18 +268,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exporting(model: RetrievalModel) -> Iterator[None]:
+def _exporting(model: RetrievalModel, backbone: Any) -> Iterator[None]:
     """Evaluation mode, attention written out, no gradients."""
     # Written out it is MatMul, Softmax, MatMul; the fused form exports with a check for NaN in every layer, which costs
     # time and hides the pattern from graph optimisers.
-    config: Any = model.backbone.config
-    chosen = config._attn_implementation
+    chosen = backbone.config._attn_implementation
     was_training = model.training
     model.eval()
-    model.backbone.set_attn_implementation("eager")
+    backbone.set_attn_implementation("eager")
     try:
         with quiet(), torch.no_grad():
             yield
     finally:
-        model.backbone.set_attn_implementation(chosen)
+        backbone.set_attn_implementation(chosen)
         model.train(was_training)

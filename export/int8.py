@@ -43,7 +43,7 @@ def quantize_int8(model: ir.Model) -> list[str]:
     Raises:
         ExportError: a weight holds NaN or infinity, or is used in a way that is not known here.
     """
-    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    embedded = [value for value in model.graph.inputs if value.name == "input_ids"]
     quantizer = _Quantizer(Editor(model.graph, "int8"))
     done: dict[str, None] = {}
     for node in list(model.graph):
@@ -51,7 +51,7 @@ def quantize_int8(model: ir.Model) -> list[str]:
             continue
         if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
             quantizer.replace_linear(node, weight)
-        elif node.op_type == "Gather" and node.inputs[1] is ids and (table := constant_matrix(node.inputs[0])):
+        elif node.op_type == "Gather" and node.inputs[1] in embedded and (table := constant_matrix(node.inputs[0])):
             quantizer.replace_embedding(node, table)
         else:
             continue

@@ -40,7 +40,12 @@ _TRUNCATION = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_o
 
 
 def write_side_files(model: RetrievalModel, folder: Path) -> None:
-    """Write what other tools read, all but the graphs, into a folder that exists."""
+    """Write what other tools read, all but the graphs, into a folder that exists.
+
+    There is nothing for a model that takes images: no other tool knows its graphs.
+    """
+    if model.contract.takes_images:
+        return
     model.backbone.config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     # What tokenizer.json says of truncation is gone from ours; FastEmbed would take it from here.
@@ -56,7 +61,7 @@ def write_side_files(model: RetrievalModel, folder: Path) -> None:
         module["type"] = "sentence_transformers.models." + module["type"].rpartition(".")[2]
     _write(folder / "modules.json", modules)
     pooling: dict[str, Any] = {flag: mode in model.layout.pooling for mode, flag in _MODES.items()}
-    pooling["word_embedding_dimension"] = int(model.backbone.config.hidden_size)
+    pooling["word_embedding_dimension"] = model.layout.pooling_dimension
     pooling["include_prompt"] = model.layout.include_prompt
     _write(folder / "1_Pooling" / "config.json", pooling)
     _write(

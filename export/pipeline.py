@@ -17,10 +17,19 @@ from pathlib import Path
 import numpy as np
 
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
-from rtx.export.graph import export_graph
-from rtx.export.variants import FILES, VARIANTS, VariantName, derive, precision_of, remove, save
+from rtx.export.graphs import export_graphs
+from rtx.export.variants import (
+    VARIANTS,
+    Files,
+    VariantName,
+    files_of,
+    precision_of,
+    remove_unused,
+    variants_of,
+    write_variant,
+)
 from rtx.export.write import write_bundle
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import EngineError, ExportError, GateError, UsageError
@@ -133,11 +142,10 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         passed = [name for name in options.variants if verdicts[name].passed]
         if not passed:
             raise GateError(_refusal([verdicts[name] for name in options.variants]))
-        for name in verdicts:
-            if name not in passed:
-                remove(folder / FILES[name])
+        files = {name: files_of(name, images=model.contract.takes_images) for name in passed}
+        remove_unused(folder, {file for pair in files.values() for file in pair if file is not None})
         notify("comparing speed")
-        seconds = _measure_speed(gate, {name: folder / FILES[name] for name in passed}, options.threads)
+        seconds = _measure_speed(gate, folder, files, options.threads)
         manifest = write_bundle(
             folder,
             model,
@@ -178,6 +186,9 @@ def _load(source: str, options: ExportOptions) -> RetrievalModel:
         raise UsageError("measuring a reranker needs candidates: the documents to order for each query")
     if model.task == "embed" and options.candidates is not None:
         raise UsageError(f"candidates: {source} is an embedder, which ranks the whole corpus")
+    known = variants_of(images=model.contract.takes_images)
+    if unknown := [name for name in options.variants if name not in known]:
+        raise UsageError(f"variants: {source} takes no images, so that there is no {' and no '.join(unknown)}")
     settings = {"max_tokens": options.max_tokens, "truncate_dim": options.dimensions}
     model.configure(**{name: value for name, value in settings.items() if value is not None})
     return model
@@ -187,16 +198,17 @@ def _make_variants(
     model: RetrievalModel, gate: Gate, folder: Path, options: ExportOptions, notify: Notify
 ) -> dict[VariantName, Verdict]:
     """Write each variant into the bundle's folder and judge it as it lies there."""
-    notify("exporting the graph")
-    plain = export_graph(model)
+    images = model.contract.takes_images
+    notify("exporting the graphs" if images else "exporting the graph")
+    plain = export_graphs(model)
     (folder / "onnx").mkdir()
     verdicts: dict[VariantName, Verdict] = {}
     for name in dict.fromkeys(("fp32", *options.variants)):
-        file, precision = folder / FILES[name], precision_of(name)
+        precision = precision_of(name, images=images)
         notify(f"{name}: deriving and judging")
         try:
-            save(derive(name, plain), file)
-            engine = OnnxEngine(file, output=model.contract.output, threads=options.threads, name=name)
+            write_variant(name, plain, folder)
+            engine = _open(gate, folder, files_of(name, images=images), options.threads, name)
         except (ExportError, EngineError) as broken:
             verdicts[name] = gate.refuse(name, precision, str(broken))
         else:
@@ -207,13 +219,23 @@ def _make_variants(
     return verdicts
 
 
-def _measure_speed(gate: Gate, files: Mapping[VariantName, Path], threads: int | None) -> dict[VariantName, float]:
-    """Median seconds of a pass over the golden items, the variants in turn in each round."""
-    output = gate.preprocessor.contract.output
-    items = gate.golden.tokens[:_SPEED_ITEMS]
+def _open(gate: Gate, folder: Path, files: Files, threads: int | None, name: str) -> GraphEngine:
+    image = None if files.image is None else folder / files.image
+    # No image is kept: each pass over the golden items should run all of it.
+    return open_graphs(
+        gate.preprocessor.contract, folder / files.tokens, image, threads=threads, name=name, cache_bytes=0
+    )
+
+
+def _measure_speed(
+    gate: Gate, folder: Path, files: Mapping[VariantName, Files], threads: int | None
+) -> dict[VariantName, float]:
+    """Median seconds of a pass over some golden items, the variants in turn in each round."""
+    # Every so many, so that images are among them.
+    items = gate.golden.tokens[:: max(1, len(gate.golden.tokens) // _SPEED_ITEMS)][:_SPEED_ITEMS]
     seconds: dict[VariantName, list[float]] = {name: [] for name in files}
     with contextlib.ExitStack() as stack:
-        engines = {name: OnnxEngine(file, output=output, threads=threads, name=name) for name, file in files.items()}
+        engines = {name: _open(gate, folder, pair, threads, name) for name, pair in files.items()}
         for engine in engines.values():
             stack.callback(engine.close)
         for _ in range(_SPEED_ROUNDS):

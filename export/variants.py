@@ -1,50 +1,110 @@
-"""The variants of a bundle: their names and files, and how each is derived from the plain graph."""
+"""The variants of a bundle: what graphs each consists of, and how those are derived from the plain ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import onnx_ir as ir
 
 from rtx.export.fp16 import to_fp16
 from rtx.export.fused import fuse
 from rtx.export.graph import strip_notes
+from rtx.export.graphs import Graphs
 from rtx.export.int8 import quantize_int8
+from rtx.runtime.manifest import Precision
 
-VariantName = Literal["fp32", "fused", "fp16", "int8"]
-Precision = Literal["fp32", "fp16", "int8"]
+VariantName = Literal["fp32", "fused", "fp16", "int8", "int8-text", "int8-image"]
+Form = Literal["fp32", "fused", "fp16", "int8"]
+"""What a graph is derived to."""
 
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
 """In the order of closeness to PyTorch."""
 
-FILES: dict[VariantName, str] = {
-    "fp32": "onnx/model.onnx",
-    "fused": "onnx/model_fused.onnx",
-    "fp16": "onnx/model_fp16.onnx",
-    "int8": "onnx/model_int8.onnx",
+
+class Recipe(NamedTuple):
+    """What the graphs of a variant are derived to; `image` is of no consequence where there is no such graph."""
+
+    tokens: Form
+    image: Form
+
+
+_RECIPES: dict[VariantName, Recipe] = {
+    "fp32": Recipe("fp32", "fp32"),
+    "fused": Recipe("fused", "fp32"),
+    "fp16": Recipe("fp16", "fp16"),
+    "int8": Recipe("int8", "int8"),
+    "int8-text": Recipe("int8", "fp32"),
+    "int8-image": Recipe("fp32", "int8"),
 }
+_ENDINGS: dict[Form, str] = {"fp32": "", "fused": "_fused", "fp16": "_fp16", "int8": "_int8"}
 # Protobuf messages end at 2 GiB; from here on weights lie in a file of their own.
 _EXTERNAL_FROM_BYTES = 1_900_000_000
 
 
-def precision_of(name: VariantName) -> Precision:
-    """Precision of a variant's linear layers."""
-    return "fp32" if name == "fused" else name
+class Files(NamedTuple):
+    """Paths of a variant's graphs in the bundle; `image` is None for a model that takes no images."""
+
+    tokens: str
+    image: str | None
 
 
-def derive(name: VariantName, plain: ir.Model) -> ir.Model:
-    """A variant of the plain graph, which stays as it is.
+def variants_of(*, images: bool) -> tuple[VariantName, ...]:
+    """The variants that a model can have: those that treat texts and images apart need both."""
+    return VARIANTS if images else tuple(name for name in VARIANTS if "-" not in name)
+
+
+def files_of(name: VariantName, *, images: bool) -> Files:
+    """Where a variant's graphs are; two variants may have one in common."""
+    recipe = _RECIPES[name]
+    image = f"onnx/vision{_ENDINGS[recipe.image]}.onnx" if images else None
+    return Files(f"onnx/model{_ENDINGS[recipe.tokens]}.onnx", image)
+
+
+def precisions_of(name: VariantName) -> tuple[Precision, Precision]:
+    """Precisions of the linear layers of what has tokens, and of what has images."""
+    recipe = _RECIPES[name]
+    tokens, image = ("fp32" if form == "fused" else form for form in recipe)
+    return tokens, image
+
+
+def precision_of(name: VariantName, *, images: bool) -> Precision:
+    """The lowest precision of a variant, by which it is held."""
+    order: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+    tokens, image = precisions_of(name)
+    return max(tokens, image, key=order.index) if images else tokens
+
+
+def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
+    """Derive a variant's graphs and write those that are not there yet.
+
+    Args:
+        name: of the variant.
+        plain: what they are derived from, which stays as it is.
+        folder: of the bundle.
+
+    Raises:
+        ExportError: a graph does not lend itself to it.
+    """
+    recipe, files = _RECIPES[name], files_of(name, images=plain.image is not None)
+    pairs = [(recipe.tokens, plain.tokens, files.tokens), (recipe.image, plain.image, files.image)]
+    for form, graph, file in pairs:
+        if graph is not None and file is not None and not (folder / file).exists():
+            save(derive(form, graph), folder / file)
+
+
+def derive(form: Form, plain: ir.Model) -> ir.Model:
+    """A plain graph in another form; it stays as it is.
 
     Raises:
         ExportError: the graph does not lend itself to it.
     """
     variant = plain.clone()
-    if name == "fp16":
+    if form == "fp16":
         to_fp16(variant)
-    elif name == "int8":
+    elif form == "int8":
         quantize_int8(variant)
-    elif name == "fused":
+    elif form == "fused":
         fuse(variant)
     return variant
 
@@ -63,7 +123,9 @@ def external_files(path: Path) -> list[Path]:
     return [beside] if beside.exists() else []
 
 
-def remove(path: Path) -> None:
-    """Remove a graph with its weights, as far as they are there."""
-    for file in (path, *external_files(path)):
-        file.unlink(missing_ok=True)
+def remove_unused(folder: Path, kept: set[str]) -> None:
+    """Remove the graphs of a bundle's folder, with their weights, that are not among `kept`."""
+    for file in (folder / "onnx").glob("*.onnx"):
+        if file.relative_to(folder).as_posix() not in kept:
+            for path in (file, *external_files(file)):
+                path.unlink()

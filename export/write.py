@@ -13,7 +13,7 @@ from pathlib import Path
 from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
 from rtx.export.report import render_report
-from rtx.export.variants import FILES, VariantName, external_files, precision_of
+from rtx.export.variants import VariantName, external_files, files_of, precisions_of
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import (
     FORMAT_VERSION,
@@ -67,13 +67,7 @@ def write_bundle(
         versions=_versions(),
     )
     variants: dict[str, Variant] = {
-        variant: Variant(
-            file=FILES[variant],
-            precision=precision_of(variant),
-            tolerance=verdicts[variant].limits.parity,
-            external=tuple(f"onnx/{path.name}" for path in external_files(folder / FILES[variant])),
-        )
-        for variant in seconds
+        variant: _variant(folder, variant, verdicts[variant], images=model.contract.takes_images) for variant in seconds
     }
     report = {
         "provenance": dataclasses.asdict(provenance),
@@ -115,8 +109,21 @@ def hash_checkpoint(source: str) -> str:
     return sha256_of(Source.open(source).folder, without="checkpoints")
 
 
+def _variant(folder: Path, name: VariantName, verdict: Verdict, *, images: bool) -> Variant:
+    files, (tokens, image) = files_of(name, images=images), precisions_of(name)
+    beside = [path for file in files if file is not None for path in external_files(folder / file)]
+    return Variant(
+        file=files.tokens,
+        precision=tokens,
+        image_file=files.image,
+        image_precision=image if images else None,
+        tolerance=verdict.limits.parity,
+        external=tuple(f"onnx/{path.name}" for path in beside),
+    )
+
+
 def _bytes(folder: Path, variant: Variant) -> int:
-    return sum((folder / file).stat().st_size for file in (variant.file, *variant.external))
+    return sum((folder / file).stat().st_size for file in (*variant.graphs, *variant.external))
 
 
 def _versions() -> dict[str, str]:

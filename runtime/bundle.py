@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
 from rtx.runtime.hashing import sha256_of
@@ -84,7 +84,7 @@ class Bundle:
         """
         return Golden.from_bytes(self.read(GOLDEN_FILE, verify=verify))
 
-    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> OnnxEngine:
+    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> GraphEngine:
         """Load a variant.
 
         Raises:
@@ -93,16 +93,16 @@ class Bundle:
             EngineError: it cannot be loaded.
         """
         name, chosen = self.variant(variant)
-        output = self.manifest.contract.output
-        label = f"{self.path.name}:{name}"
+        graphs: list[bytes | Path]
         if chosen.external:
             # Weights beside the graph are found by its path, so it cannot be handed over as bytes.
-            for file in (chosen.file, *chosen.external):
+            for file in (*chosen.graphs, *chosen.external):
                 if verify and (problem := self.check(file)):
                     raise BundleError(f"{self.path}: {problem}")
-            return OnnxEngine(self.path / chosen.file, output=output, threads=threads, name=label)
-        graph = self.read(chosen.file, verify=verify)
-        return OnnxEngine(graph, output=output, threads=threads, name=label)
+            graphs = [self.path / file for file in chosen.graphs]
+        else:
+            graphs = [self.read(file, verify=verify) for file in chosen.graphs]
+        return open_graphs(self.manifest.contract, *graphs, threads=threads, name=f"{self.path.name}:{name}")
 
     def read(self, file: str, *, verify: bool = True) -> bytes:
         """A file's content.

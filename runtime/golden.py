@@ -1,14 +1,21 @@
-"""Golden vectors: inputs, their tokens, and what PyTorch in fp32 made of them.
+"""Golden vectors: inputs, what they were prepared to, and what PyTorch in fp32 made of them.
 
-They travel in the bundle, so that wherever it is opened the tokenizer and the graph can be held against the model that
-was trained: by the export gate before anything is written, by `rtx verify`, and at the start of a server.
+They travel in the bundle, so that wherever it is opened preprocessing and graphs can be held against the model that was
+trained: by the export gate before anything is written, by `rtx verify`, and at the start of a server.
+
+    inputs                             JSON: items and prompts; an image is its number
+    image_0, image_1, ...              the files of the images
+    lengths, ids, type_ids, ...        tokens of all items, one after the other
+    image_counts, digests              prepared images of each item, and their digests
+    pixels_0, pixels_1, ...            the prepared images
+    outputs                            of PyTorch
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +24,12 @@ from numpy.typing import NDArray
 
 from rtx.runtime.engine import Budget, Engine, run_items
 from rtx.runtime.errors import BundleError, ItemError
+from rtx.runtime.image_rules import PreparedImage
 from rtx.runtime.manifest import GOLDEN_FILE, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
+
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Golden:
     """The golden set.
 
     Attributes:
-        items: texts, or (query, document) pairs.
+        items: texts, mappings of a text and images (bytes of files), or (query, document) pairs of these.
         prompts: for each item the name of its prompt, None for the contract's default.
         tokens: what the preprocessing made of each.
         outputs: [n, dimension] or [n] float32, by PyTorch in fp32, each item run alone.
@@ -78,7 +88,18 @@ class Golden:
     def to_bytes(self) -> bytes:
         """The content of golden.npz; the same for the same golden set."""
         lengths = np.array([len(item.ids) for item in self.tokens], dtype=np.int64)
-        text = json.dumps({"items": self.items, "prompts": self.prompts}, ensure_ascii=True)
+        files: list[bytes] = []
+        items = [_without_files(item, files) for item in self.items]
+        text = json.dumps({"items": items, "prompts": self.prompts}, ensure_ascii=True)
+        images = [image for item in self.tokens for image in item.images]
+        arrays: dict[str, NDArray[Any]] = {
+            **{f"image_{number}": np.frombuffer(file, dtype=np.uint8) for number, file in enumerate(files)},
+            **{f"pixels_{number}": image.pixels for number, image in enumerate(images)},
+        }
+        if images:
+            arrays["image_counts"] = np.array([len(item.images) for item in self.tokens], dtype=np.int64)
+            arrays["image_tokens"] = np.array([item.image_tokens for item in self.tokens], dtype=np.int64)
+            arrays["digests"] = np.frombuffer(b"".join(image.digest for image in images), dtype=np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -88,6 +109,7 @@ class Golden:
             type_ids=np.array([token for item in self.tokens for token in item.type_ids], dtype=np.int64),
             prompt_tokens=np.array([item.prompt_tokens for item in self.tokens], dtype=np.int64),
             outputs=self.outputs,
+            **arrays,  # type: ignore[arg-type]
         )
         return buffer.getvalue()
 
@@ -103,13 +125,12 @@ class Golden:
                 arrays = {name: data[name] for name in data.files}
             inputs = json.loads(arrays["inputs"].tobytes())
             stops = np.cumsum(arrays["lengths"])
+            rows = zip(stops - arrays["lengths"], stops, arrays["prompt_tokens"].tolist(), _images(arrays), strict=True)
             tokens = tuple(
-                Encoded(arrays["ids"][start:stop].tolist(), arrays["type_ids"][start:stop].tolist(), int(skipped))
-                for start, stop, skipped in zip(
-                    stops - arrays["lengths"], stops, arrays["prompt_tokens"].tolist(), strict=True
-                )
+                Encoded(arrays["ids"][start:stop].tolist(), arrays["type_ids"][start:stop].tolist(), skipped, *images)
+                for start, stop, skipped, images in rows
             )
-            items = tuple(tuple(item) if isinstance(item, list) else item for item in inputs["items"])
+            items = tuple(_with_files(item, arrays) for item in inputs["items"])
             return cls(items, tuple(inputs["prompts"]), tokens, arrays["outputs"])
         except Exception as broken:  # a damaged zip raises a dozen different classes
             raise BundleError(f"{GOLDEN_FILE}: cannot be read ({type(broken).__name__}: {broken})") from broken
@@ -121,6 +142,41 @@ class Golden:
     def run(self, engine: Engine, preprocessor: Preprocessor, budget: Budget) -> Deviation:
         """Run the recorded tokens through an engine and compare with the recorded outputs."""
         return deviation(run_items(engine, preprocessor, self.tokens, budget), self.outputs)
+
+
+def _without_files(item: Any, files: list[bytes]) -> Any:
+    """An item as JSON: the files of its images are put into `files`, and their numbers in their places."""
+    if isinstance(item, tuple):
+        return [_without_files(side, files) for side in item]
+    if isinstance(item, Mapping):
+        given = item.get("image", ())
+        images = given if isinstance(given, list | tuple) else [given]
+        numbers = range(len(files), len(files) + len(images))
+        files += images
+        return {"text": item.get("text", ""), "image": list(numbers)}
+    return item
+
+
+def _with_files(item: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """What `_without_files` was given."""
+    if isinstance(item, list):
+        return tuple(_with_files(side, arrays) for side in item)
+    if isinstance(item, dict):
+        return {"text": item["text"], "image": [arrays[f"image_{number}"].tobytes() for number in item["image"]]}
+    return item
+
+
+def _images(arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[tuple[PreparedImage, ...], int]]:
+    """The prepared images of each item, and the tokens that they become in a tower of their own."""
+    if "image_counts" not in arrays:
+        yield from (((), 0) for _ in arrays["lengths"])
+        return
+    digests = arrays["digests"].reshape(-1, _DIGEST_BYTES)
+    number = 0
+    for count, tokens in zip(arrays["image_counts"].tolist(), arrays["image_tokens"].tolist(), strict=True):
+        places = range(number, number + count)
+        yield tuple(PreparedImage(arrays[f"pixels_{place}"], digests[place].tobytes()) for place in places), tokens
+        number += count
 
 
 def tokenize(

@@ -46,6 +46,9 @@ class Tolerance:
     max_abs: float
 
 
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One graph of the bundle.
@@ -53,14 +56,23 @@ class Variant:
     Attributes:
         file: path of the graph in the bundle.
         precision: of the linear layers' weights.
+        image_file: path of the graph that images go through first or by themselves; None for a model without one.
+        image_precision: of that graph's linear layers; None without one.
         tolerance: what it was held to when it was written, and is held to by `rtx verify`.
         external: further files that hold its weights.
     """
 
     file: str
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     tolerance: Tolerance
+    image_file: str | None = None
+    image_precision: Precision | None = None
     external: tuple[str, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Paths of its graphs, without the files that hold weights beside them."""
+        return (self.file,) if self.image_file is None else (self.file, self.image_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +110,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.default_variant not in self.variants:
             raise ValueError(f"default_variant: '{self.default_variant}' is not one of {', '.join(self.variants)}")
-        listed = {file for v in self.variants.values() for file in (v.file, *v.external)}
+        listed = {file for v in self.variants.values() for file in (*v.graphs, *v.external)}
         if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed} - set(self.files)):
             raise ValueError(f"files: {', '.join(absent)} missing")
         if outside := sorted(file for file in self.files if not _is_inside(file)):

@@ -119,7 +119,7 @@ def open_variants(
     for name in sorted(chosen, key=lambda name: manifest.variants[name].precision != "fp32"):
         note(f"checking {name} against the golden outputs")
         variant = manifest.variants[name]
-        size = sum(manifest.files[file].bytes for file in (variant.file, *variant.external, TOKENIZER_FILE))
+        size = sum(manifest.files[file].bytes for file in (*variant.graphs, *variant.external, TOKENIZER_FILE))
         origin = Origin(str(bundle.path), name, variant.precision, size)
         subject = _subject(name, origin, bundle.preprocessor(), bundle.engine(name, threads=threads), golden)
         models.enter_context(subject.model)

@@ -59,6 +59,11 @@ class Encoded(NamedTuple):
     images: tuple[PreparedImage, ...] = ()
     image_tokens: int = 0
 
+    def same_as(self, other: Encoded) -> bool:
+        """Whether the model is given the same; images are compared by their digests."""
+        digests = ([image.digest for image in item.images] for item in (self, other))
+        return self._replace(images=()) == other._replace(images=()) and next(digests) == next(digests)
+
     @property
     def length(self) -> int:
         """Tokens that the model sees."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.graphs import VISUAL_INPUTS, GraphEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget
@@ -101,7 +101,7 @@ def _check_variant(
 ) -> list[Finding]:
     chosen, contract = bundle.manifest.variants[name], bundle.manifest.contract
     engine, problems = _opened(
-        lambda: bundle.engine(name, threads=threads, verify=False), damaged, chosen.file, *chosen.external
+        lambda: bundle.engine(name, threads=threads, verify=False), damaged, *chosen.graphs, *chosen.external
     )
     if engine is None:
         return [Finding(f"{name} graph", problems=problems), _not_run(name, "there is no graph")]
@@ -148,7 +148,8 @@ def _check_golden(golden: Golden, contract: Contract) -> tuple[str, ...]:
 def _check_tokens(golden: Golden, preprocessor: Preprocessor) -> tuple[str, ...]:
     """Whether the tokenizer makes of the golden items what it made when the bundle was written."""
     found = golden.tokenize(preprocessor)
-    different = [index for index, pair in enumerate(zip(found, golden.tokens, strict=True)) if pair[0] != pair[1]]
+    pairs = enumerate(zip(found, golden.tokens, strict=True))
+    different = [index for index, (now, then) in pairs if isinstance(now, ItemError) or not now.same_as(then)]
     if not different:
         return ()
     first = different[0]
@@ -163,6 +164,9 @@ def _difference(found: Encoded | ItemError, golden: Encoded) -> str:
         for position, (a, b) in enumerate(zip_longest(new, old)):
             if a != b:
                 return f"{what} {position} is {_or_missing(a)}, expected {_or_missing(b)}"
+    if [image.digest for image in found.images] != [image.digest for image in golden.images]:
+        sizes = [" and ".join("×".join(map(str, i.pixels.shape[:2])) for i in item.images) for item in (found, golden)]
+        return f"its images are prepared otherwise (height × width {sizes[0]}, expected {sizes[1]})"
     return f"{found.prompt_tokens} tokens belong to the prompt, expected {golden.prompt_tokens}"
 
 
@@ -170,12 +174,13 @@ def _or_missing(token: int | None) -> str:
     return "none" if token is None else str(token)
 
 
-def _check_graph(engine: OnnxEngine, contract: Contract) -> tuple[str, ...]:
+def _check_graph(engine: GraphEngine, contract: Contract) -> tuple[str, ...]:
     """Whether a graph takes what the contract says and holds the same contract."""
     problems = []
-    if missing := sorted(set(contract.inputs) - set(engine.input_names)):
+    expected_inputs = {*contract.inputs, *(VISUAL_INPUTS if contract.visual is not None else ())}
+    if missing := sorted(expected_inputs - set(engine.input_names)):
         problems.append(f"the graph has no input {', '.join(missing)}; the contract names it")
-    if unknown := sorted(set(engine.input_names) - set(contract.inputs)):
+    if unknown := sorted(set(engine.input_names) - expected_inputs):
         problems.append(f"the graph has the input {', '.join(unknown)}; the contract does not name it")
     if CONTRACT_KEY in engine.metadata:
         try:
@@ -189,7 +194,7 @@ def _check_graph(engine: OnnxEngine, contract: Contract) -> tuple[str, ...]:
 
 
 def _check_outputs(
-    name: str, engine: OnnxEngine, golden: Golden, preprocessor: Preprocessor, tolerance: Tolerance
+    name: str, engine: GraphEngine, golden: Golden, preprocessor: Preprocessor, tolerance: Tolerance
 ) -> Finding:
     """Whether a graph gives the golden outputs as closely as it did when the bundle was written."""
     check = f"{name} outputs"

@@ -65,7 +65,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         verdict = verdicts.get(name, {})
         variants[name] = {
             **dataclasses.asdict(variant),
-            "bytes": sum(manifest.files[file].bytes for file in (variant.file, *variant.external)),
+            "bytes": sum(manifest.files[file].bytes for file in (*variant.graphs, *variant.external)),
             "parity": verdict.get("parity"),
             "ranking": verdict.get("ranking"),
         }

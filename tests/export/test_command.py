@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import rtx.export
 from rtx.export.graph import CONTRACT_KEY
+from rtx.export.graphs import Graphs
 from rtx.export.write import hash_checkpoint
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
@@ -173,7 +174,7 @@ def test_the_page_and_the_table_name_every_variant(done):
 
 def test_exit_codes(tiny_checkpoint, exported, tmp_path, monkeypatch):
     source = tiny_checkpoint("distilbert")
-    monkeypatch.setattr("rtx.export.pipeline.export_graph", lambda _: exported("distilbert").graph)
+    monkeypatch.setattr("rtx.export.pipeline.export_graphs", lambda _: Graphs(exported("distilbert").graph))
     partly = run(source, "-o", tmp_path / "a.rtx", "--precision", "fp32", "--precision", "int8", "--min-cosine", 1)
     assert partly.exit_code == 0
     assert "left out: int8 differs from PyTorch" in partly.stderr

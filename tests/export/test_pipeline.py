@@ -15,7 +15,9 @@ import pytest
 
 from rtx.export import pipeline, variants, write
 from rtx.export.edit import Editor
+from rtx.export.graphs import Graphs
 from rtx.export.pipeline import ExportOptions, choose_default, export_bundle
+from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import Candidate
 from rtx.runtime.contract import Contract
@@ -51,7 +53,7 @@ def export(monkeypatch, plain, checkpoint):
     """`export(target, **options)` exports `checkpoint`; its graph is made beforehand, and may have been changed."""
 
     def run(target, **options):
-        monkeypatch.setattr(pipeline, "export_graph", lambda _: plain.clone())
+        monkeypatch.setattr(pipeline, "export_graphs", lambda _: Graphs(plain.clone()))
         return export_bundle(str(checkpoint), target, ExportOptions(**options))
 
     return run
@@ -247,18 +249,20 @@ def test_a_variant_that_cannot_be_derived_is_left_out(export, plain, tmp_path):
 def test_a_variant_that_does_not_load_is_left_out_and_engines_are_closed(export, tmp_path, monkeypatch):
     opened, closed = [], []
 
-    class Engine(pipeline.OnnxEngine):
-        def __init__(self, graph, **options):
-            if options["name"] == "fp16":
+    class Engine(OnnxEngine):
+        def __init__(self, contract, graph, image_graph, *, threads, name, cache_bytes):
+            assert image_graph is None
+            assert cache_bytes == 0
+            if name == "fp16":
                 raise EngineError("fp16: ONNX Runtime cannot load the graph")
-            super().__init__(graph, **options)
-            opened.append(options["name"])
+            super().__init__(graph, output=contract.output, threads=threads, name=name)
+            opened.append(name)
 
         def close(self):
             closed.append(self.name)
             super().close()
 
-    monkeypatch.setattr(pipeline, "OnnxEngine", Engine)
+    monkeypatch.setattr(pipeline, "open_graphs", Engine)
     outcome = export(tmp_path / "x.rtx", variants=("fp32", "fp16", "int8"), threads=1)
     assert outcome.manifest.rejected == {"fp16": "fp16: ONNX Runtime cannot load the graph"}
     assert sorted(opened) == sorted(closed) == ["fp32", "fp32", "int8", "int8"]
@@ -326,6 +330,7 @@ import sys, time
 from pathlib import Path
 import onnx_ir
 from rtx.export import pipeline
+from rtx.export.graphs import Graphs
 
 def notify(message):
     print(message, flush=True)
@@ -333,7 +338,7 @@ def notify(message):
         time.sleep(600)
 
 checkpoint, target, graph = sys.argv[1:]
-pipeline.export_graph = lambda model: onnx_ir.load(graph)
+pipeline.export_graphs = lambda model: Graphs(onnx_ir.load(graph))
 pipeline.export_bundle(checkpoint, Path(target), pipeline.ExportOptions(threads=1), notify=notify)
 """
 
@@ -359,7 +364,10 @@ def test_a_kill_leaves_nothing_that_opens(plain, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": ()}, "variants: expected at least one of fp32, fused, fp16, int8, got none"),
+        (
+            {"variants": ()},
+            "variants: expected at least one of fp32, fused, fp16, int8, int8-text, int8-image, got none",
+        ),
         ({"variants": ("fp32", "int4")}, "variants: .* got int4"),
         ({"max_ndcg_drop": -0.1}, "max_ndcg_drop: expected 0 to 1, got -0.1"),
         ({"max_ndcg_drop": float("nan")}, "max_ndcg_drop: expected 0 to 1, got nan"),

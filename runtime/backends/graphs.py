@@ -1,0 +1,57 @@
+"""The graphs of a model as one engine: texts alone, images among texts, or a tower for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.onnx_towers import OnnxTowersEngine
+from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
+from rtx.runtime.contract import Contract
+from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
+
+VISUAL_INPUTS = ("position_ids", "visual_index", "image_embeds", "deepstack")
+"""What the graph for tokens takes besides the contract's inputs where images are tokens among them."""
+
+GraphEngine = OnnxEngine | OnnxTowersEngine | OnnxVisualEngine
+
+
+def open_graphs(
+    contract: Contract,
+    graph: bytes | Path,
+    image_graph: bytes | Path | None = None,
+    *,
+    threads: int | None = None,
+    name: str = "onnx",
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> GraphEngine:
+    """Open what a model of this contract needs.
+
+    Args:
+        contract: of the model.
+        graph: what has tokens goes through, serialised or the path of its file.
+        image_graph: what images go through, likewise; None for a model that takes none.
+        threads: threads of one run; None for the cores that this process may use.
+        name: what error messages call the model.
+        cache_bytes: what is made of images and kept may take; 0 keeps none.
+
+    Raises:
+        UsageError: `threads` is out of range.
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: a graph cannot be loaded.
+    """
+    if image_graph is None:
+        return OnnxEngine(graph, output=contract.output, threads=threads, name=name)
+    if contract.visual is None:
+        return OnnxTowersEngine(
+            image_graph, graph, output=contract.output, threads=threads, name=name, cache_bytes=cache_bytes
+        )
+    return OnnxVisualEngine(
+        image_graph,
+        graph,
+        rules=contract.visual,
+        output=contract.output,
+        threads=threads,
+        name=name,
+        cache_bytes=cache_bytes,
+    )
