@@ -107,8 +107,8 @@ def export_text(backbone: Any, finish: Finish, *, output: str) -> ir.Model:
 
     Args:
         backbone: Qwen3VLModel or Qwen3VLForConditionalGeneration, on the CPU, in float32.
-        finish: pooling and what follows, or the score: hidden states [B, T, D] and the attention mask to what the graph
-            gives. A module, if it has weights.
+        finish: pooling and what follows, or the score: hidden states [B, T, D] and the attention mask [B, T] to what
+            the graph gives. Weights that it has become constants of the graph, and stay float32 in every variant.
         output: name of what it gives, `sentence_embedding` or `scores`.
 
     Raises:
