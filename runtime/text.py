@@ -225,7 +225,8 @@ class TextTokenizer:
         if rules is not None:
             places = [place for place, token in enumerate(ids) if token == rules.image_token_id]
             if len(places) != len(visual):
-                return f"its text holds the token {rules.image_token_id}, which stands for an image; expected none"
+                token = self._tokenizer(truncating=False).id_to_token(rules.image_token_id)
+                return f"its text holds {token}, which stands for an image; expected none"
             for place, count in zip(reversed(places), reversed(visual), strict=True):
                 ids = [*ids[:place], *[rules.image_token_id] * count, *ids[place + 1 :]]
         return _some(Encoded(ids, [0] * len(ids)))

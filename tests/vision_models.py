@@ -1,4 +1,5 @@
-"""Tiny random vision-language models, in the files that a checkpoint of Qwen3-VL consists of.
+"""Tiny random models of images, in the files that their published checkpoints consist of: Qwen3-VL, dual encoders
+(CLIP, SigLIP, SigLIP 2 of a fixed resolution) and DINOv2.
 
 A plain module, which tests load with `runpy.run_path` as they do others.
 """
@@ -127,11 +128,8 @@ def write_tiny_qwen3_vl(folder: Path, *, seed: int = 0, reranker: bool = False) 
     )
     torch.manual_seed(seed)
     model = transformers.Qwen3VLForConditionalGeneration(config)
+    _disturb(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            # Biases start at zero and norms at one: then a lost one would not show.
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
         # A patch has 1536 values: as they are, they would drown its position.
         model.model.visual.patch_embed.proj.weight.mul_(0.1)
         model.model.visual.pos_embed.weight.normal_(std=1.0)
@@ -152,6 +150,216 @@ def write_tiny_qwen3_vl(folder: Path, *, seed: int = 0, reranker: bool = False) 
     }
     for name, kind in kinds.items():
         (folder / f"{name}.json").write_text(json.dumps(geometry | kind, indent=2))
+
+
+def write_tiny_clip(folder: Path, *, seed: int = 0) -> None:
+    """Write a checkpoint as the first ones of CLIP are: its image processor is described in the oldest way.
+
+    Args:
+        folder: where to; made if it does not exist.
+        seed: of the weights.
+    """
+    import torch
+    import transformers
+
+    pieces, merges = _byte_pairs(end_of_word="</w>")
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate([*pieces, *ends])}, merges=merges, model_max_length=32
+    )
+    text = {**_ENCODER, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "projection_dim": 24}
+    # The text tower takes the vector at the first token of this id.
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**_ENCODER, "image_size": 32, "patch_size": 8, "projection_dim": 24}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    torch.manual_seed(seed)
+    model = transformers.CLIPModel(config)
+    _widen(model)
+    _disturb(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {
+        "crop_size": 32,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": 32,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_tiny_siglip(folder: Path, *, seed: int = 0) -> None:
+    """Write a checkpoint whose text tower takes the last of a fixed number of tokens, padding or not, without a mask.
+
+    Args:
+        folder: where to; made if it does not exist.
+        seed: of the weights.
+    """
+    _write_siglip(folder, _unigrams(), seed=seed, resample=3)
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    # As published: this class reads a model of sentencepiece. The same for tokenizers lies beside that.
+    described |= {"tokenizer_class": "SiglipTokenizer", "processor_class": "SiglipProcessor"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2))
+
+
+def write_tiny_siglip2(folder: Path, *, seed: int = 0) -> None:
+    """Write a checkpoint of SigLIP 2 with a fixed resolution: a SigLIP whose tokenizer is Gemma's and has no limit.
+
+    Args:
+        folder: where to; made if it does not exist.
+        seed: of the weights.
+    """
+    import transformers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, "▁", *(chr(code) for code in range(33, 127)), "th", "the", "of"]
+    tokenizer = transformers.GemmaTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=[("t", "h"), ("th", "e"), ("o", "f")],
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+        model_input_names=["input_ids"],
+    )
+    _write_siglip(folder, tokenizer, seed=seed, resample=2)
+
+
+def _unigrams() -> Any:
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["<pad>", "</s>", "<unk>"]
+    letters = [chr(code) for code in range(97, 123)]
+    words = ["▁the", "▁a", "▁of", "▁photo", "of", "er", "in"]
+    pieces = [*special, "▁", *letters, *(str(digit) for digit in range(10)), *words]
+    backend = Tokenizer(models.Unigram([(piece, -2.0 - (len(piece) == 1)) for piece in pieces], unk_id=2))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=16,
+        model_input_names=["input_ids"],
+    )
+
+
+def _write_siglip(folder: Path, tokenizer: Any, *, seed: int, resample: int) -> None:
+    import torch
+    import transformers
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    text = {**_ENCODER, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**_ENCODER, "image_size": 32, "patch_size": 8})
+    torch.manual_seed(seed)
+    model = transformers.SiglipModel(config)
+    _widen(model)
+    _disturb(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "SiglipProcessor",
+        "resample": resample,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 32, "width": 32},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_tiny_dinov2(folder: Path, *, seed: int = 0) -> None:
+    """Write a bare vision transformer, as DINOv2 is published: patches of 14 pixels, and no tokenizer.
+
+    Args:
+        folder: where to; made if it does not exist.
+        seed: of the weights.
+    """
+    import torch
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=56,
+        patch_size=14,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    model = transformers.Dinov2Model(config)
+    _disturb(model)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.normal_()
+        model.embeddings.patch_embeddings.projection.weight.mul_(0.1)
+    model.save_pretrained(folder)
+    processor = {
+        "crop_size": {"height": 28, "width": 28},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_processor_type": "BitImageProcessor",
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"shortest_edge": 32},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+# Of both towers of a dual encoder.
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _widen(model: Any) -> None:
+    """Make a dual encoder's matrices large enough for attention to differ from a mean and for items to differ."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.03 if "patch_embedding" in name else 0.2)
+
+
+def _disturb(model: Any) -> None:
+    """Move biases from zero and norms from one: else a lost one would not show."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def _byte_pairs(*, end_of_word: str = "") -> tuple[list[str], list[tuple[str, str]]]:
+    """Pieces of words and their merges, as the tokenizers of GPT and CLIP have them."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", f"e{end_of_word}"), ("p", "h"), ("o", f"f{end_of_word}"), ("i", "n")]
+    ends = [f"{letter}{end_of_word}" for letter in letters] if end_of_word else []
+    return [*letters, *ends, *(left + right for left, right in merges)], merges
 
 
 def _tokenizer(chat_template: str, padding_side: str) -> Any:

@@ -31,10 +31,13 @@ from torch import Tensor, nn
 
 from rtx.runtime.contract import GraphInput
 from rtx.runtime.errors import CheckpointError
+from rtx.trainer.json_files import read_object, typed
 from rtx.trainer.layout import Layout
 
 # What `from_pretrained` raises for a checkpoint that it cannot use.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+# Where older processors of images and texts keep their chat template; they prefer it to the tokenizer's.
+_PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 # What torch's allocator for the CPU guarantees.
 _ALIGNMENT_BYTES = 64
 
@@ -123,8 +126,8 @@ def load_backbone(
             backbone, info = loader.from_pretrained(source.name, **options)
     except _LOADING_ERRORS as broken:
         raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
-    _check_weights(backbone, info, source, layout)
     _check_images(backbone, source, layout)
+    _check_weights(backbone, info, source, layout)
     _align(backbone)
     return backbone.eval()
 
@@ -269,12 +272,11 @@ def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = 
         CheckpointError: it is missing, cannot be loaded, or has no fast form.
     """
     where = source.path_of(layout)
-    location = {**source.arguments(layout), "trust_remote_code": trust_remote_code}
+    options = {**layout.tokenizer_kwargs, **source.arguments(layout), "trust_remote_code": trust_remote_code}
+    has_fast_form = source.find(str(Path(layout.backbone_folder) / "tokenizer.json")) is not None
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                source.name, **{**layout.tokenizer_kwargs, **location}
-            )
+            tokenizer = _auto_tokenizer(source.name, options, has_fast_form=has_fast_form)
     except (*_LOADING_ERRORS, ImportError) as broken:
         raise CheckpointError(f"{where}: no tokenizer that transformers can load: {_summary(broken)}") from broken
     files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
@@ -282,6 +284,8 @@ def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = 
         raise CheckpointError(f"{where}: the tokenizer is missing; expected one of {', '.join(files)}")
     if not tokenizer.is_fast:
         raise CheckpointError(f"{where}: {type(tokenizer).__name__} has no fast form; expected a tokenizer.json")
+    if layout.images and (file := source.find(str(Path(layout.backbone_folder) / _PROCESSOR_TEMPLATE_FILE))):
+        tokenizer.chat_template = typed(file, read_object(file) or {}, "chat_template", str)
     if layout.do_lower_case:
         _lowercase_first(tokenizer.backend_tokenizer)
     if tokenizer.pad_token_id is None:
@@ -289,6 +293,19 @@ def load_tokenizer(source: Source, layout: Layout, *, trust_remote_code: bool = 
             raise CheckpointError(f"{where}: the tokenizer has neither a padding token nor an end token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _auto_tokenizer(name: str, options: Mapping[str, Any], *, has_fast_form: bool) -> Any:
+    """As transformers chooses it, but a class that needs sentencepiece (SigLIP's) gives way to tokenizer.json."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except ImportError:
+        if not has_fast_form:
+            raise
+    else:
+        if tokenizer.is_fast or not has_fast_form:
+            return tokenizer
+    return transformers.PreTrainedTokenizerFast.from_pretrained(name, **options)
 
 
 def _lowercase_first(backend: Tokenizer) -> None:
@@ -327,12 +344,49 @@ def position_limit(backbone: Any) -> int | None:
 
     RoBERTa and its kin count positions from behind the padding index: of 514 embeddings 512 can be used.
     """
+    if hasattr(backbone, "get_text_features"):
+        return getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     limits = [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         for module in backbone.modules()
         if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding)
     ]
     return min(limits, default=None)
+
+
+def depends_on_padding(backbone: Any, tokenizer: Any, layout: Layout) -> bool:
+    """Whether a dual encoder's vector of a text is another one where the text is padded further.
+
+    SigLIP's is: it takes the vector of the last token, padding or not. Such a model has seen texts of one length only.
+    """
+    ids = tokenizer("a")["input_ids"]
+    with torch.no_grad(), eager_attention(backbone):
+        alone, padded = (_features(backbone, tokenizer, layout, ids, padding) for padding in (0, 1))
+    tolerance = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2
+    return not bool((alone - padded).abs().max() <= tolerance * alone.abs().max())
+
+
+def _features(backbone: Any, tokenizer: Any, layout: Layout, ids: list[int], padding: int) -> Tensor:
+    empty, zeros = [tokenizer.pad_token_id] * padding, [0] * padding
+    left = tokenizer.padding_side == "left"
+    rows = {
+        "input_ids": empty + ids if left else ids + empty,
+        "attention_mask": zeros + [1] * len(ids) if left else [1] * len(ids) + zeros,
+    }
+    batch = {name: torch.tensor([rows[name]]) for name in graph_inputs(backbone, tokenizer, layout)}
+    features: Tensor = backbone.get_text_features(**batch).pooler_output
+    return features
+
+
+@contextlib.contextmanager
+def eager_attention(backbone: Any) -> Iterator[None]:
+    """Runs where other implementations of attention would need a GPU."""
+    chosen = backbone.config._attn_implementation
+    backbone.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(chosen)
 
 
 @contextlib.contextmanager
@@ -362,9 +416,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def input_embeddings(backbone: Any) -> Any:
+    """The table of token embeddings."""
+    # transformers asks a dual encoder as a whole, and does not know which tower is meant.
+    return getattr(backbone, "text_model", backbone).get_input_embeddings()
+
+
 def check_vocabulary(backbone: Any, tokenizer: Any, where: str) -> None:
     """Raise CheckpointError if the tokenizer gives ids that the backbone has no embedding for."""
-    largest, rows = max(_ids(tokenizer), default=0), backbone.get_input_embeddings().num_embeddings
+    largest, rows = max(_ids(tokenizer), default=0), input_embeddings(backbone).num_embeddings
     if largest >= rows:
         raise CheckpointError(f"{where}: the tokenizer gives ids up to {largest}, but the model has {rows} embeddings")
 

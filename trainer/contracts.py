@@ -79,7 +79,7 @@ def build_contract(
         dimension=(layout.truncate_dim or full_dimension) if embeds else 1,
         normalize=bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig),
         similarity=layout.similarity,
-        prompts=dict(layout.prompts),
+        prompts={name: _as_written(prompt, rendered) for name, prompt in layout.prompts.items()},
         default_prompt=layout.default_prompt,
         include_prompt=layout.include_prompt,
         activation=layout.activation,
@@ -123,10 +123,15 @@ def _template(layout: Layout, rendered: Rendered | None, tokenizer: Any, tokeniz
         around: RenderedItem | RenderedPair = RenderedPair(plain, rendered.parts)
     else:
         before, behind = rendered.parts
-        if layout.prompt:
-            before = rendered.prompt[0] + layout.prompt + rendered.prompt[1]
+        if prompt := _as_written(layout.prompt, rendered):
+            before = rendered.prompt[0] + prompt + rendered.prompt[1]
         around = RenderedItem(plain, before, behind)
     return around.special_tokens, around.template
+
+
+def _as_written(prompt: str, rendered: Rendered | None) -> str:
+    """A prompt as the chat template writes it."""
+    return prompt.strip() if rendered is not None and rendered.strip_prompt else prompt
 
 
 def _image_tokens(images: ImageRules, backbone: Any) -> int:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rtx.runtime.errors import CheckpointError
 from rtx.runtime.image_rules import ImageRules
 from rtx.trainer.backbone import Source
-from rtx.trainer.image_processor import image_rules, load_image_processor
+from rtx.trainer.image_processor import check_settings, image_rules, load_image_processor
 from rtx.trainer.json_files import read_object, write_json
 
 _VIDEO_FILE = "video_preprocessor_config.json"
@@ -31,23 +30,27 @@ class ImageProcessing:
         self._video = video
 
     @classmethod
-    def load(cls, source: Source, folder: str, options: Mapping[str, Any]) -> ImageProcessing:
+    def load(
+        cls, source: Source, folder: str, options: Mapping[str, Any], *, settings: Mapping[str, Any] | None = None
+    ) -> ImageProcessing:
         """Read the image processor of a checkpoint.
 
         Args:
             source: the checkpoint.
             folder: where the processor's files lie in it; "" for its root.
-            options: settings in place of the checkpoint's.
+            options: of the checkpoint's own, in place of what the files say; those that mean nothing to an image
+                processor are passed over, since they may be a tokenizer's.
+            settings: of the caller, in place of all of them.
 
         Raises:
             CheckpointError: it is missing, or prepares images in a way that is not supported.
+            UsageError: the processor has no such setting.
         """
         where = "/".join(part for part in (source.name.rstrip("/"), folder) if part)
-        try:
-            processor = load_image_processor(source.name, subfolder=folder, revision=source.revision, **options)
-        except (OSError, ValueError, TypeError) as broken:
-            reason = " ".join(str(broken).split())[:400]
-            raise CheckpointError(f"{where}: no image processor that transformers can load: {reason}") from broken
+        settings = settings or {}
+        chosen = {**options, **settings}
+        processor = load_image_processor(source.name, subfolder=folder, revision=source.revision, **chosen)
+        check_settings(processor, settings, where)
         combined = read_object(source.folder / folder / "processor_config.json") or {}
         video = read_object(source.folder / folder / _VIDEO_FILE) or combined.get("video_processor")
         return cls(processor, image_rules(processor, where), video)

@@ -18,9 +18,18 @@ import torch
 from torch import Tensor
 
 from rtx.runtime.errors import CheckpointError
+from rtx.trainer.backbone import eager_attention
 from rtx.trainer.layout import Layout, LogitScoreConfig
 from rtx.trainer.pooling import at_least_float32, pool
-from rtx.trainer.rendering import Chat, Rendered, choose_format, judge_template, render_item, render_pair
+from rtx.trainer.rendering import (
+    Chat,
+    Rendered,
+    choose_format,
+    judge_template,
+    passes_roles_through,
+    render_item,
+    render_pair,
+)
 
 _ANSWERS = ("yes", "no")
 # Two ways to the same logit differ by some roundings of 2**-24, or of 2**-8 in the lowest precision; what a head does
@@ -70,7 +79,7 @@ def settle(layout: Layout, tokenizer: Any, where: str) -> Layout:
     """Decide what a checkpoint leaves open: a reranker's two tokens, and how items or pairs go through a chat template.
 
     A language model that was not trained as a reranker mostly has a chat template without queries and documents. If it
-    marks turns in the way of ChatML, the tokenizer is given the template of Qwen3-Reranker.
+    marks turns in the way of ChatML, the tokenizer is given the template of Qwen3-Reranker, or of Qwen3-VL-Reranker.
 
     Raises:
         CheckpointError: there is no token yes or no, no chat template for a pair, or none with a place for images.
@@ -82,21 +91,26 @@ def settle(layout: Layout, tokenizer: Any, where: str) -> Layout:
         return layout
     if tokenizer.chat_template is None and not layout.images:
         return dataclasses.replace(layout, message_format=None)
+    template = judge_template(tokenizer.get_vocab(), images=layout.images) if starts else None
+    judge = dataclasses.replace(layout, message_format="structured" if layout.images else "flat")
     try:
         render: Callable[[Chat], Rendered] = functools.partial(render_pair, prompt=layout.prompt, images=layout.images)
         if layout.task == "embed":
             render = functools.partial(render_item, images=layout.images)
         chosen = choose_format(tokenizer, layout.chat_template_kwargs, render)
-        return dataclasses.replace(layout, message_format=chosen)
     except ValueError as wrong:
         if layout.logit_score is None and not layout.images:
             # A classifier, whose tokenizer joins the sides.
             return dataclasses.replace(layout, message_format=None)
-        template = judge_template(tokenizer.get_vocab(), images=layout.images) if starts else None
         if template is None:
             raise CheckpointError(f"{where}: {wrong}; set one that does, in chat_template.jinja") from wrong
         tokenizer.chat_template = template
-        return dataclasses.replace(layout, message_format="structured" if layout.images else "flat")
+        return judge
+    # sentence-transformers has such a template write a text model's pairs, but opens no bare model of images.
+    if template and layout.images and passes_roles_through(Chat(tokenizer, chosen, layout.chat_template_kwargs)):
+        tokenizer.chat_template = template
+        return judge
+    return dataclasses.replace(layout, message_format=chosen)
 
 
 def _answers(tokenizer: Any, where: str) -> LogitScoreConfig:
@@ -123,16 +137,10 @@ def check_head(language_model: Any, config: LogitScoreConfig, where: str) -> Non
         )
     tokens = torch.stack([ids[-1], ids[0]]).unsqueeze(0)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    attention = language_model.config._attn_implementation
-    # Others may need a GPU.
-    language_model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            logits = at_least_float32(language_model(**batch).logits)[0, -1, ids]
-            hidden = decoder_of(language_model)(**batch).last_hidden_state
-            found = score_last_token(hidden, batch["attention_mask"], *score_direction(language_model, config))
-    finally:
-        language_model.set_attn_implementation(attention)
+    with torch.no_grad(), eager_attention(language_model):
+        logits = at_least_float32(language_model(**batch).logits)[0, -1, ids]
+        hidden = decoder_of(language_model)(**batch).last_hidden_state
+        found = score_last_token(hidden, batch["attention_mask"], *score_direction(language_model, config))
     expected = logits[0] if len(logits) == 1 else logits[0] - logits[1]
     tolerance = _TOLERANCE_FP32 if hidden.dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
     if not (found[0] - expected).abs() <= tolerance * logits.abs().max().clamp(min=1.0):

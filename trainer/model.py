@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.image_rules import ImageRules
+from rtx.runtime.image_rules import CHANNELS, ImageRules
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.trainer import logit_score, pooling
 from rtx.trainer.adapters import merged
 from rtx.trainer.backbone import (
     Source,
     check_vocabulary,
-    graph_inputs,
+    depends_on_padding,
     hidden_size,
     load_backbone,
     load_image_backbone,
@@ -118,7 +118,8 @@ class RetrievalModel(nn.Module):
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or not supported.
-            UsageError: `max_tokens` is more than the model has positions for.
+            UsageError: `max_tokens` is more than the model has positions for, or `processor_kwargs` are none of the
+                image processor's, or make images of a size that the model does not take.
         """
         source = Source.open(os.fspath(path), revision)
         layout = read_layout(source.folder, task)
@@ -130,7 +131,7 @@ class RetrievalModel(nn.Module):
         layout = logit_score.settle(layout, tokenizer, source.path_of(layout))
         if layout.logit_score is not None:
             logit_score.check_head(backbone, layout.logit_score, source.path_of(layout))
-        if layout.task == "rerank" and backbone.config.pad_token_id is None:
+        elif layout.task == "rerank" and backbone.config.pad_token_id is None:
             # Causal classifiers look for the last token that is no padding.
             backbone.config.pad_token_id = tokenizer.pad_token_id
         limit = _max_tokens(layout, backbone, tokenizer, source.path_of(layout))
@@ -139,7 +140,7 @@ class RetrievalModel(nn.Module):
             _check_widths(layout, width, source.name)
             layout = dataclasses.replace(layout, pooling_dimension=width if layout.pooling else None)
         head = [_load_module(source, module) for module in layout.head]
-        fixed = limit if layout.features and "attention_mask" not in graph_inputs(backbone, tokenizer, layout) else 0
+        fixed = limit if layout.features and depends_on_padding(backbone, tokenizer, layout) else 0
         layout = dataclasses.replace(layout, max_tokens=limit, fixed_tokens=fixed)
         tower = None
         if layout.image_tower is not None:
@@ -156,10 +157,14 @@ class RetrievalModel(nn.Module):
         if layout.takes_images:
             folder = layout.backbone_folder if layout.image_tower is None else layout.image_tower.folder
             options = layout.tokenizer_kwargs if layout.image_tower is None else {}
-            images = ImageProcessing.load(source, folder, {**options, **(processor_kwargs or {})})
+            images = ImageProcessing.load(source, folder, options, settings=processor_kwargs)
+        elif processor_kwargs:
+            raise UsageError(f"processor_kwargs ({', '.join(processor_kwargs)}): {source.name} takes no images")
         model = cls(
             backbone, tokenizer, head, layout=layout, images=images, image_tower=tower, source=source.name
         ).eval()
+        if processor_kwargs:
+            model.check_image_size()
         if max_tokens is not None:
             model.configure(max_tokens=max_tokens)
         return model
@@ -187,6 +192,25 @@ class RetrievalModel(nn.Module):
             raise UsageError(str(wrong)) from wrong
         self.layout, self.contract = layout, contract
         self.preprocessor = Preprocessor(contract, self._tokenizer_json)
+
+    def check_image_size(self) -> None:
+        """Look whether the model takes images of the size that they are prepared in.
+
+        Raises:
+            UsageError: it does not.
+        """
+        rules = self._image_rules
+        if rules is None or rules.layout != "pixels":
+            return
+        black = torch.zeros(1, CHANNELS, rules.height, rules.width, device=self.device)
+        try:
+            with torch.no_grad():
+                self.encode_images(black)
+        except (RuntimeError, ValueError) as wrong:
+            reason = " ".join(str(wrong).split())
+            raise UsageError(
+                f"the model does not take images of {rules.height} × {rules.width} pixels (height × width): {reason}"
+            ) from wrong
 
     @property
     def task(self) -> Task:

@@ -33,6 +33,12 @@ _PARTS = (
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _THINK = "<think>"
+_JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+# A role that no template names.
+_UNKNOWN_ROLE = "xrolex"
 
 
 class Rendered(NamedTuple):
@@ -45,12 +51,14 @@ class Rendered(NamedTuple):
         prompt: the texts around the prompt of an item that has one, which stand before it then; of a pair nothing, as
             the prompt is among its parts.
         image: what is written for an image; "" for a template that is not asked for images.
+        strip_prompt: whether whitespace around the prompt of an item is dropped.
     """
 
     parts: tuple[str, ...]
     strip_sides: bool
     prompt: tuple[str, ...] = ()
     image: str = ""
+    strip_prompt: bool = False
 
 
 class Chat:
@@ -148,6 +156,8 @@ def render_item(chat: Chat, *, images: bool = False) -> Rendered:
         raise ValueError("chat_template: writes something else behind an item that has a prompt")
     probes = [(document,) for _, document in _PROBES]
     strip = _strips((before, behind), lambda probe: chat.render(("user", probe[0], 0)), probes)
+    around = start, between + "a" + behind
+    strip_prompt = _strips(around, lambda probe: chat.render(("system", probe[0], 0), ("user", "a", 0)), probes)
     image = ""
     if images:
         image = _image_text(chat.render(("user", content, 1)), text, content)
@@ -157,7 +167,21 @@ def render_item(chat: Chat, *, images: bool = False) -> Rendered:
             or chat.render(("user", "", 1)) != f"{before}{image}{behind}"
         ):
             raise ValueError(f"chat_template: {_UNEVEN_IMAGES}")
-    return Rendered((before, behind), strip, (start, between), image)
+    return Rendered((before, behind), strip, (start, between), image, strip_prompt)
+
+
+def passes_roles_through(chat: Chat) -> bool:
+    """Whether a template writes the roles of a pair as it would any other: it was not made for pairs."""
+
+    def render(first: str, second: str) -> str:
+        return chat.render((first, "a", 0), (second, "b", 0))
+
+    try:
+        known, unknown = render("query", "document"), render(f"{_UNKNOWN_ROLE}1", f"{_UNKNOWN_ROLE}2")
+    except ValueError:
+        return False
+    renamed = unknown.replace(f"{_UNKNOWN_ROLE}1", "query").replace(f"{_UNKNOWN_ROLE}2", "document")
+    return _UNKNOWN_ROLE in unknown and renamed == known
 
 
 def _image_text(with_image: str, without: str, mark: str) -> str:
@@ -205,11 +229,11 @@ def choose_format(tokenizer: Any, variables: Mapping[str, Any], render: Callable
 
 def judge_template(vocabulary: Mapping[str, int], *, images: bool = False) -> str | None:
     """A chat template that asks whether the document meets the query, for language models that were not trained as
-    rerankers: the published format of Qwen3-Reranker (arXiv:2506.05176).
+    rerankers, or whose template does not show it: the published format of Qwen3-Reranker (arXiv:2506.05176).
 
     Args:
         vocabulary: token -> id.
-        images: whether messages may hold images, as Qwen3-VL-Reranker's do.
+        images: whether messages may hold images; the format is that of Qwen3-VL-Reranker then.
 
     Returns:
         Jinja, for messages in the flat form, or with images in the structured form; None if the tokenizer does not mark
@@ -222,16 +246,21 @@ def judge_template(vocabulary: Mapping[str, int], *, images: bool = False) -> st
         found = f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first{otherwise}"
         return f"{{{{ parts({found}) }}}}" if images else f"{{{{ {found} }}}}"
 
-    instruction = "Given a web search query, retrieve relevant passages that answer the query"
+    if images:
+        system = content(
+            "system", " | default('Given a search query, retrieve relevant candidates that answer the query.')"
+        )
+        user = f"<Instruct>: {system}<Query>:{content('query')}\n<Document>:{content('document')}"
+    else:
+        system = content(
+            "system", " | default('Given a web search query, retrieve relevant passages that answer the query')"
+        )
+        user = f"<Instruct>: {system}\n<Query>: {content('query')}\n<Document>: {content('document')}"
     # Models that think first are told that they have done so. Jinja drops a line break that ends a template.
-    thought = "{{ '<think>\\n\\n</think>\\n\\n' }}" if _THINK in vocabulary else "{{ '' }}"
-    system = content("system", f" | default('{instruction}')")
+    thought = "{{ '<think>\\n\\n</think>\\n\\n' }}" if _THINK in vocabulary and not images else "{{ '' }}"
     return (
-        f"{_PARTS if images else ''}<|im_start|>system\n"
-        "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
-        'Note that the answer can only be "yes" or "no".<|im_end|>\n'
-        f"<|im_start|>user\n<Instruct>: {system}\n<Query>: {content('query')}\n<Document>: {content('document')}"
-        f"<|im_end|>\n<|im_start|>assistant\n{thought}"
+        f"{_PARTS if images else ''}<|im_start|>system\n{_JUDGE}<|im_end|>\n"
+        f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{thought}"
     )
 
 

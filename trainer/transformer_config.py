@@ -99,12 +99,14 @@ def read_transformer(folder: Path, path: str, task: Task, *, generates: bool = F
         chat_kwargs = {key: value for key, value in kwargs.items() if key != "restore_suffix"}
         chosen = message.get("format") or config.message_format or "auto"
         chat = {"message_format": chosen, "chat_template_kwargs": chat_kwargs}
+    features = use is _USES["features"]
+    length = config.processing_kwargs.get("text", {}).get("max_length") if features else None
     return {
         "backbone_folder": path,
-        "max_tokens": config.max_seq_length,
+        "max_tokens": length or config.max_seq_length,
         "do_lower_case": config.do_lower_case,
         "images": "image" in config.modality_config,
-        "features": use is _USES["features"],
+        "features": features,
         **chat,
         "model_kwargs": _trusted(config.model_kwargs),
         "tokenizer_kwargs": _trusted(config.processor_kwargs),
@@ -197,11 +199,19 @@ def _wrong_processing(given: Mapping[str, Any], use: _Use, *, has_chat: bool) ->
         fixed_by_caller = isinstance(value, dict) and {"padding", "truncation", "max_length"} & set(value)
         if key == "chat_template" and has_chat and isinstance(value, dict) and not fixed_by_caller:
             continue
-        # A dual encoder without a mask: settled by the model itself, which knows its length.
-        if key == "text" and use is _USES["features"] and value == {"padding": "max_length"}:
+        if key == "text" and use is _USES["features"] and _pads_to_a_length(value):
             continue
         problems.append(f"processing_kwargs: expected {{}}, got {json.dumps({key: value})}")
     return problems
+
+
+def _pads_to_a_length(options: object) -> bool:
+    """Whether texts of a dual encoder are padded to one length. Whether they have to be is seen from the model."""
+    if not isinstance(options, dict) or not options.keys() <= {"padding", "truncation", "max_length"}:
+        return False
+    length = options.get("max_length", 1)
+    padded = options.get("padding") == "max_length" and options.get("truncation", True) is True
+    return padded and type(length) is int and length > 0
 
 
 def _trusted(kwargs: Mapping[str, Any]) -> dict[str, Any]:
