@@ -27,6 +27,7 @@ from rtx.runtime.errors import EngineError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation, Golden, deviation
+from rtx.runtime.items import describe
 from rtx.runtime.manifest import Precision, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
@@ -250,7 +251,7 @@ def _failure(what: str, found: Deviation, limit: Tolerance, golden: Golden) -> s
     worst = golden.items[found.worst % len(golden.items)]
     return (
         f"{what}: least cosine {found.min_cosine:.6f} (at least {limit.min_cosine:.6f}), "
-        f"largest difference {found.max_abs:.2e} (at most {limit.max_abs:.2e}); worst item: {str(worst)[:60]!r}"
+        f"largest difference {found.max_abs:.2e} (at most {limit.max_abs:.2e}); worst item: {describe(worst)}"
     )
 
 

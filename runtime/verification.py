@@ -17,6 +17,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
 from rtx.runtime.golden import Golden
+from rtx.runtime.items import describe
 from rtx.runtime.manifest import CONTRACT_KEY, GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
@@ -213,8 +214,7 @@ def _check_outputs(
 
 
 def _describe(golden: Golden, index: int) -> str:
-    item = repr(golden.items[index])
-    shown = item if len(item) <= _SHOWN_CHARS else f"{item[:_SHOWN_CHARS]}…"
+    shown = describe(golden.items[index], _SHOWN_CHARS)
     prompt = golden.prompts[index]
     return f"item {index} {shown}" + (f" with prompt '{prompt}'" if prompt is not None else "")
 

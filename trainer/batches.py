@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import DataError, ItemError
+from rtx.runtime.items import describe
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
 from rtx.trainer.data import Example, TrainingData
@@ -37,11 +38,11 @@ class NumberedRows(Dataset[Numbered]):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a step, tokenised but not padded yet: that is done chunk by chunk, when a chunk is run.
+    """The rows of a step, prepared but not padded yet: that is done chunk by chunk, when a chunk is run.
 
     Attributes:
         rows: the rows with their positions in the data.
-        sides: tokenised texts by output of the model: (queries, documents) of an embedder, (pairs,) of a reranker. The
+        sides: prepared items by output of the model: (queries, documents) of an embedder, (pairs,) of a reranker. The
             documents stand row by row.
         targets: what the loss compares the outputs with.
     """
@@ -52,8 +53,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts, without padding."""
-        return sum(len(item.ids) for side in self.sides for item in side)
+        """Tokens of all items, with the positions of images in their tower and without padding."""
+        return sum(item.length for side in self.sides for item in side)
 
 
 class Chunk(NamedTuple):
@@ -75,18 +76,25 @@ class Chunk(NamedTuple):
 def plan_chunks(batch: Batch, *, chunk_tokens: int) -> list[Chunk]:
     """Cut a batch by tokens, not by texts, and put texts of similar length together, so that little of it is padding.
 
+    An image counts by the positions that it takes in its tower, besides its tokens among those of a text.
+
     Args:
         batch: what to cut.
-        chunk_tokens: most padded tokens of a chunk; a text longer than that is a chunk by itself.
+        chunk_tokens: most padded tokens of a chunk; an item longer than that is a chunk by itself.
 
     Returns:
         The chunks of each side, longest texts first.
     """
     chunks: list[Chunk] = []
     for number, side in enumerate(batch.sides):
-        lengths = [len(item.ids) for item in side]
-        plan = plan_batches(lengths, max_batch_tokens=chunk_tokens, max_batch_items=len(side))
-        chunks += [Chunk(number, places, len(places) * lengths[places[0]]) for places in plan]
+        # Images that become vectors by themselves run apart from what has tokens.
+        for kind in (True, False):
+            some = [place for place, item in enumerate(side) if bool(item.ids) == kind]
+            lengths = [side[place].length for place in some]
+            plan = plan_batches(lengths, max_batch_tokens=chunk_tokens, max_batch_items=max(1, len(some)))
+            chunks += [
+                Chunk(number, [some[place] for place in places], len(places) * lengths[places[0]]) for places in plan
+            ]
     return chunks
 
 
@@ -109,7 +117,7 @@ def assemble(outputs: Sequence[Tensor], chunks: Sequence[Chunk]) -> list[Tensor]
 
 
 class Collator:
-    """Tokenises the rows of a batch with the model's own preprocessing.
+    """Prepares the rows of a batch with the model's own preprocessing: here their images are read.
 
     Args:
         preprocessor: the model's.
@@ -123,7 +131,7 @@ class Collator:
     def __call__(self, rows: Sequence[Numbered]) -> Batch:
         """
         Raises:
-            DataError: names every text that gives no token at all.
+            DataError: names every text that gives no token at all, and every image that cannot be read.
         """
         examples = [example for _, example in rows]
         targets = Targets.of([example.labels for example in examples], [example.first_stage for example in examples])
@@ -141,7 +149,7 @@ class Collator:
 
 def _checked(texts: Sequence[object], encoded: Sequence[Encoded | ItemError]) -> list[Encoded]:
     bad = [
-        f"{str(text)[:60]!r}: {item.message}"
+        f"{describe(text)}: {item.message}"
         for text, item in zip(texts, encoded, strict=True)
         if isinstance(item, ItemError)
     ]

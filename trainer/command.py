@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 # How `--help` groups the flags, by field.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Run": ("task", "model", "train", "eval", "candidates", "output", "metric"),
-    "Texts": ("max_tokens", "query_prompt", "document_prompt", "batch_size", "mixing", "workers"),
+    "Texts and images": (
+        "max_tokens",
+        "max_pixels",
+        "min_pixels",
+        "query_prompt",
+        "document_prompt",
+        "batch_size",
+        "mixing",
+        "workers",
+    ),
     "Loss": (
         "loss",
         "scale",

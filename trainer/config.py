@@ -224,7 +224,9 @@ class TrainingArguments:
 class FinetuneConfig(TrainingArguments):
     """A whole run of `rtx finetune`. Paths do not count as part of the recipe: what is in the files does."""
 
-    task: Annotated[Task, Option("What to train: embed (a vector for each text) or rerank (a score for each pair).")]
+    task: Annotated[
+        Task, Option("What to train: embed (a vector for each text or image) or rerank (a score for each pair).")
+    ]
     model: Annotated[
         str,
         Option("Checkpoint to start from: a folder of sentence-transformers or transformers.", "-m", weights=False),
@@ -233,7 +235,7 @@ class FinetuneConfig(TrainingArguments):
         tuple[str, ...],
         Option(
             "Training data: jsonl, csv, tsv, parquet, or a folder that datasets saved. Columns: query, positive, "
-            "negative(s), or for rerank also query, document, label. May be repeated.",
+            "negative(s), or for rerank also query, document, label; an image is {\"image\": path}. May be repeated.",
             weights=False,
         ),
     ]
@@ -252,6 +254,17 @@ class FinetuneConfig(TrainingArguments):
     max_tokens: Annotated[
         int | None,
         Option("Longest input in training, evaluation and the saved model; by default the model's own.", at_least=2),
+    ] = None
+    max_pixels: Annotated[
+        int | None,
+        Option(
+            "Pixels of the largest image, where the model takes images of any size (Qwen-VL); larger ones are scaled "
+            "down, in training and in use. By default the model's own.",
+            at_least=1,
+        ),
+    ] = None
+    min_pixels: Annotated[
+        int | None, Option("Pixels of the smallest image, likewise; smaller ones are scaled up.", at_least=1)
     ] = None
     query_prompt: Annotated[
         str | None,
@@ -341,6 +354,12 @@ class FinetuneConfig(TrainingArguments):
         if self.task == "rerank" and (self.eval is None) != (self.candidates is None):
             problems.append("eval and candidates: a reranker is evaluated on both together, or not at all")
         self._raise(problems)
+
+    @property
+    def processor_kwargs(self) -> dict[str, int]:
+        """Settings of the image processor in place of the checkpoint's."""
+        given = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def loss_spec(self) -> LossSpec:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor, nn
 
+from rtx.runtime.image_rules import PreparedImage
 from rtx.runtime.text import Encoded
-from rtx.trainer.batches import Batch, plan_chunks
+from rtx.trainer.batches import Batch, Chunk, plan_chunks
 from rtx.trainer.engine import to_tensors
 from rtx.trainer.losses.targets import Targets
 from rtx.trainer.parameters import embedding_parameters, head_parameters, layer_parameters
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 # one row, since padding is only possible then; even and not tiny, since kernels round sizes up.
 _ROWS = (2, 4)
 _MOST_TOKENS = 128
+# Sides, in tokens, of square images that are measured.
+_IMAGE_SIDES = (2, 4, 8)
 # The loss is measured on so many rows of a batch, half of them and a quarter; it grows with their square.
 _LOSS_ROWS = 128
 
@@ -163,12 +166,13 @@ def estimate(model: RetrievalModel, batches: Sequence[Batch], loss: Callable[...
     weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _state(model)}
     chunks = [plan_chunks(batch, chunk_tokens=plan.chunk_tokens) for batch in batches]
     kept, again = activation_growth(model, bf16=plan.bf16, gradient_checkpointing=plan.gradient_checkpointing)
+    images = image_growth(model, kept, bf16=plan.bf16) if any(map(_has_images, batches)) else (0.0, 0.0, 0.0)
     held = []
-    for own in chunks:
-        sizes = [(len(one.places), one.tokens // len(one.places)) for one in own]
-        live = [sizes[place] for place in live_chunks(own, plan.activation_tokens)]
-        at_once = [sum(kept.at(*size) for size in live), *(kept.at(*size) for size in sizes)]
-        held.append(max(at_once) + max(again.at(*size) for size in sizes))
+    for batch, own in zip(batches, chunks, strict=True):
+        sizes = [_size(batch, chunk) for chunk in own]
+        needs = [kept.at(*size) + _of_images(batch, chunk, images) for chunk, size in zip(own, sizes, strict=True)]
+        live = sum(needs[place] for place in live_chunks(own, plan.activation_tokens))
+        held.append(max(live, *needs) + max(again.at(*size) for size in sizes))
     share = plan.accumulated * plan.processes / len(batches)
     return Estimate(
         parts=count_parts(model),
@@ -177,7 +181,7 @@ def estimate(model: RetrievalModel, batches: Sequence[Batch], loss: Callable[...
         texts=share * sum(len(side) for batch in batches for side in batch.sides),
         tokens=share * sum(batch.tokens for batch in batches),
         padded_tokens=share * sum(chunk.tokens for own in chunks for chunk in own),
-        longest_tokens=max(len(item.ids) for batch in batches for side in batch.sides for item in side),
+        longest_tokens=max(item.length for batch in batches for side in batch.sides for item in side),
         weights_bytes=sum(weights.values()),
         gradients_bytes=trained * (2 if plan.processes > 1 else 1),
         optimizer_bytes=2 * trained,
@@ -251,6 +255,69 @@ def activation_growth(
         with _checkpointing(model, True):
             kept = Growth.of(measure, _ROWS, tokens)
     return kept, Growth((whole.coefficients - kept.coefficients) / max(1, len(layer_parameters(model))))
+
+
+def image_growth(model: RetrievalModel, kept: Growth, *, bf16: bool = False) -> tuple[float, float, float]:
+    """Bytes that a forward pass keeps of one image for the way back: the factors of 1, of its positions and of their
+    square, positions being those in the images' tower.
+
+    Args:
+        model: as it will be trained, with its gradient checkpointing as it is.
+        kept: of tokens, as `activation_growth` gives it.
+        bf16: under autocast.
+    """
+
+    def measure(items: list[Encoded]) -> float:
+        batch = to_tensors(model.preprocessor.collate(items), model.device)
+
+        def run() -> Tensor:
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+                output: Tensor = model(batch)
+                return output
+
+        return float(kept_bytes(run, besides=_state(model)))
+
+    contract = model.contract
+    assert contract.images is not None
+    with _training(model):
+        if contract.visual is None:
+            one = Encoded([], [], images=(_blank(contract.images.height, contract.images.width),))
+            return measure([one, one]) - measure([one]), 0.0, 0.0
+        factor, token = contract.images.factor, contract.visual.image_token_id
+        found = []
+        for side in _IMAGE_SIDES:
+            ids = [*[token] * side**2, contract.pad_token_id]
+            image = Encoded(ids, [0] * len(ids), images=(_blank(side * factor, side * factor),))
+            found.append(measure([image]) - kept.at(1, len(ids)))
+    positions = [(side * contract.visual.merge_size) ** 2 for side in _IMAGE_SIDES]
+    square, linear, constant = np.polyfit(positions, found, 2).tolist()
+    return constant, linear, square
+
+
+def _blank(height: int, width: int) -> PreparedImage:
+    return PreparedImage(np.zeros((height, width, 3), dtype=np.uint8), bytes(16))
+
+
+def _has_images(batch: Batch) -> bool:
+    return any(item.images for side in batch.sides for item in side)
+
+
+def _size(batch: Batch, chunk: Chunk) -> tuple[int, int]:
+    """Rows and padded tokens of a chunk; without tokens, as those of images that become vectors by themselves, 0."""
+    longest = max(len(batch.sides[chunk.side][place].ids) for place in chunk.places)
+    return (len(chunk.places), longest) if longest else (0, 0)
+
+
+def _of_images(batch: Batch, chunk: Chunk, growth: tuple[float, float, float]) -> float:
+    """Bytes that a chunk's images keep."""
+    constant, linear, square = growth
+    total = 0.0
+    for place in chunk.places:
+        item = batch.sides[chunk.side][place]
+        if item.images:
+            each = item.image_tokens / len(item.images)
+            total += len(item.images) * (constant + linear * each + square * each**2)
+    return total
 
 
 def loss_bytes(model: RetrievalModel, batches: Sequence[Batch], loss: Callable[..., Tensor], plan: Plan) -> float:

@@ -127,7 +127,9 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
         evaluator = Evaluator.from_beir(config.eval, metric=config.metric, candidates=config.candidates)
     # A reranker may start with a new head.
     torch.manual_seed(config.seed)
-    model = RetrievalModel.load(config.model, task=config.task, max_tokens=config.max_tokens)
+    model = RetrievalModel.load(
+        config.model, task=config.task, max_tokens=config.max_tokens, processor_kwargs=config.processor_kwargs
+    )
     if config.first_stage_weight is not None:
         # A sum of a logit and a score is no probability.
         activation = "identity" if config.first_stage_weight else model.contract.activation
