@@ -253,6 +253,24 @@ def test_threads_do_not_wait_for_each_others_images(counted):
     assert np.array_equal(results[0], [expected([B])])
 
 
+def test_an_image_that_two_calls_run_at_once_is_kept_once(counted):
+    barrier = threading.Barrier(2, timeout=30)
+    run = counted.engine._vision.tokens
+
+    def together(*given):
+        barrier.wait()
+        return run(*given)
+
+    counted.engine._vision.tokens = together
+    threads = [threading.Thread(target=counted.embed, args=([B],)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted.runs == [1, 1]
+    assert counted.engine._cache._bytes == 3 * TOKEN_BYTES
+
+
 def test_many_threads_get_their_own_results(vision, text):
     counted = Counted(vision, text, cache_bytes=8 * TOKEN_BYTES)
     rows = [[A, 1, B], [B], [C, 2, A], [2, D], [D, C], [3]]
