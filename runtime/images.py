@@ -343,11 +343,10 @@ def _to_rgb(image: Image.Image, limits: ImageLimits) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 - damaged metadata say nothing, as those that are not there
         return image
-    # A damaged value may be of any type.
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    turn = _UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -370,5 +369,4 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
         array = array[:, :, 0]
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
-    # Copied, as Pillow's image would share the caller's memory.
-    return _to_rgb(Image.fromarray(array.copy()), limits)
+    return _to_rgb(Image.fromarray(array), limits)

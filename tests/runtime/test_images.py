@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import struct
@@ -206,10 +207,13 @@ def test_arrays():
 
 
 def test_an_image_of_an_array_does_not_follow_the_array():
-    array = PIXELS.copy()
-    image = load_image(array)
-    array[:] = 0
-    assert np.array_equal(np.asarray(image), PIXELS)
+    grey = np.repeat(PIXELS[:, :, :1], 3, axis=2)
+    opaque = np.dstack([PIXELS, np.full((HEIGHT, WIDTH), 255, np.uint8)])
+    for given_array, expected in ((PIXELS, PIXELS), (PIXELS[:, :, 0], grey), (opaque, PIXELS)):
+        array = given_array.copy()
+        image = load_image(array)
+        array[:] = 0
+        assert np.array_equal(np.asarray(image), expected)
 
 
 @pytest.mark.parametrize(
@@ -368,6 +372,13 @@ def test_damaged_metadata_say_nothing(exif: bytes):
     assert np.array_equal(pixels_of(encoded(exif=exif)), PIXELS)
 
 
+def test_a_damaged_list_of_further_images_says_nothing():
+    """Pillow looks for it in each JPEG, and warns."""
+    content = encoded(PICTURE, "JPEG")
+    listed = content[:2] + b"\xff\xe2" + struct.pack(">H", 30) + b"MPF\0II*\0" + b"\xff" * 20 + content[2:]
+    assert np.array_equal(pixels_of(listed), pixels_of(content))
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 77])
 def test_an_orientation_that_does_not_exist_says_nothing(orientation: int):
     exif = Image.Exif()
@@ -463,6 +474,13 @@ def test_the_number_of_bytes_is_checked(tmp_path: Path):
         assert refusal(source, small).endswith(expected)
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
+    path = tmp_path / "sparse.png"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    assert refusal(path).endswith("an image of 1,099,511,627,776 bytes; expected at most 67,108,864 (max_bytes)")
+
+
 @pytest.mark.parametrize("name", ["max_bytes", "max_pixels", "timeout_s"])
 def test_limits_are_checked(name: str):
     with pytest.raises(ValueError, match=f"{name}: expected a number above 0, got 0"):
@@ -526,7 +544,12 @@ class Pages(BaseHTTPRequestHandler):
         if path == "/page.png":
             self.answer(200, content, {"Content-Length": str(len(content))})
         elif path == "/endless":
-            self.answer(200, content * 50, {})
+            self.answer(200, content, {})
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(content)
+        elif path == "/large":
+            self.answer(200, b"", {"Content-Length": str(10**12)})
         elif path == "/short":
             self.answer(200, content[:100], {"Content-Length": str(len(content))})
         elif path == "/slow":
@@ -596,9 +619,9 @@ def test_a_loop_of_redirects_ends(server: str):
 
 
 def test_no_more_bytes_are_read_than_allowed(server: str):
-    small = ImageLimits(allow_urls=True, max_bytes=500)
-    assert "bytes; expected at most 500 (max_bytes)" in refusal(server + "/page.png", small)
-    assert "bytes; expected at most 500 (max_bytes)" in refusal(server + "/endless", small)
+    small = ImageLimits(allow_urls=True, max_bytes=100_000, timeout_s=1)
+    assert "bytes; expected at most 100,000 (max_bytes)" in refusal(server + "/endless", small)
+    assert "an image of 1,000,000,000,000 bytes; expected at most 100,000" in refusal(server + "/large", small)
 
 
 def test_a_server_that_drips_is_not_waited_for(server: str):
