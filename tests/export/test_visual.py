@@ -305,7 +305,6 @@ def test_int8_text_is_near_to_transformers(tiny, task):
     deviations(tiny, task, "int8", text=load(tiny, task, quantize_int8))
 
 
-@pytest.mark.xfail(raises=StopIteration, strict=False, reason="int8.py takes every graph to have input_ids")
 def test_int8_vision_is_near_to_transformers(tiny):
     deviations(tiny, "embed", "int8", vision=load(tiny, "vision", quantize_int8))
 
