@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rtx.runtime.items import Content, describe
+
 SHOWN = 3
 _TEXT_CHARACTERS = 60
 
@@ -33,5 +35,7 @@ class Finding:
 
 def quoted(text: str) -> str:
     """The beginning of a text, on one line."""
+    if isinstance(text, Content):
+        return describe(text)
     line = " ".join(text[: 4 * _TEXT_CHARACTERS].split())
     return f'"{line[: _TEXT_CHARACTERS - 1]}…"' if len(line) > _TEXT_CHARACTERS else f'"{line}"'
