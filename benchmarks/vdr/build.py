@@ -20,6 +20,7 @@ The same packages, settings and versions give the same files. A run that was cut
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,7 @@ from rtx.runtime.errors import DataError, RtxError
 from rtx.runtime.hashing import sha256_of
 
 MANIFEST = "manifest.json"
+_NICENESS = 10
 _PACKAGES_NEEDED = ("pypdfium2", "pillow", "numpy")
 
 
@@ -310,8 +312,9 @@ def fetch_all(packages: Sequence[Package], out: Path) -> list[Document]:
 @click.option("--small", is_flag=True, help="The small set.")
 @click.option("--ocr-sample", default=0, show_default=True, help=f"Pages to check by OCR; needs {ocr.PYTHON}.")
 def main(out: Path, documents: str, dpi: int, workers: int, small: bool, ocr_sample: int) -> None:
-    """Build the data set."""
+    """Build the data set, at low priority."""
     start = time.perf_counter()
+    os.nice(max(0, _NICENESS - os.nice(0)))
     names = [name for name in documents.split(",") if name]
     settings = Settings(dpi=dpi, workers=workers, ocr_sample=ocr_sample, min_queries=0 if names else 50)
     try:

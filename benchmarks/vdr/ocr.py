@@ -27,7 +27,6 @@ PYTHON = ".venvs/ocr/bin/python"
 TEXTS = "ocr.jsonl"
 _INTERPRETER = Path(__file__).parents[2] / PYTHON
 _WORKER = Path(__file__).with_name("ocr_worker.py")
-_NICENESS = 10
 # Of a page's pairs of neighbouring words that OCR read before masking: with more of them read after it, the page fails.
 _MAX_PAIRS_LEFT = 0.25
 
@@ -70,9 +69,7 @@ def read(images: Sequence[Path], texts: Path) -> dict[Path, str]:
         listed.write_text("".join(f"{image.resolve()}\n" for image in images), encoding="utf-8")
         command = [str(_INTERPRETER), str(_WORKER), str(listed), str(texts.resolve())]
         environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, preexec_fn=_be_nice
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise DataError(f"OCR failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     by_content: dict[str, str] = {}
@@ -80,10 +77,6 @@ def read(images: Sequence[Path], texts: Path) -> dict[Path, str]:
         row = json.loads(line)
         by_content[row["sha256"]] = row["text"]
     return {image: by_content[sha256_of(image)] for image in images}
-
-
-def _be_nice() -> None:
-    os.nice(max(0, _NICENESS - os.nice(0)))
 
 
 def check(selections: Sequence[Selection], out: Path, sample: int) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What takes long, document by document and in processes of low priority: reading, rendering, masking.
+"""What takes long, document by document: reading, rendering, masking.
 
 What a document's images were made from stands beside them, so that nothing is made twice and nothing stale stays.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from rtx.runtime.atomic import atomic_file
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_NICENESS = 10
 _REPORT_S = 30
 _MADE_FROM, _TEXT, _AREAS = "made_from.json", "text.npz", "areas.json"
 _COLUMNS = ("boxes", "baselines", "sizes")
@@ -73,18 +71,13 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], workers: in
     """
     start = time.perf_counter()
     if workers == 1 or len(jobs) < 2:
-        _be_nice()
         results = list(_reported(map(function, jobs), len(jobs), what))
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_be_nice) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             results = list(_reported(pool.map(function, jobs), len(jobs), what))
     click.echo(f"{what}: done ({time.perf_counter() - start:.0f} s)", err=True)
     return results
-
-
-def _be_nice() -> None:
-    os.nice(max(0, _NICENESS - os.nice(0)))
 
 
 def _reported(results: Iterable[Result], total: int, what: str) -> Iterator[Result]:
