@@ -155,6 +155,26 @@ def read_pair(index: int, pair: object, contract: Contract) -> tuple[Item, Item]
     return query, document
 
 
+def describe(value: object, limit_chars: int = 60) -> str:
+    """An item or a pair in a few words, for messages."""
+    if isinstance(value, Content):
+        value = {"text": value.item.text, "image": value.item.images}
+    if isinstance(value, tuple):
+        return f"({', '.join(describe(side, limit_chars // 2) for side in value)})"
+    if isinstance(value, Mapping):
+        given = value.get("image", ())
+        images = given if isinstance(given, list | tuple) else (given,)
+        parts = [f"image {_shown(image)}" for image in images]
+        return " and ".join([*parts, *([repr(str(value["text"])[:limit_chars])] if value.get("text") else [])])
+    return repr(str(value)[:limit_chars]) if isinstance(value, str) else _shown(value)
+
+
+def _shown(image: object) -> str:
+    if isinstance(image, str | PurePath):
+        return str(image)[-60:] if len(str(image)) < 1000 else f"of {len(str(image))} characters"
+    return f"of {len(image)} bytes" if isinstance(image, bytes) else f"({type(image).__name__})"
+
+
 def check_text(index: int, item: object) -> str | ItemError:
     """The item if it is a text that can be tokenised, otherwise what is wrong with it."""
     if not isinstance(item, str):

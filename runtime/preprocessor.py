@@ -6,6 +6,7 @@ items -> check -> images: decode, resize (in parallel)
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ItemError
-from rtx.runtime.image_rules import ImagePreprocessor, PreparedImage
+from rtx.runtime.image_rules import ImagePreprocessor, ImageRules, PreparedImage
 from rtx.runtime.images import BadImage, ImageLimits, load_image
 from rtx.runtime.items import Item, read_item, read_pair
 from rtx.runtime.text import Batch, Encoded, Sized, TextTokenizer
@@ -69,7 +70,7 @@ class Preprocessor:
             elif self._is_vector(sides):
                 encoded.append(Encoded([], [], images=sides[0][1], image_tokens=self.contract.image_tokens))
             else:
-                encoded.append(_joined(index, next(rows), sides))
+                encoded.append(_joined(index, next(rows), sides, self.contract.images))
         return encoded
 
     def encode_pairs(self, pairs: Sequence[object]) -> list[Encoded | ItemError]:
@@ -81,7 +82,7 @@ class Preprocessor:
         sized = [_sizes(sides, self) for sides in ready if isinstance(sides, tuple)]
         rows = iter(self._texts.tokenize_pairs([(query, document) for query, document in sized]))
         return [
-            sides if isinstance(sides, ItemError) else _joined(index, next(rows), sides)
+            sides if isinstance(sides, ItemError) else _joined(index, next(rows), sides, self.contract.images)
             for index, sides in enumerate(ready)
         ]
 
@@ -156,8 +157,13 @@ def _sizes(sides: Sequence[_Side], preprocessor: Preprocessor) -> list[Sized]:
     return [(item, tuple(preprocessor.visual_tokens(image) for image in images)) for item, images in sides]
 
 
-def _joined(index: int, row: Encoded | str, sides: Sequence[_Side]) -> Encoded | ItemError:
+def _joined(index: int, row: Encoded | str, sides: Sequence[_Side], rules: ImageRules | None) -> Encoded | ItemError:
     """Tokens with the images that have places among them."""
     if isinstance(row, str):
         return ItemError(index, row)
-    return row._replace(images=tuple(image for _, images in sides for image in images))
+    images = tuple(image for _, images in sides for image in images)
+    if rules is None or not images:
+        return row
+    return row._replace(
+        images=images, image_tokens=sum(math.prod(rules.grid(*image.pixels.shape[:2])) for image in images)
+    )

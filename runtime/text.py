@@ -50,7 +50,8 @@ class Encoded(NamedTuple):
         ids, type_ids: token ids and segment ids, of equal length; empty for an image that becomes a vector by itself.
         prompt_tokens: leading tokens, special ones included, that belong to a prompt which pooling leaves out; else 0.
         images: prepared images, in the order of their places among the tokens.
-        image_tokens: tokens that such an image becomes inside its own tower; else 0.
+        image_tokens: positions that its images take inside a tower of their own: there an image costs about as much as
+            a text of so many tokens.
     """
 
     ids: list[int]
@@ -66,7 +67,7 @@ class Encoded(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens that the model sees."""
+        """What it costs to run: its tokens, and the positions of its images in their tower."""
         return len(self.ids) + self.image_tokens
 
 
