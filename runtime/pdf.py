@@ -23,8 +23,8 @@ from rtx.runtime.lazy import naming_the_extra
 _POINTS_PER_INCH = 72
 # PDFium's codes for what it could not open.
 _REASONS = {
-    0: "a PDF without pages, or a damaged one",
-    3: "no PDF, or a damaged one",
+    0: "no PDF, a damaged one, or one without pages",
+    3: "no PDF, a damaged one, or one without pages",
     4: "encrypted; expected its password",
     5: "encrypted in a way that cannot be read",
 }

@@ -179,13 +179,13 @@ def test_files_that_are_no_pdfs(three_pages: bytes, tmp_path: Path):
         ("none.pdf", "cannot be read: No such file or directory"),
         ("", "cannot be read: Is a directory"),
         ("empty.pdf", r"empty \(0 bytes\); expected a PDF"),
-        ("text.pdf", "no PDF, or a damaged one"),
+        ("text.pdf", "no PDF, a damaged one, or one without pages"),
     ):
         with pytest.raises(DataError, match=f"^{tmp_path / name}: {reason}$"):
             PdfPages(tmp_path / name)
     with pytest.raises(DataError, match=r"^the PDF: empty \(0 bytes\)"):
         PdfPages(b"")
-    with pytest.raises(DataError, match=r"^the PDF: no PDF, or a damaged one"):
+    with pytest.raises(DataError, match=r"^the PDF: no PDF, a damaged one, or one without pages"):
         PdfPages(three_pages[:500])
 
 
@@ -193,7 +193,7 @@ def test_a_pdf_without_pages():
     buffer = io.BytesIO()
     with pypdfium2.PdfDocument.new() as empty:
         empty.save(buffer)
-    with pytest.raises(DataError, match="the PDF: a PDF without pages, or a damaged one"):
+    with pytest.raises(DataError, match="the PDF: no PDF, a damaged one, or one without pages"):
         PdfPages(buffer.getvalue())
 
 
