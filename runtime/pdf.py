@@ -130,10 +130,10 @@ class PdfPages:
                 try:
                     width, height = page.get_size()
                     scale = page_scale(width, height, self._scale, self._max_pixels)
-                    bitmap = page.render(scale=scale, rev_byteorder=True)
+                    bitmap = page.render(scale=scale)
                     try:
-                        # A copy: the bitmap's memory goes with it.
-                        image: Image.Image = bitmap.to_pil().copy()
+                        # Of three bytes a pixel, which Pillow copies.
+                        image: Image.Image = bitmap.to_pil()
                     finally:
                         bitmap.close()
                 finally:

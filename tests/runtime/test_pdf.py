@@ -5,8 +5,10 @@ import hashlib
 import io
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pypdfium2
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import rtx.runtime.pdf
 from rtx.runtime.errors import DataError, MissingExtraError, UsageError
 from rtx.runtime.pdf import PdfPages, page_scale
 
@@ -258,6 +261,18 @@ def test_a_closed_document_renders_nothing(three_pages: bytes):
     pages.close()
     with pytest.raises(UsageError, match="the PDF: is closed"):
         pages[0]
+
+
+@pytest.mark.parametrize("call", [lambda pages: pages[0], PdfPages.close, lambda pages: PdfPages(pages.source)])
+def test_one_thread_at_a_time_calls_pdfium(three_pages: bytes, call: Callable[[Any], object]):
+    pages = PdfPages(three_pages)
+    pages.source = three_pages
+    with ThreadPoolExecutor(1) as pool:
+        with rtx.runtime.pdf._pdfium:
+            waiting = pool.submit(call, pages)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.05)
+        waiting.result(timeout=10)
 
 
 def test_many_threads(three_pages: bytes):
