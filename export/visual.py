@@ -10,9 +10,8 @@ One artifact of each serves all sizes and numbers of images. `rtx.runtime.backen
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rtx.export.graph import OPSET, _complete_notes, quiet
+from rtx.export.graph import quiet, to_graph
 from rtx.export.visual_modules import TextDecoder, VisionTower
 from rtx.runtime.errors import ExportError
 from rtx.runtime.visual_tokens import VisualTokens, text_inputs, vision_inputs
@@ -90,7 +89,8 @@ def export_vision(backbone: Any) -> ir.Model:
     images, tokens = Dim("images", min=1), Dim("image_tokens", min=1)
     shapes = {name: {0: images, 1: side**2 * tokens} for name in inputs}
     with _exporting(backbone, model.language_model):
-        graph = _export(_Vision(f"{path}.visual", VisionTower(model.visual)), inputs, VISION_OUTPUTS, shapes)
+        module = _Vision(f"{path}.visual", VisionTower(model.visual))
+        graph = to_graph(module, _tensors(inputs), VISION_OUTPUTS, shapes, name=ARCHITECTURE)
     shape = ("images", "image_tokens", rules.hidden)
     graph.graph.outputs[0].shape, graph.graph.outputs[1].shape = (
         ir.Shape(shape),
@@ -127,7 +127,12 @@ def export_text(backbone: Any, finish: Finish, *, output: str) -> ir.Model:
     shapes |= {"position_ids": {1: rows, 2: tokens}, "image_embeds": {0: visual}, "deepstack": {1: visual}}
     with _exporting(backbone, model.language_model):
         decoder = TextDecoder(model.language_model, rules.deepstack_layers)
-        return _export(_Text(f"{path}.language_model", decoder, finish), inputs, (output,), shapes)
+        module = _Text(f"{path}.language_model", decoder, finish)
+        return to_graph(module, _tensors(inputs), (output,), shapes, name=ARCHITECTURE)
+
+
+def _tensors(inputs: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
 def _model_of(backbone: Any) -> tuple[Any, str]:
@@ -185,36 +190,6 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(name, module)
-
-
-def _export(
-    module: nn.Module, inputs: Mapping[str, NDArray[Any]], outputs: tuple[str, ...], shapes: Mapping[str, Any]
-) -> ir.Model:
-    try:
-        program = torch.onnx.export(
-            module.eval(),
-            (),
-            kwargs={name: torch.from_numpy(array) for name, array in inputs.items()},
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=dict(shapes),
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as broken:
-        # The exporter's own message is advice on debugging it; what went wrong is where it comes from.
-        cause: BaseException = broken
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise ExportError(f"torch.onnx cannot export {ARCHITECTURE}: {reason}") from broken
-    assert program is not None
-    graph = cast(ir.Model, program.model)
-    graph.producer_name = "rtx"
-    graph.producer_version = importlib.metadata.version("rtx-retrieval")
-    _complete_notes(graph)
-    return graph
 
 
 @contextlib.contextmanager

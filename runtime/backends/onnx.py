@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,23 @@ class OnnxEngine:
             raise EngineError(f"{name}: the graph has no output '{output}' (it has {', '.join(outputs)})")
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
+        return self.fetch((self._output,), batch)[0]
+
+    def fetch(self, outputs: Sequence[str], batch: Batch) -> list[NDArray[np.float32]]:
+        """Some of the graph's outputs.
+
+        Raises:
+            EngineError: the batch could not be run.
+        """
         session = self._session
         if session is None:
             raise EngineError(f"{self.name}: the engine is closed")
         try:
-            result: NDArray[np.float32] = session.run([self._output], batch, self._run_options)[0]
+            results: list[NDArray[np.float32]] = session.run(list(outputs), batch, self._run_options)
         except Exception as broken:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
             raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken
-        return result
+        return results
 
     def close(self) -> None:
         self._session = None

@@ -8,9 +8,7 @@ An image is run once as long as the cache holds its visual tokens, however often
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from numpy.typing import NDArray
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
 from rtx.runtime.text import Batch
 from rtx.runtime.visual_tokens import VisualTokens, check_images, count_tokens, text_inputs, vision_inputs
 
-DEFAULT_CACHE_BYTES = 256 << 20
 # Attention in the vision graph grows with images * patches², and padding with the batch: large images run alone.
 DEFAULT_BATCH_PATCHES = 1024
 _MAX_BATCH_IMAGES = 64
@@ -69,15 +67,13 @@ class OnnxVisualEngine:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch_patches: int = DEFAULT_BATCH_PATCHES,
     ) -> None:
-        if cache_bytes < 0:
-            raise UsageError(f"cache_bytes: expected at least 0, got {cache_bytes}")
         if max_batch_patches < 1:
             raise UsageError(f"max_batch_patches: expected at least 1, got {max_batch_patches}")
         self.name = name
         self._rules = rules
         self._max_batch_patches = max_batch_patches
-        self._cache = _TokenCache(cache_bytes)
-        self._vision = _VisionGraph(vision, output="image_embeds", threads=threads, name=f"{name} (vision)")
+        self._cache: ImageCache[_Key] = ImageCache(cache_bytes)
+        self._vision = OnnxEngine(vision, output="image_embeds", threads=threads, name=f"{name} (vision)")
         self._text = OnnxEngine(text, output=output, threads=threads, name=name)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
@@ -133,72 +129,28 @@ class OnnxVisualEngine:
         for group in groups:
             images = [missing[index] for index in group]
             pixels = np.concatenate([batch["pixel_values"][starts[image] : starts[image + 1]] for image in images])
-            found = self._vision.tokens(pixels, grids[images], self._rules)
+            found = _tokens_of(self._vision, pixels, grids[images], self._rules)
             for image, seen in zip(images, found, strict=True):
                 tokens[keys[image]] = seen
                 self._cache.put(keys[image], seen)
         return tokens
 
 
-class _VisionGraph(OnnxEngine):
-    """The vision graph, of which two outputs are fetched."""
-
-    def tokens(self, pixels: NDArray[np.float32], grids: NDArray[np.int64], rules: VisualTokens) -> list[_Tokens]:
-        """The visual tokens of images that run together, [1 + deepstack layers, tokens, hidden] each."""
-        inputs = vision_inputs(pixels, grids, rules)
-        session = self._session
-        if session is None:
-            raise EngineError(f"{self.name}: the engine is closed")
-        try:
-            image_embeds, deepstack = session.run(["image_embeds", "deepstack"], inputs, self._run_options)
-        except Exception as broken:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
-            raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken
-        counts = count_tokens(grids, rules)
-        expected = [rules.deepstack_layers, len(grids), int(counts.max()), rules.hidden]
-        if list(image_embeds.shape) != expected[1:] or list(deepstack.shape) != expected:
-            got = f"{list(image_embeds.shape)} and {list(deepstack.shape)}"
-            raise EngineError(f"{self.name}: expected {expected[1:]} and {expected} from the vision graph, got {got}")
-        # Copies: what is kept should not hold on to the whole batch and its padding.
-        return [
-            np.concatenate([image_embeds[np.newaxis, image, :count], deepstack[:, image, :count]])
-            for image, count in enumerate(counts)
-        ]
-
-
-class _TokenCache:
-    """The visual tokens of images, the least recently used dropped first. Safe to use from several threads at once."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._bytes = 0
-        self._entries: OrderedDict[_Key, _Tokens] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, keys: Iterable[_Key]) -> dict[_Key, _Tokens]:
-        """What there is of them."""
-        with self._lock:
-            found = {key: self._entries[key] for key in keys if key in self._entries}
-            for key in found:
-                self._entries.move_to_end(key)
-        return found
-
-    def put(self, key: _Key, tokens: _Tokens) -> None:
-        if tokens.nbytes > self._limit:
-            return
-        with self._lock:
-            if (previous := self._entries.pop(key, None)) is not None:
-                self._bytes -= previous.nbytes
-            self._entries[key] = tokens
-            self._bytes += tokens.nbytes
-            while self._bytes > self._limit:
-                _, dropped = self._entries.popitem(last=False)
-                self._bytes -= dropped.nbytes
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
+def _tokens_of(
+    vision: OnnxEngine, pixels: NDArray[np.float32], grids: NDArray[np.int64], rules: VisualTokens
+) -> list[_Tokens]:
+    """The visual tokens of images that run together, [1 + deepstack layers, tokens, hidden] each."""
+    image_embeds, deepstack = vision.fetch(("image_embeds", "deepstack"), vision_inputs(pixels, grids, rules))
+    counts = count_tokens(grids, rules)
+    expected = [rules.deepstack_layers, len(grids), int(counts.max()), rules.hidden]
+    if list(image_embeds.shape) != expected[1:] or list(deepstack.shape) != expected:
+        got = f"{list(image_embeds.shape)} and {list(deepstack.shape)}"
+        raise EngineError(f"{vision.name}: expected {expected[1:]} and {expected} from the vision graph, got {got}")
+    # Copies: what is kept should not hold on to the whole batch and its padding.
+    return [
+        np.concatenate([image_embeds[np.newaxis, image, :count], deepstack[:, image, :count]])
+        for image, count in enumerate(counts)
+    ]
 
 
 def _keys(batch: Mapping[str, NDArray[Any]]) -> list[_Key]:

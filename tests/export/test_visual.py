@@ -210,7 +210,7 @@ def test_the_vision_graph_agrees_with_transformers(tiny):
     with torch.no_grad():
         grids = torch.from_numpy(batch["image_grid_thw"])
         expected = tiny.embedder.get_image_features(torch.from_numpy(batch["pixel_values"]), grids, return_dict=True)
-    found = engine(tiny)._vision.tokens(batch["pixel_values"], batch["image_grid_thw"], tiny.rules)
+    found = onnx_visual._tokens_of(engine(tiny)._vision, batch["pixel_values"], batch["image_grid_thw"], tiny.rules)
     for image, tokens in enumerate(found):
         layers = [expected.pooler_output[image], *(layer[image] for layer in expected.deepstack_features)]
         assert difference(tokens, torch.stack(layers).numpy()) < 1e-4, image  # numbers of up to 10
@@ -237,8 +237,8 @@ MISTAKES = {
     "positions in one dimension": ("text_inputs", "position_ids", flat),
     "height and width of tokens swapped": ("text_inputs", "position_ids", lambda positions: positions[[0, 2, 1]]),
     "visual tokens off by one": ("text_inputs", "visual_index", shifted),
-    "no deepstack": ("tokens", slice(1, None), np.zeros_like),
-    "deepstack layers exchanged": ("tokens", slice(1, None), lambda layers: layers[::-1].copy()),
+    "no deepstack": ("_tokens_of", slice(1, None), np.zeros_like),
+    "deepstack layers exchanged": ("_tokens_of", slice(1, None), lambda layers: layers[::-1].copy()),
 }
 
 
@@ -246,16 +246,15 @@ MISTAKES = {
 def test_the_comparison_with_transformers_sees_each_mistake(tiny, monkeypatch, name):
     if MISTAKES[name] is not None:
         part, key, spoil = MISTAKES[name]
-        where = onnx_visual._VisionGraph if part == "tokens" else onnx_visual
-        original = getattr(where, part)
+        original = getattr(onnx_visual, part)
 
         def spoiled(*arguments, **options):
             result = original(*arguments, **options)
-            for values in result if part == "tokens" else [result]:
+            for values in result if part == "_tokens_of" else [result]:
                 values[key] = spoil(values[key])
             return result
 
-        monkeypatch.setattr(where, part, spoiled)
+        monkeypatch.setattr(onnx_visual, part, spoiled)
     batch = batch_of(MIXED, tiny.rules)
     found = difference(engine(tiny).run(batch), reference(tiny, batch))
     assert found < TOLERANCE if name == "none" else found > 50 * TOLERANCE

@@ -85,13 +85,13 @@ class Counted:
             vision, text, rules=RULES, output="sentence_embedding", threads=1, name="toy", **options
         )
         self.runs: list[int] = []
-        run = self.engine._vision.tokens
+        fetch = self.engine._vision.fetch
 
-        def counted(pixels, grids, rules):
-            self.runs.append(len(grids))
-            return run(pixels, grids, rules)
+        def counted(outputs, batch):
+            self.runs.append(len(batch["pixel_values"]))
+            return fetch(outputs, batch)
 
-        self.engine._vision.tokens = counted
+        self.engine._vision.fetch = counted
 
     def embed(self, *rows, **options):
         return self.engine.run(batch_of(*rows, **options))
@@ -235,14 +235,14 @@ def test_threads_do_not_wait_for_each_others_images(counted):
     """While the vision graph runs for one call, another goes on with the images that the cache has."""
     counted.embed([A])
     inside, go_on = threading.Event(), threading.Event()
-    run = counted.engine._vision.tokens
+    run = counted.engine._vision.fetch
 
     def slow(*given):
         inside.set()
         assert go_on.wait(timeout=30)
         return run(*given)
 
-    counted.engine._vision.tokens = slow
+    counted.engine._vision.fetch = slow
     results = []
     thread = threading.Thread(target=lambda: results.append(counted.embed([B])))
     thread.start()
@@ -255,13 +255,13 @@ def test_threads_do_not_wait_for_each_others_images(counted):
 
 def test_an_image_that_two_calls_run_at_once_is_kept_once(counted):
     barrier = threading.Barrier(2, timeout=30)
-    run = counted.engine._vision.tokens
+    run = counted.engine._vision.fetch
 
     def together(*given):
         barrier.wait()
         return run(*given)
 
-    counted.engine._vision.tokens = together
+    counted.engine._vision.fetch = together
     threads = [threading.Thread(target=counted.embed, args=([B],)) for _ in range(2)]
     for thread in threads:
         thread.start()
