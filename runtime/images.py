@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import http.client
 import io
 import re
 import stat
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.error import HTTPError
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "QOI")
 """What is decoded, by Pillow's names. Others of its formats start programs, have no signature or are rare."""
@@ -188,19 +185,26 @@ def _check_bytes(count: int, limits: ImageLimits) -> None:
 def _from_url(url: str, limits: ImageLimits) -> Image.Image:
     if not limits.allow_urls:
         raise BadImage("URLs are not allowed here; expected a path, bytes or base64")
+    # Here, as they take longer to import than all else in this file.
+    import http.client
+    import urllib.error
+
     try:
         # What may stand in a query, a signature for instance, does not belong in a log.
         where = _shown(url.partition("?")[0].partition("#")[0])
         return _from_bytes(_fetched(url, limits), limits)
     except BadImage as wrong:
         raise BadImage(f"{where}: {wrong}") from wrong
-    except HTTPError as wrong:
+    except urllib.error.HTTPError as wrong:
+        wrong.close()
         raise BadImage(f"{where}: the server answers {wrong.code} ({wrong.reason})") from wrong
     except (OSError, ValueError, http.client.HTTPException) as wrong:
         raise BadImage(f"{where}: cannot be fetched ({wrong})") from wrong
 
 
 def _fetched(url: str, limits: ImageLimits) -> bytes:
+    import urllib.request
+
     deadline = time.monotonic() + limits.timeout_s
     # urllib's own opener would also read file:// and follow to ftp://.
     opener = urllib.request.OpenerDirector()
@@ -281,6 +285,8 @@ def _opened(content: bytes) -> Image.Image:
 def _candidates(prefix: bytes) -> Iterator[tuple[str, Callable[[IO[bytes], str], Image.Image]]]:
     """Names and openers of the formats that a file's first 16 bytes belong to: one, as their signatures differ."""
     Image.init()
+    from PIL import JpegImagePlugin
+
     for name in FORMATS:
         # AVIF and QOI are missing in older versions of Pillow.
         factory, accept = Image.OPEN.get(name, (None, None))
