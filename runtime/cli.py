@@ -29,6 +29,7 @@ class _Command(NamedTuple):
 
 _COMMANDS = {
     "data": _Command("rtx.trainer.data_command:data", "Look at training data: counts, lengths, duplicates, leaks."),
+    "compose": _Command("rtx.trainer.compose_command:compose", "Put a text and a vision model together.", "train"),
     "finetune": _Command("rtx.trainer.command:finetune", "Finetune an embedder or a reranker.", "train"),
     "export": _Command("rtx.export.command:export", "Turn a checkpoint into a bundle, through the gate.", "export"),
     "verify": _Command("rtx.runtime.commands.verify:verify", "Check a bundle: hashes, contract, golden vectors."),

@@ -42,7 +42,8 @@ _CHAINS: tuple[tuple[str, list[str], list[str]], ...] = (
     # A dual encoder, which pools by itself.
     ("SentenceTransformer", ["Transformer"], ["Dense", "Normalize"]),
     ("SentenceTransformer", ["CLIPModel"], ["Dense", "Normalize"]),
-    ("SentenceTransformer", ["Router"], ["Dense", "Normalize"]),
+    # What stands behind a router is for all routes.
+    ("SentenceTransformer", ["Router"], ["Pooling", "Dense", "Normalize"]),
     ("CrossEncoder", ["Transformer"], []),
     ("CrossEncoder", ["Transformer", "LogitScore"], []),
 )
@@ -55,6 +56,17 @@ _TYPES = {
     "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
 }
 _ROUTES = ("text", "image")
+_HEAD = {"Dense", "Normalize"}
+# Of fast and slow ones; their own are tokenizer.json and one or two of these.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 # In the order in which version 5 and older concatenate them.
 _LEGACY_MODES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
@@ -105,6 +117,7 @@ def read_layout(folder: Path, task: Task | None = None) -> Layout:
         chain, tower = _read_router(folder, chain)
     backbone_folder = chain[0][1] if chain else ""
     _refuse_adapter(folder / backbone_folder / "adapter_config.json")
+    _refuse_images_alone(folder / backbone_folder)
     backbone = read_object(folder / backbone_folder / "config.json")
     if backbone is None:
         missing = folder / backbone_folder / "config.json"
@@ -127,6 +140,56 @@ def _refuse_adapter(file: Path) -> None:
             "peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(merged), and save the "
             "tokenizer beside it"
         )
+
+
+def _refuse_images_alone(folder: Path) -> None:
+    if _has_image_processor(folder) and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: has an image processor and no tokenizer; expected a model of texts, or of both. rtx compose "
+            "puts a model of images beside one of texts"
+        )
+
+
+def read_image_tower(folder: Path) -> ImageTower:
+    """Read what a checkpoint of a model of images alone says about it, with Sentence Transformers' modules or without.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The tower; without modules its pooling is empty, as nothing is said about it.
+
+    Raises:
+        CheckpointError: it has no image processor, or asks for something that rtx does not do.
+    """
+    chain = _read_chain(folder) or [("Transformer", "")]
+    names = [name for name, _ in chain]
+    path = chain[0][1]
+    if names[0] != "Transformer" or names[1:2] not in ([], ["Pooling"]) or not set(names[2:]) <= _HEAD:
+        raise CheckpointError(
+            f"{folder / 'modules.json'}: expected Transformer, Pooling, then any of {', '.join(sorted(_HEAD))}; got "
+            f"{', '.join(names)}"
+        )
+    _refuse_adapter(folder / path / "adapter_config.json")
+    if not _has_image_processor(folder / path):
+        raise CheckpointError(
+            f"{folder / path}: no image processor (preprocessor_config.json); expected a model of images"
+        )
+    read_image_transformer(folder, path)
+    return _image_tower(folder, chain)
+
+
+def _image_tower(folder: Path, chain: Sequence[tuple[str, str]]) -> ImageTower:
+    """The tower of a chain of Transformer, Pooling if there is one, and what follows."""
+    pooling = _PoolingConfig(pooling_mode=())
+    if len(chain) > 1:
+        pooling = _read_pooling(folder / chain[1][1] / "config.json")
+    return ImageTower(
+        folder=chain[0][1],
+        pooling=pooling.pooling_mode,
+        pooling_dimension=pooling.embedding_dimension,
+        head=tuple(_read_module(folder, name, path) for name, path in chain[2:]),
+    )
 
 
 def _read_chain(folder: Path) -> list[tuple[str, str]]:
@@ -187,26 +250,21 @@ def _read_router(folder: Path, chain: Sequence[tuple[str, str]]) -> tuple[list[t
     )
     names = [[name for name, _ in route] for route in (texts, images)]
     for route, found in zip(_ROUTES, names, strict=True):
-        if found[:2] != ["Transformer", "Pooling"] or not set(found[2:]) <= {"Dense", "Normalize"}:
+        if found[:2] != ["Transformer", "Pooling"] or not set(found[2:]) <= _HEAD:
             raise CheckpointError(
-                f"{file}: route {route}: expected Transformer, Pooling, then any of Dense, Normalize; got "
+                f"{file}: route {route}: expected Transformer, Pooling, then any of {', '.join(sorted(_HEAD))}; got "
                 f"{', '.join(found)}"
             )
     read_image_transformer(folder, images[0][1])
-    pooling = _read_pooling(folder / images[1][1] / "config.json")
-    head = tuple(_read_module(folder, name, path) for name, path in images[2:])
-    return texts, ImageTower(
-        folder=images[0][1], pooling=pooling.pooling_mode, pooling_dimension=pooling.embedding_dimension, head=head
-    )
+    return texts, _image_tower(folder, images)
 
 
 def _check_routes(file: Path, routes: _RouterConfig) -> None:
-    mapped = {(None, route): route for route in _ROUTES}
     try:
-        found = {ast.literal_eval(key): route for key, route in (routes.parameters.get("route_mappings") or {}).items()}
-    except (ValueError, SyntaxError, AttributeError) as broken:
+        given = {ast.literal_eval(key): route for key, route in (routes.parameters.get("route_mappings") or {}).items()}
+        wrong = {(task, modality): route for (task, modality), route in given.items() if modality != route}
+    except (ValueError, SyntaxError, AttributeError, TypeError) as broken:
         raise CheckpointError(f"{file}: route_mappings: expected routes by (task, modality): {broken}") from broken
-    wrong = {key: route for key, route in found.items() if mapped.get(key) != route}
     unknown = [name for names in routes.structure.values() for name in names if name not in routes.types]
     if set(routes.structure) != set(_ROUTES) or wrong or unknown:
         raise CheckpointError(
@@ -311,10 +369,13 @@ def _bare_layout(folder: Path, backbone: Mapping[str, Any], backbone_folder: str
 
 def _sees(folder: Path) -> bool:
     """Whether a folder has a tokenizer and an image processor: its model takes texts and images."""
+    return _has_image_processor(folder) and any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _has_image_processor(folder: Path) -> bool:
     processor = read_object(folder / "processor_config.json") or {}
     image = read_object(folder / "preprocessor_config.json") or {}
-    has_images = "image_processor" in processor or bool({"image_processor_type", "image_mean"} & set(image))
-    return has_images and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return "image_processor" in processor or bool({"image_processor_type", "image_mean"} & set(image))
 
 
 def _read_module(folder: Path, name: str, path: str) -> HeadModule:

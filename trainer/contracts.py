@@ -12,7 +12,8 @@ from rtx.runtime.pairs import special_token_template
 from rtx.runtime.rendered import RenderedItem, RenderedPair
 from rtx.runtime.visual_tokens import VisualTokens
 from rtx.trainer.backbone import graph_inputs, position_limit
-from rtx.trainer.layout import DenseConfig, Layout
+from rtx.trainer.head import normalizes
+from rtx.trainer.layout import Layout
 from rtx.trainer.rendering import Chat, Rendered, render_item, render_pair
 
 # What an image costs in its own tower where the tower does not say how it cuts images.
@@ -77,7 +78,7 @@ def build_contract(
         image_tokens=0 if by_tokens or images is None else _image_tokens(images, image_backbone or backbone),
         pooling=layout.pooling,
         dimension=(layout.truncate_dim or full_dimension) if embeds else 1,
-        normalize=bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig),
+        normalize=normalizes(layout),
         similarity=layout.similarity,
         prompts={name: _as_written(prompt, rendered) for name, prompt in layout.prompts.items()},
         default_prompt=layout.default_prompt,

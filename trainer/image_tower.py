@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rtx.trainer import pooling
-from rtx.trainer.layout import DenseConfig, ImageTower
+from rtx.trainer.backbone import Source, load_image_backbone
+from rtx.trainer.head import check_widths, load_module, normalizes, output_width
+from rtx.trainer.layout import ImageTower
 
 
 class ImageEncoder(nn.Module):
@@ -30,12 +33,11 @@ class ImageEncoder(nn.Module):
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
-        widths = [module.config.out_features for module in self.layout.head if isinstance(module.config, DenseConfig)]
-        return widths[-1] if widths else int(self.backbone.config.hidden_size) * len(self.layout.pooling)
+        return output_width(self.layout, int(self.backbone.config.hidden_size))
 
     @property
     def normalizes(self) -> bool:
-        return bool(self.layout.head) and not isinstance(self.layout.head[-1].config, DenseConfig)
+        return normalizes(self.layout)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, height, width] float32 to [images, dimension] float32."""
@@ -45,3 +47,35 @@ class ImageEncoder(nn.Module):
         for module in self.head:
             vectors = module(vectors)
         return vectors
+
+
+def load_image_tower(
+    source: Source,
+    described: ImageTower,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> ImageEncoder:
+    """A tower with its weights; `pooling_dimension` of its layout is set.
+
+    Args:
+        source: the checkpoint that it is in.
+        described: as the checkpoint describes it.
+        dtype: of the transformer.
+        trust_remote_code, attn_implementation: as for `rtx.trainer.backbone.load_backbone`.
+
+    Raises:
+        CheckpointError: its transformer is no model of images alone, or its weights are not whole.
+    """
+    backbone = load_image_backbone(
+        source,
+        described.folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    width = int(backbone.config.hidden_size)
+    check_widths(described, width, source.name)
+    layout = dataclasses.replace(described, pooling_dimension=width)
+    return ImageEncoder(backbone, [load_module(source, module) for module in layout.head], layout)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rtx.runtime.contract import Contract, Task
@@ -27,7 +26,6 @@ from rtx.trainer.backbone import (
     depends_on_padding,
     hidden_size,
     load_backbone,
-    load_image_backbone,
     load_tokenizer,
     position_limit,
     save_backbone,
@@ -37,9 +35,10 @@ from rtx.trainer.backbone import (
 from rtx.trainer.checkpoint import read_layout, write_layout
 from rtx.trainer.contracts import build_contract
 from rtx.trainer.engine import TorchEngine
+from rtx.trainer.head import check_widths, load_module, normalizes, output_width
 from rtx.trainer.image_processing import ImageProcessing
-from rtx.trainer.image_tower import ImageEncoder
-from rtx.trainer.layout import DenseConfig, HeadModule, ImageTower, Layout
+from rtx.trainer.image_tower import ImageEncoder, load_image_tower
+from rtx.trainer.layout import Layout
 
 # What `configure` may change: the rest follows from the weights.
 _SETTINGS: dict[Task, tuple[str, ...]] = {
@@ -137,14 +136,14 @@ class RetrievalModel(nn.Module):
         limit = _max_tokens(layout, backbone, tokenizer, source.path_of(layout))
         if layout.task == "embed":
             width = hidden_size(backbone, layout)
-            _check_widths(layout, width, source.name)
+            check_widths(layout, width, source.name)
             layout = dataclasses.replace(layout, pooling_dimension=width if layout.pooling else None)
-        head = [_load_module(source, module) for module in layout.head]
+        head = [load_module(source, module) for module in layout.head]
         fixed = limit if layout.features and depends_on_padding(backbone, tokenizer, layout) else 0
         layout = dataclasses.replace(layout, max_tokens=limit, fixed_tokens=fixed)
         tower = None
         if layout.image_tower is not None:
-            tower = _load_tower(
+            tower = load_image_tower(
                 source,
                 layout.image_tower,
                 dtype=dtype,
@@ -227,8 +226,7 @@ class RetrievalModel(nn.Module):
     @property
     def full_dimension(self) -> int:
         """Width of what `forward` gives an embedder, before the Matryoshka cut."""
-        widths = [module.config.out_features for module in self.layout.head if isinstance(module.config, DenseConfig)]
-        return widths[-1] if widths else hidden_size(self.backbone, self.layout) * max(1, len(self.layout.pooling))
+        return output_width(self.layout, hidden_size(self.backbone, self.layout))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Run the model as it is trained.
@@ -307,7 +305,10 @@ class RetrievalModel(nn.Module):
         Raises:
             UsageError: something that is no checkpoint is in the way.
         """
-        with replace_folder(Path(path)) as folder:
+        # A model with two towers has each one's config.json in a folder of its own.
+        target = Path(path)
+        marker = next((name for name in ("modules.json", "config.json") if (target / name).is_file()), "config.json")
+        with replace_folder(target, marker=marker) as folder:
             self.write(folder)
 
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -403,98 +404,12 @@ def _max_tokens(layout: Layout, backbone: Any, tokenizer: Any, where: str) -> in
     return min(found)
 
 
-def _check_widths(layout: Layout | ImageTower, hidden: int, where: str) -> None:
-    """Raise CheckpointError unless each module takes what the one before it gives."""
-    if layout.pooling_dimension not in (None, hidden):
-        raise CheckpointError(f"{where}: pooling expects {layout.pooling_dimension} dimensions, the model has {hidden}")
-    width = hidden * max(1, len(layout.pooling))
-    for module in layout.head:
-        if isinstance(module.config, DenseConfig):
-            if module.config.in_features != width:
-                raise CheckpointError(
-                    f"{where}/{module.folder}: in_features: expected {width}, got {module.config.in_features}"
-                )
-            width = module.config.out_features
-
-
-def _load_tower(
-    source: Source,
-    described: ImageTower,
-    *,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
-) -> ImageEncoder:
-    backbone = load_image_backbone(
-        source,
-        described.folder,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    width = int(backbone.config.hidden_size)
-    _check_widths(described, width, source.name)
-    described = dataclasses.replace(described, pooling_dimension=width)
-    return ImageEncoder(backbone, [_load_module(source, module) for module in described.head], described)
-
-
 def _check_towers(layout: Layout, tower: ImageEncoder, hidden: int, where: str) -> None:
     """Raise CheckpointError unless texts and images come to vectors of one kind."""
-    widths = [module.config.out_features for module in layout.head if isinstance(module.config, DenseConfig)]
-    texts = (widths or [hidden * len(layout.pooling)])[-1], _normalizes(layout)
+    texts = output_width(layout, hidden), normalizes(layout)
     images = tower.dimension, tower.normalizes
     if texts != images:
         raise CheckpointError(
             f"{where}: expected vectors of one width from both towers, both normalised or neither; texts come to "
             f"{texts[0]} dimensions{' normalised' * texts[1]}, images to {images[0]}{' normalised' * images[1]}"
         )
-
-
-def _normalizes(layout: Layout) -> bool:
-    return bool(layout.head) and not isinstance(layout.head[-1].config, DenseConfig)
-
-
-def _load_module(source: Source, module: HeadModule) -> nn.Module:
-    config = module.config
-    if not isinstance(config, DenseConfig):
-        return pooling.Normalize()
-    where = f"{source.name}/{module.folder}"
-    dense = pooling.Dense(
-        config.in_features,
-        config.out_features,
-        bias=config.bias,
-        activation=_activation(config.activation_function, where),
-        use_residual=config.use_residual,
-    )
-    weights = _read_weights(source, module.folder, where)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
-    if shapes != expected:
-        raise CheckpointError(f"{where}: weights: expected {expected}, got {shapes}")
-    dense.load_state_dict(weights)
-    return dense
-
-
-def _read_weights(source: Source, folder: str, where: str) -> dict[str, Tensor]:
-    try:
-        if file := source.find(f"{folder}/model.safetensors"):
-            return load_file(file)
-        if file := source.find(f"{folder}/pytorch_model.bin"):
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, SafetensorError, ValueError) as broken:
-        raise CheckpointError(f"{file}: the weights cannot be read: {broken}") from broken
-    raise CheckpointError(f"{where}: the weights are missing; expected model.safetensors")
-
-
-def _activation(dotted: str, where: str) -> nn.Module:
-    """A module of torch.nn by its dotted name, such as torch.nn.modules.activation.Tanh."""
-    found = getattr(nn, dotted.rpartition(".")[2], None)
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        try:
-            if dotted in (f"torch.nn.{found.__name__}", f"{found.__module__}.{found.__name__}"):
-                return found()
-        except TypeError:
-            pass
-    raise CheckpointError(
-        f"{where}: activation_function: expected a class of torch.nn that needs no arguments, got {dotted!r}"
-    )

@@ -122,8 +122,14 @@ def read_image_transformer(folder: Path, path: str) -> None:
     """
     file = folder / path / _FILES[0]
     config = parse(_Config, dict(read_object(file) or {}), source=str(file), error=CheckpointError)
-    given = config.modality_config or {"image": _method(_USES["embed"], "image")}
-    _raise_for(file, _wrong_values(config, _USES["embed"]) + _wrong_modalities(given, _USES["embed"], ("image",)))
+    use = _USES["embed"]
+    given = config.modality_config or {"image": _method(use, "image")}
+    problems = _wrong_values(config, use) + _wrong_modalities(given, use, ("image",))
+    problems += _wrong_processing(config.processing_kwargs, use, has_chat=False)
+    for name in ("model_kwargs", "processor_kwargs", "config_kwargs"):
+        if options := _trusted(getattr(config, name)):
+            problems.append(f"{name}: expected {{}}, got {json.dumps(options)}")
+    _raise_for(file, problems)
 
 
 def _check(file: Path, config: _Config, kinds: Sequence[_Kind]) -> _Use:

@@ -150,6 +150,12 @@ def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a contract that mean something for its task, in words."""
     hidden = {field for task, fields in _ONLY_FOR.items() if task != contract["task"] for field in fields}
     rows = {field: _in_words(value) for field, value in contract.items() if field not in hidden}
+    if images := contract.get("images"):
+        together = "images, texts, or texts with images" if contract.get("visual") else "texts or images, one an item"
+        rows = {"task": rows.pop("task"), "takes": together, **rows, "images": _images_in_words(images)}
+    if visual := contract.get("visual"):
+        side = visual["merge_size"]
+        rows["visual"] = f"token {visual['image_token_id']} for {side} × {side} patches"
     if parts := contract.get("rendered"):
         sides = ("$A", "$B")[: len(parts) - 1]
         rows["rendered"] = repr(
@@ -161,6 +167,18 @@ def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
     unused = {field for field in optional if not contract.get(field)}
     unused |= set() if contract.get("rendered") else {"strip_sides"}
     return {field: row for field, row in rows.items() if field not in unused}
+
+
+def _images_in_words(rules: Mapping[str, Any]) -> str:
+    """How an image is resized, in pixels, height before width."""
+    size = f"{rules['height']} × {rules['width']}"
+    if rules["resize"] == "multiple":
+        factor = rules["patch_size"] * rules["merge_size"]
+        limits = f"{rules['min_pixels']:,} to {rules['max_pixels']:,} pixels in all"
+        return f"{rules['resample']} to multiples of {factor}, {limits}"
+    if rules["resize"] == "exact":
+        return f"{rules['resample']} to {size}"
+    return f"{rules['resample']} to {rules['shortest_edge']} at the shorter side, {size} from the centre"
 
 
 def _in_words(value: object) -> str:
