@@ -30,11 +30,12 @@ class Editor:
         attributes: Mapping[str, int] | None = None,
         dtype: ir.DataType = ir.DataType.FLOAT,
         shape: ir.Shape | None = None,
+        domain: str = "",
     ) -> ir.Value:
         """Put a node with one output of `dtype` before another, whose origin it takes over."""
         self._nodes += 1
         name = f"{self._prefix}_{self._nodes}_{op_type}"
-        node = ir.node(op_type, list(inputs), dict(attributes or {}), name=name)
+        node = ir.node(op_type, list(inputs), dict(attributes or {}), name=name, domain=domain)
         node.metadata_props.update(before.metadata_props)
         output = node.outputs[0]
         output.name, output.type, output.shape = name, ir.TensorType(dtype), shape

@@ -52,24 +52,24 @@ def quantize_int8(model: ir.Model) -> list[str]:
         if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
             quantizer.replace_linear(node, weight)
         elif node.op_type == "Gather" and node.inputs[1] in embedded and (table := constant_matrix(node.inputs[0])):
-            quantizer.replace_embedding(node, table)
+            replace_embedding(quantizer.editor, node, table)
         else:
             continue
         done[module_of(node)] = None
     quantizer.editor.drop_unused()
-    _refuse_left_out(model.graph)
+    refuse_left_out(model.graph, "int8")
     return list(done)
 
 
-def _refuse_left_out(graph: ir.Graph) -> None:
-    """A layer that stays float32 unnoticed would make the variant larger and slower than it says."""
+def refuse_left_out(graph: ir.Graph, variant: str) -> None:
+    """Raise ExportError for a layer left in float32 unnoticed: the variant would be larger and slower than it says."""
     left = {
         f"{module_of(node)} ({node.op_type})": None
         for node in graph
         if node.op_type in _PRODUCTS and not is_scoring(node) and any(constant_matrix(value) for value in node.inputs)
     }
     if left:
-        raise ExportError(f"int8: layers that are written in a way that is not known here: {', '.join(left)}")
+        raise ExportError(f"{variant}: layers that are written in a way that is not known here: {', '.join(left)}")
 
 
 class _Tokens(NamedTuple):
@@ -110,16 +110,6 @@ class _Quantizer:
             result = insert(node, "Add", result, node.inputs[2])
         self.editor.replace(node, result)
 
-    def replace_embedding(self, node: ir.Node, table: ir.Value) -> None:
-        """Gather(table, ids)."""
-        insert, constant = self.editor.insert, self.editor.constant
-        rows = quantize_rows(_content(node, table))
-        ids = node.inputs[1]
-        values = insert(node, "Gather", constant(f"{table.name}_int8", rows.values), ids, dtype=ir.DataType.INT8)
-        scale = insert(node, "Gather", constant(f"{table.name}_scale", rows.scale), ids)
-        real = insert(node, "Cast", values, attributes={"to": ir.DataType.FLOAT})
-        self.editor.replace(node, insert(node, "Mul", real, scale))
-
     def _quantize_tokens(self, node: ir.Node, x: ir.Value) -> _Tokens:
         if x not in self._tokens:
             insert, constant = self.editor.insert, self._constant
@@ -140,7 +130,7 @@ class _Quantizer:
         self, node: ir.Node, weight: ir.Value, transposed: bool
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         if (weight, transposed) not in self._weights:
-            content = _content(node, weight)
+            content = content_of("int8", node, weight)
             quantized = quantize_weight(content.T if transposed else content)
             name = f"{weight.name}_transposed" if transposed else weight.name
             self._weights[weight, transposed] = (
@@ -159,9 +149,29 @@ class _Quantizer:
         return self._constants[name]
 
 
-def _content(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+def replace_embedding(editor: Editor, node: ir.Node, table: ir.Value) -> None:
+    """Let int8 rows take the place of the table of Gather(table, ids).
+
+    Raises:
+        ExportError: the table holds NaN or infinity.
+    """
+    insert, constant = editor.insert, editor.constant
+    rows = quantize_rows(content_of("int8", node, table))
+    ids = node.inputs[1]
+    values = insert(node, "Gather", constant(f"{table.name}_int8", rows.values), ids, dtype=ir.DataType.INT8)
+    scale = insert(node, "Gather", constant(f"{table.name}_scale", rows.scale), ids)
+    real = insert(node, "Cast", values, attributes={"to": ir.DataType.FLOAT})
+    editor.replace(node, insert(node, "Mul", real, scale))
+
+
+def content_of(variant: str, node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+    """The numbers of a weight.
+
+    Raises:
+        ExportError: it holds NaN or infinity.
+    """
     assert weight.const_value is not None
     content = weight.const_value.numpy()
     if not np.isfinite(content).all():
-        raise ExportError(f"int8: {module_of(node)}: the weight holds NaN or infinity")
+        raise ExportError(f"{variant}: {module_of(node)}: the weight holds NaN or infinity")
     return content

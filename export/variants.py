@@ -11,11 +11,12 @@ from rtx.export.fp16 import to_fp16
 from rtx.export.fused import fuse
 from rtx.export.graph import strip_notes
 from rtx.export.graphs import Graphs
+from rtx.export.int4 import quantize_int4
 from rtx.export.int8 import quantize_int8
 from rtx.runtime.manifest import Precision
 
-VariantName = Literal["fp32", "fused", "fp16", "int8", "int8-text", "int8-image"]
-Form = Literal["fp32", "fused", "fp16", "int8"]
+VariantName = Literal["fp32", "fused", "fp16", "int8", "int8-text", "int8-image", "int4"]
+Form = Literal["fp32", "fused", "fp16", "int8", "int4"]
 """What a graph is derived to."""
 
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
@@ -36,8 +37,9 @@ _RECIPES: dict[VariantName, Recipe] = {
     "int8": Recipe("int8", "int8"),
     "int8-text": Recipe("int8", "fp32"),
     "int8-image": Recipe("fp32", "int8"),
+    "int4": Recipe("int4", "fp32"),
 }
-_ENDINGS: dict[Form, str] = {"fp32": "", "fused": "_fused", "fp16": "_fp16", "int8": "_int8"}
+_ENDINGS: dict[Form, str] = {"fp32": "", "fused": "_fused", "fp16": "_fp16", "int8": "_int8", "int4": "_int4"}
 # Protobuf messages end at 2 GiB; from here on weights lie in a file of their own.
 _EXTERNAL_FROM_BYTES = 1_900_000_000
 
@@ -104,6 +106,8 @@ def derive(form: Form, plain: ir.Model) -> ir.Model:
         to_fp16(variant)
     elif form == "int8":
         quantize_int8(variant)
+    elif form == "int4":
+        quantize_int4(variant)
     elif form == "fused":
         fuse(variant)
     return variant

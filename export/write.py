@@ -28,7 +28,7 @@ from rtx.runtime.manifest import (
 from rtx.trainer.backbone import Source
 from rtx.trainer.model import RetrievalModel
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow")
 
 
 def write_bundle(

@@ -194,7 +194,7 @@ def test_exit_codes(tiny_checkpoint, exported, tmp_path, monkeypatch):
     assert (alone.exit_code, "--candidates: needs --eval" in alone.stderr) == (2, True)
     again = run(tmp_path / "a.rtx", "-o", tmp_path / "c.rtx")
     assert (again.exit_code, "a.rtx: is a bundle already" in again.stderr) == (2, True)
-    unknown = run(source, "-o", tmp_path / "c.rtx", "--precision", "int4")
+    unknown = run(source, "-o", tmp_path / "c.rtx", "--precision", "int2")
     assert unknown.exit_code == 2
     no_set = run(source, "-o", tmp_path / "c.rtx", "--eval", tmp_path / "nowhere")
     assert no_set.exit_code == 4

@@ -368,7 +368,7 @@ def test_a_kill_leaves_nothing_that_opens(plain, checkpoint, tmp_path):
             {"variants": ()},
             "variants: expected at least one of fp32, fused, fp16, int8, int8-text, int8-image, got none",
         ),
-        ({"variants": ("fp32", "int4")}, "variants: .* got int4"),
+        ({"variants": ("fp32", "int2")}, "variants: .* got int2"),
         ({"max_ndcg_drop": -0.1}, "max_ndcg_drop: expected 0 to 1, got -0.1"),
         ({"max_ndcg_drop": float("nan")}, "max_ndcg_drop: expected 0 to 1, got nan"),
         ({"min_cosine": 1.5}, "min_cosine: expected 0 to 1, got 1.5"),
