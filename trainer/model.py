@@ -349,19 +349,32 @@ class RetrievalModel(nn.Module):
         return written
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Trade time for memory in the backbone, as transformers' Trainer asks for it.
+        """Trade time for memory in the transformers, as transformers' Trainer asks for it.
 
         Raises:
             UsageError: this kind of model cannot.
         """
-        if not self.backbone.supports_gradient_checkpointing:
-            raise UsageError(f"gradient_checkpointing: {type(self.backbone).__name__} of transformers cannot do it")
-        self.backbone.activation_checkpointing_enable(**options)
+        for transformer in self._transformers:
+            if not transformer.supports_gradient_checkpointing:
+                raise UsageError(f"gradient_checkpointing: {type(transformer).__name__} of transformers cannot do it")
+        for transformer in self._transformers:
+            transformer.activation_checkpointing_enable(**options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Take `activation_checkpointing_enable` back."""
+        for transformer in self._transformers:
+            transformer.activation_checkpointing_disable()
+
+    @property
+    def _transformers(self) -> list[Any]:
+        return [self.backbone] if self.image_tower is None else [self.backbone, self.image_tower.backbone]
 
     @property
     def _no_split_modules(self) -> Any:
         """The classes that a sharded model is split at; accelerate asks a model for them by this name."""
-        return self.backbone._no_split_modules
+        if self.image_tower is None:
+            return self.backbone._no_split_modules
+        return [name for transformer in self._transformers for name in transformer._no_split_modules or ()]
 
     def _backbone_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {name: batch[name] for name in self.contract.inputs if name != "pooling_mask"}
