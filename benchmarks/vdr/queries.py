@@ -35,6 +35,8 @@ _TITLE_NUMBER = re.compile(
 _HEADING_NUMBER = re.compile(rf"(?:(?:{_TITLE_NUMBER.pattern})|[A-Z]\s)\W*")
 # In heights of the line: the distance of two baselines inside a caption, and what a caption begins after.
 _CAPTION_PITCH, _CAPTION_GAP = 1.5, 1.35
+# Baselines that are nearer belong to one row: what is raised or lowered in it.
+_ROW = 0.8
 _SAME_SIZE = 0.12
 _SOFT_HYPHEN = re.compile("[\x02\u00ad\ufffe]\\s*")
 _LEADERS = re.compile(r"(?:\.\s?){4,}\s*[\divxlc]+$|(?:\. ){3,}\s*[\divxlc]*$", re.IGNORECASE)
@@ -172,11 +174,11 @@ def _block(lines: Sequence[Line], place: int) -> Iterator[Line]:
     yield row
     for line in lines[place + 1 :]:
         distance = line.baseline - row.baseline
-        if abs(distance) < 0.6 * row.size and line.left > right - row.size:
+        if abs(distance) < _ROW * row.size and line.left > right - row.size:
             right = max(right, line.right)
             yield line  # more of the same row: an index, or words after a wide gap
             continue
-        is_next = 0.6 * row.size < distance < _CAPTION_PITCH * row.size and (pitch is None or distance < 1.15 * pitch)
+        is_next = _ROW * row.size < distance < _CAPTION_PITCH * row.size and (pitch is None or distance < 1.15 * pitch)
         is_alike = abs(line.size - row.size) <= _SAME_SIZE * row.size
         overlap = min(right, line.right) - max(row.left, line.left)
         if not (is_next and is_alike and overlap > 0) or _CAPTION_START.match(line.text):

@@ -149,7 +149,8 @@ def test_a_second_run_finds_everything_there(
     built: tuple[Path, dict[str, Any]], documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, manifest = built
-    (out / "masked" / "manual" / "0001.webp").unlink()  # as if cut off there
+    for name in ("masked/manual/0001.webp", "pages/guide/0002.webp", "pages/guide/text.npz"):  # as if cut off there
+        (out / name).unlink()
 
     def states() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.rglob("*.webp")}
@@ -157,7 +158,10 @@ def test_a_second_run_finds_everything_there(
     before = states()
     assert build(documents, out, SETTINGS) == manifest
     after = states()
-    assert {path.name for path in after.keys() - before.keys()} == {"0001.webp"}
+    assert {path.relative_to(out).as_posix() for path in after.keys() - before.keys()} == {
+        "masked/manual/0001.webp",
+        "pages/guide/0002.webp",
+    }
     assert {path: after[path] for path in before} == before
     monkeypatch.setattr("benchmarks.vdr.work.version", lambda _: "another")
     build(documents, out, SETTINGS)

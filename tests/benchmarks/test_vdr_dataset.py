@@ -43,7 +43,10 @@ def test_queries_pages_and_what_is_hidden(read: Read) -> None:
         [
             [caption(1, "Voltage over time"), caption(2, "Two words"), BODY],
             [(50, 60, 14, "2 Noise and hum"), (50, 100, 10, "as in voltage over time, which is"), BODY],
-            [(50, 100 + 12 * n, 10, f"Some title {n} . . . . . . . {n}") for n in range(4)],
+            [
+                *((50, 100 + 12 * n, 10, f"Some title {n} . . . . . {n}") for n in range(4)),
+                caption(5, "Books to be read"),
+            ],
             [],
         ],
         [("2 Noise and hum", 1), ("Not there at all", 1)],
@@ -54,6 +57,7 @@ def test_queries_pages_and_what_is_hidden(read: Read) -> None:
     assert list(selection.corpus) == [0, 1]
     assert [query.drop for query in selection.found if query.drop] == [
         "caption: under 3 words",
+        "caption: on a page that is left out",
         "title: not found as a heading of its page",
     ]
     hidden = {
@@ -67,6 +71,7 @@ def test_queries_pages_and_what_is_hidden(read: Read) -> None:
     assert still_visible([selection]) == ["a/0002: Voltage over time"]
     assert counts(selection.queries) == {"caption": 1, "title": 1}
     assert reasons(selection.found) == {
+        "caption: on a page that is left out": 1,
         "caption: under 3 words": 1,
         "title: not found as a heading of its page": 1,
     }

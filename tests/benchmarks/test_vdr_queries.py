@@ -50,6 +50,8 @@ def test_a_caption_ends_where_its_lines_do(read: Read) -> None:
             (50, 100, 10, "Figure 3.2: The voltage over time. It falls,"),
             (50, 112, 10, "as a capacitor’s does."),
             (50, 136, 10, PROSE),
+            (50, 200, 10, "Figure 3.3: The current over time"),
+            (50, 218, 10, PROSE),
             (50, 300, 10, "Table A.1. Names of the units in use"),
             (50, 312, 8, "volt ampere ohm farad"),
             (50, 400, 10, "Fig. 4: Signals that come"),
@@ -58,6 +60,7 @@ def test_a_caption_ends_where_its_lines_do(read: Read) -> None:
     )
     assert found(page) == [
         (CAPTION, "The voltage over time. It falls, as a capacitor’s does.", ""),
+        (CAPTION, "The current over time", ""),
         (TABLE, "Names of the units in use", ""),
         (CAPTION, "Signals that come", ""),
         (CAPTION, "Signals that go", ""),
@@ -67,9 +70,15 @@ def test_a_caption_ends_where_its_lines_do(read: Read) -> None:
     assert page.text[: first.stop].endswith("does.")
 
 
-def test_a_caption_goes_on_behind_an_index(read: Read) -> None:
+@pytest.mark.parametrize("raised", [96, 93])
+def test_a_caption_goes_on_behind_an_index(read: Read, raised: float) -> None:
     (page,) = read(
-        [(50, 100, 10, "Figure 1: Values of x"), (153, 96, 7, "2"), (160, 100, 10, "by age"), (50, 112, 10, "and sex")]
+        [
+            (50, 100, 10, "Figure 1: Values of x"),
+            (153, raised, 7, "2"),
+            (160, 100, 10, "by age"),
+            (50, 112, 10, "and sex"),
+        ]
     )
     assert found(page) == [(CAPTION, "Values of x 2 by age and sex", "")]
 
@@ -132,7 +141,11 @@ def test_numbers_of_titles(title: str, text: str) -> None:
 def test_a_title_counts_where_it_is_a_heading(read: Read) -> None:
     pages = read(
         [(50, 100, 14, "2.1 Signals and"), (50, 116, 14, "noise"), (50, 150, 10, PROSE)],
-        [(50, 100, 10, "We come to filters and gates soon, and"), (50, 112, 10, "to A/D conversion")],
+        [
+            (50, 100, 10, "We come to filters and gates soon, and"),
+            (50, 112, 10, "to A/D conversion"),
+            (50, 300, 10, "Filters and gates are many"),
+        ],
         [(50, 100, 14, "B Filters and gates"), (50, 150, 10, PROSE)],
         [(50, 100, 14, "One"), (50, 150, 10, PROSE)],
     )
