@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError
 from rtx.runtime.failures import failure_log
-from rtx.runtime.items import check_text
+from rtx.runtime.items import check_text, count_images
 from rtx.runtime.parts import Part, PartFolder, digest_records
 from rtx.runtime.records import BadRecord, Record
 from rtx.runtime.vectors import Rows, write_npy, write_parquet
 
 OnInvalid = Literal["fail", "skip"]
-Embed = Callable[[Sequence[str]], NDArray[Any]]
+Embed = Callable[[Sequence[Any]], tuple[NDArray[Any], list[int], list[ItemError]]]
+"""Items to the vectors of those that have one, the positions of these, and what is wrong with the others."""
 
 # Texts that go to the embedder in one call: enough to sort by length, few enough to show progress.
 _TEXTS_PER_CALL = 1024
 # A part ends early once its texts are this long: whatever the number of its rows, it has to fit into memory.
 _MAX_PART_CHARS = 32 * 2**20
+IMAGES_PER_CALL = 128
+"""Images that go to a model in one call. It decodes the next 32 while it works on the last; only those that a call
+begins with are waited for. Also of a part: a page may take a second, and what a killed run loses is one part."""
 
 _T = TypeVar("_T")
 
@@ -66,6 +70,7 @@ def embed_records(
     *,
     column: str,
     rows_per_part: int,
+    check: Callable[[int, object], object] = check_text,
     on_invalid: OnInvalid = "skip",
     replace: bool = False,
     on_progress: Callable[[int, bool], object] = lambda _records, _computed: None,
@@ -73,11 +78,12 @@ def embed_records(
     """Embed what is not yet in finished parts.
 
     Args:
-        embed: texts to vectors, [n, width]; raises InvalidItemsError for texts that have none.
+        embed: items to vectors, [n, width], and to what is wrong with items that have none.
         records: all of the input, also what an earlier run has embedded: it is compared with what that run has read.
         folder: takes the parts; afterwards it holds exactly those of this input.
-        column: the field that holds the text.
-        rows_per_part: records of a part, at most.
+        column: the field that holds the item.
+        rows_per_part: records of a part, at most; a part with many images, or very long texts, has fewer.
+        check: says what is wrong with an item before anything is computed, as an ItemError; all else is right.
         on_invalid: whether a bad record stops the run ("fail"), before anything of its part is computed, or is listed.
         replace: compute a part anew where the input has changed, instead of refusing.
         on_progress: called with a number of records, and whether they were just computed or found in finished parts.
@@ -94,7 +100,7 @@ def embed_records(
             part = None
         kept = part is not None
         if part is None:
-            ids, vectors, failures = _compute(embed, chunk, column, on_invalid, on_progress)
+            ids, vectors, failures = _compute(embed, check, chunk, column, on_invalid, on_progress)
             part = Part(digest, ids, failures)
             folder.write(index, part, vectors)
         else:
@@ -151,23 +157,38 @@ def without_invalid(
             rows = [row for row in rows if row not in found]
 
 
+def calls(items: Sequence[_T], most: int, images: Callable[[_T], int] = count_images) -> Iterator[Sequence[_T]]:
+    """Items a call at a time: at most so many, with at most `IMAGES_PER_CALL` images unless one item has more."""
+    start = held = 0
+    for place, item in enumerate(items):
+        more = images(item)
+        if place - start >= most or (held and held + more > IMAGES_PER_CALL):
+            yield items[start:place]
+            start, held = place, 0
+        held += more
+    if start < len(items):
+        yield items[start:]
+
+
 def _cut(records: Iterable[Record | BadRecord], rows_per_part: int, column: str) -> Iterator[list[Record | BadRecord]]:
     """Parts of the input: the same for the same records, whatever was finished before."""
     chunk: list[Record | BadRecord] = []
-    chars = 0
+    chars = images = 0
     for record in records:
         chunk.append(record)
-        text = record.fields[column] if isinstance(record, Record) else None
-        chars += len(text) if isinstance(text, str) else 0
-        if len(chunk) >= rows_per_part or chars >= _MAX_PART_CHARS:
+        item = record.fields[column] if isinstance(record, Record) else None
+        chars += len(item) if isinstance(item, str) else 0
+        images += count_images(item)
+        if len(chunk) >= rows_per_part or chars >= _MAX_PART_CHARS or images >= IMAGES_PER_CALL:
             yield chunk
-            chunk, chars = [], 0
+            chunk, chars, images = [], 0, 0
     if chunk:
         yield chunk
 
 
 def _compute(
     embed: Embed,
+    check: Callable[[int, object], object],
     chunk: Sequence[Record | BadRecord],
     column: str,
     on_invalid: OnInvalid,
@@ -179,26 +200,30 @@ def _compute(
     for place, record in enumerate(chunk):
         if isinstance(record, BadRecord):
             failures[place] = record
-        elif isinstance(wrong := check_text(place, record.fields[column]), ItemError):
-            failures[place] = BadRecord(record.id, record.where, wrong.message)
+        elif isinstance(wrong := check(place, record.fields[column]), ItemError):
+            failures[place] = _failed(record, wrong.message)
         else:
             good.append((place, record))
     _stop_at(failures, on_invalid)
     on_progress(len(failures), True)
     ids: list[str | int] = []
     blocks: list[NDArray[Any]] = []
-    for start in range(0, len(good), _TEXTS_PER_CALL):
-        some = good[start : start + _TEXTS_PER_CALL]
-        vectors, rows, errors = without_invalid(embed, [record.fields[column] for _, record in some])
+    for some in calls(good, _TEXTS_PER_CALL, lambda placed: count_images(placed[1].fields[column])):
+        vectors, rows, errors = embed([record.fields[column] for _, record in some])
         for error in errors:
             place, record = some[error.index]
-            failures[place] = BadRecord(record.id, record.where, error.message)
+            failures[place] = _failed(record, error.message)
         _stop_at(failures, on_invalid)
         ids += [some[row][1].id for row in rows]
         blocks.append(vectors)
         on_progress(len(some), True)
-    vectors = np.concatenate(blocks) if blocks else embed([])
+    vectors = np.concatenate(blocks) if blocks else embed([])[0]
     return tuple(ids), vectors, tuple(failures[place] for place in sorted(failures))
+
+
+def _failed(record: Record, message: str) -> BadRecord:
+    # An image that is a record by itself is named by where it is.
+    return BadRecord(record.id, record.where, message.removeprefix(f"image: '{record.where}': "))
 
 
 def _stop_at(failures: Mapping[int, BadRecord], on_invalid: OnInvalid) -> None:

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.errors import ArtifactError, UsageError
+from rtx.runtime.inputs import Page, image_digest
+from rtx.runtime.items import Content
 from rtx.runtime.records import BadRecord, Record
 
 
@@ -159,12 +161,24 @@ class PartFolder:
 
 
 def digest_records(records: Sequence[Record | BadRecord]) -> str:
-    """A hash of what records hold, wherever they come from."""
+    """A hash of what records hold, wherever they come from: of images the content, not the place."""
     digest = hashlib.sha256()
     for record in records:
-        content = record.fields if isinstance(record, Record) else record.message
+        content: object = record.message if isinstance(record, BadRecord) else _identities(record.fields)
         digest.update(json.dumps([record.id, content], default=repr).encode())
     return digest.hexdigest()
+
+
+def _identities(fields: Mapping[str, Any]) -> dict[str, object]:
+    return {name: _identity(value) for name, value in fields.items()}
+
+
+def _identity(value: object) -> object:
+    if isinstance(value, Content):
+        return {"text": value.item.text, "image": [image_digest(str(image)) for image in value.item.images]}
+    if isinstance(value, Path):
+        return {"image": [image_digest(value)]}
+    return value.identity if isinstance(value, Page) else value
 
 
 def _lock(file: Path, output: Path) -> sqlite3.Connection:

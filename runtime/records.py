@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,8 @@ _DEFAULT_ID_COLUMN = "id"
 # Bounds the memory that one line can take: in a file without line ends, or behind a quote that is never closed.
 _MAX_LINE_BYTES = 64 * 2**20
 _PARQUET_BATCH_ROWS = 256
+# Of rows that hold files, such as images.
+_PARQUET_BATCH_FILES = 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -83,6 +85,7 @@ class Input:
         file_format: None to tell it by the ending of the name.
         id_column: column that holds the ids, which every record then has to have; None for "id" where a record has it,
             and the number of the line (parquet: of the row) otherwise.
+        number_ids: False for "corpus.jsonl:17" instead of that number, which tells records of several inputs apart.
 
     Raises:
         UsageError: the format is not known, or does not fit the other arguments.
@@ -90,10 +93,18 @@ class Input:
         MissingExtraError: the input is parquet and pyarrow is not installed.
     """
 
-    def __init__(self, path: str, *, file_format: Format | None = None, id_column: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        file_format: Format | None = None,
+        id_column: str | None = None,
+        number_ids: bool = True,
+    ) -> None:
         self.name = "stdin" if path == STDIN else path
         self.format = file_format or _format_of(path)
         self._id_column = id_column
+        self._number_ids = number_ids
         if self.format == "parquet" and path == STDIN:
             raise UsageError("standard input cannot be parquet, which is not readable from front to back")
         if self.format == "txt" and id_column is not None:
@@ -121,7 +132,7 @@ class Input:
         Args:
             required: columns without which a record is bad. Of a txt input the one column, under whatever name.
             optional: columns that a record may have.
-            instead: for a required column the optional one that does instead.
+            instead: for a required column the optional one that does instead, where a record has it.
 
         Raises:
             DataError: a column is missing in all records, or the input is damaged from some place on.
@@ -129,12 +140,11 @@ class Input:
         """
         if self.format == "txt" and len(required) != 1:
             raise UsageError(f"{self.name}: a txt input has one text a line, not the columns {', '.join(required)}")
-        for line, where, row in self._rows(required, optional):
+        for line, where, row in self._rows(required, optional, instead):
             if isinstance(row, BadRecord):
                 yield row
             else:
-                needed = [name for name in required if instead.get(name) not in row]
-                yield self._record(line, where, row, needed, (*required, *optional))
+                yield self._record(line, where, row, _needed(required, instead, row), (*required, *optional))
 
     def all_columns(self) -> Iterator[Record | BadRecord]:
         """The records in order with every column they have; the id is the number of the line (parquet: of the row).
@@ -163,26 +173,26 @@ class Input:
         self.close()
 
     def _rows(
-        self, required: Sequence[str], optional: Sequence[str] | None
+        self, required: Sequence[str], optional: Sequence[str] | None, instead: Mapping[str, str] = _NOTHING_ELSE
     ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRecord]]:
         line = 0
         try:
-            for line, where, row in self._unguarded_rows(required, optional):
+            for line, where, row in self._unguarded_rows(required, optional, instead):
                 yield line, where, row
         except (OSError, EOFError, zlib.error) as broken:
             raise DataError(f"{self.name}: cannot be read beyond line {line}: {broken}") from broken
 
     def _unguarded_rows(
-        self, required: Sequence[str], optional: Sequence[str] | None
+        self, required: Sequence[str], optional: Sequence[str] | None, instead: Mapping[str, str]
     ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRecord]]:
         """Number, place and columns of each record; all columns, or at least those asked for."""
         if self._parquet is not None:
-            yield from self._parquet_rows(required, optional)
+            yield from self._parquet_rows(required, optional, instead)
             return
         stream = gzip.open(self._raw) if self._zipped else self._raw  # noqa: SIM115 - closed with the file under it
         lines = _lines(stream)
         if self.format in ("csv", "tsv"):
-            yield from self._delimited_rows(lines, required)
+            yield from self._delimited_rows(lines, required, instead)
             return
         for number, content in lines:
             where = f"{self.name}:{number}"
@@ -196,7 +206,7 @@ class Input:
                 yield number, where, BadRecord(number, where, _why(broken))
 
     def _delimited_rows(
-        self, lines: Iterator[tuple[int, bytes]], required: Sequence[str]
+        self, lines: Iterator[tuple[int, bytes]], required: Sequence[str], instead: Mapping[str, str]
     ) -> Iterator[tuple[int, str, Mapping[str, Any] | BadRecord]]:
         # The limit is the module's, for all readers of the process, and by default shorter than a long document.
         csv.field_size_limit(_MAX_LINE_BYTES)
@@ -220,7 +230,7 @@ class Input:
                 yield number, where, BadRecord(number, where, message)
                 continue
             if header is None:
-                header = self._header(row, required)
+                header = self._header(row, required, instead)
             elif row is None:
                 return
             elif len(row) == len(header):
@@ -229,24 +239,27 @@ class Input:
                 message = f"has {len(row)} fields; expected {len(header)} ({', '.join(header)})"
                 yield number, where, BadRecord(number, where, message)
 
-    def _header(self, row: list[str] | None, required: Sequence[str]) -> list[str]:
+    def _header(self, row: list[str] | None, required: Sequence[str], instead: Mapping[str, str]) -> list[str]:
         if not row:
             raise DataError(f"{self.name}:1: expected a first line that names the columns, found none")
         if twice := sorted({column for column in row if row.count(column) > 1}):
             raise DataError(f"{self.name}:1: names columns more than once: {', '.join(twice)}")
-        self._check_columns(row, required)
+        self._check_columns(row, _needed(required, instead, row))
         return row
 
     def _parquet_rows(
-        self, required: Sequence[str], optional: Sequence[str] | None
+        self, required: Sequence[str], optional: Sequence[str] | None, instead: Mapping[str, str]
     ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         assert self._parquet is not None
-        present = self._parquet.schema_arrow.names
-        self._check_columns(present, required)
+        schema = self._parquet.schema_arrow
+        present = schema.names
+        self._check_columns(present, _needed(required, instead, present))
         wanted = {*required, *(present if optional is None else optional), self._id_column or _DEFAULT_ID_COLUMN}
         columns = [name for name in present if name in wanted]
+        files = any("binary" in str(schema.field(name).type) for name in columns)
+        rows = _PARQUET_BATCH_FILES if files else _PARQUET_BATCH_ROWS
         try:
-            for batch in self._parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
+            for batch in self._parquet.iter_batches(batch_size=rows, columns=columns):
                 for row in batch.to_pylist():
                     self._read_rows += 1
                     yield self._read_rows, f"{self.name}:{self._read_rows}", row
@@ -267,7 +280,7 @@ class Input:
         column = self._id_column or _DEFAULT_ID_COLUMN
         identifier = row.get(column)
         if identifier is None and self._id_column is None:
-            identifier = number
+            identifier = number if self._number_ids else where
         needed = [*required, column] if self._id_column is not None else required
         if missing := [name for name in needed if name not in row]:
             had = ", ".join(list(row)[:10]) or "none"
@@ -281,6 +294,11 @@ class Input:
         return Record(
             identifier, where, {name: row[name] for name in dict.fromkeys((*required, *optional)) if name in row}
         )
+
+
+def _needed(required: Sequence[str], instead: Mapping[str, str], present: Collection[str]) -> list[str]:
+    """The required columns in whose place there is no other."""
+    return [name for name in required if instead.get(name) not in present]
 
 
 def _format_of(path: str) -> Format:

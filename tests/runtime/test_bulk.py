@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def items(count: int) -> list[Record | BadRecord]:
 
 def run(output: Path, records: Iterable[Record | BadRecord], stub: Stub, **options: Any) -> Totals:
     with PartFolder(output, {"precision": "float32"}) as folder:
-        totals = embed_records(stub, records, folder, column="text", rows_per_part=ROWS_PER_PART, **options)
+        embed = partial(without_invalid, stub)
+        totals = embed_records(embed, records, folder, column="text", rows_per_part=ROWS_PER_PART, **options)
         write_output(output, folder, totals, width=WIDTH, dtype=np.dtype(np.float32), metadata={"bundle": "toy"})
         folder.remove()
     return totals
@@ -306,7 +308,8 @@ def test_parts_of_long_texts_end_early(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(bulk, "_MAX_PART_CHARS", 25)
     records = [Record(i, f"in:{i}", {"text": text}) for i, text in enumerate(["x" * 10, "y" * 20, "z" * 99, "a", "b"])]
     with PartFolder(tmp_path / "out.npy", {}) as folder:
-        totals = embed_records(Stub(tmp_path / "log"), records, folder, column="text", rows_per_part=100)
+        embed = partial(without_invalid, Stub(tmp_path / "log"))
+        totals = embed_records(embed, records, folder, column="text", rows_per_part=100)
         parts = [folder.part(index) for index in range(totals.parts)]
     assert [part.ids for part in parts if part] == [(0, 1), (2,), (3, 4)]
 
@@ -342,7 +345,7 @@ from rtx.runtime.parts import PartFolder
 from rtx.runtime.records import Input
 
 def embed(texts):
-    return np.zeros((len(texts), 64), np.float32)
+    return np.zeros((len(texts), 64), np.float32), list(range(len(texts))), []
 
 for source in sys.argv[1:]:
     output = Path(source).with_suffix(".npy")

@@ -1,0 +1,30 @@
+"""The model of a command that needs one of a certain task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from rtx.runtime.cli import open_model
+from rtx.runtime.engine import Budget
+from rtx.runtime.manifest import MANIFEST_FILE
+from rtx.runtime.session import Session
+
+S = TypeVar("S", bound=Session)
+
+
+def open_as(kind: type[S], path: str, *, variant: str | None, threads: int | None, budget: Budget) -> S:
+    """A bundle on its engine, or a checkpoint on PyTorch.
+
+    Raises:
+        UsageError: it is of the other task, or a variant is named of what is no bundle.
+        BundleError, CheckpointError, MissingExtraError: as for `open_model`.
+    """
+    if (Path(path) / MANIFEST_FILE).exists():
+        return kind.open(path, variant=variant, threads=threads, budget=budget)
+    opened = open_model(path, variant=variant, threads=threads)
+    try:
+        return kind(opened.preprocessor, opened.engine, budget=budget)
+    except BaseException:
+        opened.close()
+        raise
