@@ -49,7 +49,7 @@ class _Exported(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         pooling_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
