@@ -75,11 +75,10 @@ class Item(NamedTuple):
 
 def read_item(index: int, value: object, contract: Contract) -> Item | ItemError:
     """The item that a value stands for, if the model of this contract takes it, otherwise what is wrong with it."""
-    if isinstance(value, Content):
-        return _fitting(index, value.item, contract)
     if isinstance(value, str):
-        text = check_text(index, value)
-        return text if isinstance(text, ItemError) else Item(text)
+        item = value.item if isinstance(value, Content) else Item(value)
+        text = check_text(index, item.text)
+        return text if isinstance(text, ItemError) else _fitting(index, item, contract)
     if not contract.takes_images:
         return ItemError(index, f"expected a text (str), got {type(value).__name__}{_hint(value)}")
     if isinstance(value, Mapping):
@@ -103,9 +102,8 @@ def _read_mapping(index: int, value: Mapping[object, object], contract: Contract
         return ItemError(index, f"text: {checked.message}")
     given = value.get("image")
     images = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
-    wrong = next((image for image in images if not (is_image(image) or isinstance(image, str))), None)
-    if wrong is not None:
-        return ItemError(index, f"image: expected a path, bytes, a PIL image or an array, got {type(wrong).__name__}")
+    if wrong := [type(image).__name__ for image in images if not (is_image(image) or isinstance(image, str))]:
+        return ItemError(index, f"image: expected a path, bytes, a PIL image or an array, got {wrong[0]}")
     if text is None and not images:
         return ItemError(index, "expected a text or an image under the keys text and image, got neither")
     return _fitting(index, Item(checked, images), contract)

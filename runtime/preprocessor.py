@@ -23,6 +23,8 @@ from rtx.runtime.text import Batch, Encoded, Sized, TextTokenizer
 # Decoding and resizing release Python's lock; more threads than this wait for memory.
 _IMAGE_THREADS = 4
 
+_SIDES = ("query", "document")
+
 # An item with its prepared images.
 _Side = tuple[Item, tuple[PreparedImage, ...]]
 
@@ -89,6 +91,7 @@ class Preprocessor:
     def collate(self, items: Sequence[Encoded]) -> Batch:
         """Items of one kind, with tokens or with images alone, as a batch (see `rtx.runtime.text.Batch`)."""
         has_tokens = any(item.ids for item in items) or self.contract.images is None
+        assert not has_tokens or all(item.ids for item in items), "items with tokens, and images by themselves"
         batch = self._texts.pad(items) if has_tokens else {}
         images = [image for item in items for image in item.images]
         if images and self._images is not None:
@@ -143,12 +146,13 @@ def _with_images(
     index: int, sides: Sequence[Item], prepared: Mapping[object, PreparedImage | str]
 ) -> tuple[_Side, ...] | ItemError:
     found: list[_Side] = []
-    for item in sides:
+    for side, item in enumerate(sides):
         images = [prepared[_key(source)] for source in item.images]
         for number, image in enumerate(images):
             if isinstance(image, str):
+                where = f"{_SIDES[side]}: " if len(sides) > 1 else ""
                 which = f"image {number}" if len(images) > 1 else "image"
-                return ItemError(index, f"{which}: {image}")
+                return ItemError(index, f"{where}{which}: {image}")
         found.append((item, tuple(image for image in images if not isinstance(image, str))))
     return tuple(found)
 
