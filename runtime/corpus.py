@@ -1,20 +1,24 @@
-"""The texts that a search goes through, each once, with their vectors."""
+"""The texts and images that a search goes through, each once, with their vectors."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.bulk import without_invalid
-from rtx.runtime.errors import ArtifactError, DataError
+from rtx.runtime.bulk import calls, without_invalid
+from rtx.runtime.errors import ArtifactError, DataError, InvalidItemsError, ItemError
 from rtx.runtime.evaluation import EmbeddingModel
+from rtx.runtime.inputs import image_digest
+from rtx.runtime.items import Content, read_item
 
 # Vectors that take more are kept in a file.
 _MEMORY_BYTES = 2**30
@@ -22,12 +26,31 @@ _MEMORY_BYTES = 2**30
 _TEXTS_PER_CALL = 2048
 
 Key = bytes
-"""What two texts share that differ in white space at most."""
+"""What two texts share that differ in white space at most, and two images of the same bytes, wherever they lie."""
 
 
 def key_of(text: str) -> Key:
+    if isinstance(text, Content):
+        item = text.item
+        text = "\0".join([item.text, *(_digest(str(image)) for image in item.images)])
     # Sixteen bytes instead of a second copy of each text.
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+
+
+def _digest(image: str) -> str:
+    if image.startswith("data:"):
+        return image_digest(image)
+    try:
+        status = os.stat(image)
+    except (OSError, ValueError):
+        return image_digest(image)
+    return _file_digest(image, status.st_size, status.st_mtime_ns)
+
+
+# A key is asked for several times, and a file may be large.
+@lru_cache(maxsize=1 << 18)
+def _file_digest(path: str, _size: int, _changed_ns: int) -> str:
+    return image_digest(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +81,13 @@ def embed_corpus(
 
     Args:
         model: makes the vectors.
-        texts: any number, with repetitions; each a valid text (`rtx.runtime.text.check_text`).
+        texts: any number, with repetitions; each a valid text (`rtx.runtime.items.check_text`), or a `Content`.
         folder: where vectors go that take more than 1 GiB, into a file without a name that vanishes with the process;
             None for the system's folder for temporary files.
         on_progress: called with the number of texts that are done, and of all.
 
     Raises:
+        InvalidItemsError: the model does not take images, or not beside a text, and texts have them; all are listed.
         DataError: there is no text, or the model gives a usable vector to none.
         ArtifactError: the vectors cannot be written.
     """
@@ -78,16 +102,18 @@ def embed_corpus(
             distinct[key] = text
     keys, all_texts = list(distinct), list(distinct.values())
     del distinct
+    _check(model, all_texts)
     kept: list[int] = []
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(all_texts), _TEXTS_PER_CALL):
-            some = all_texts[start : start + _TEXTS_PER_CALL]
-            vectors = embed_or_nan(model, some, prompt="document")
+        done = 0
+        for some in calls(all_texts, _TEXTS_PER_CALL):
+            vectors, _ = embed_or_nan(model, some, prompt="document")
             finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-            kept.extend((finite + start).tolist())
+            kept.extend((finite + done).tolist())
+            done += len(some)
             yield vectors[finite]
-            on_progress(start + len(some), len(all_texts))
+            on_progress(done, len(all_texts))
 
     vectors = collect(blocks(), rows=len(all_texts), dim=model.contract.dimension, folder=folder)
     left_out["without a vector"] = len(all_texts) - len(kept)
@@ -97,14 +123,32 @@ def embed_corpus(
     return Corpus([all_texts[place] for place in kept], vectors, places, left_out)
 
 
-def embed_or_nan(model: EmbeddingModel, texts: Sequence[str], *, prompt: str) -> NDArray[np.float32]:
-    """[texts, dim] float32; not finite where the model overflows, or makes no token of a text."""
-    vectors, rows, _ = without_invalid(lambda some: model.embed(some, prompt=prompt), texts)
-    if len(rows) == len(texts):
-        return vectors
+def _check(model: EmbeddingModel, texts: Sequence[str]) -> None:
+    """
+    Raises:
+        InvalidItemsError: the model takes no such items as some of the images are.
+    """
+    contents = ((place, text) for place, text in enumerate(texts) if isinstance(text, Content))
+    found = (read_item(place, text, model.contract) for place, text in contents)
+    if errors := [wrong for wrong in found if isinstance(wrong, ItemError)]:
+        raise InvalidItemsError(errors, len(texts))
+
+
+def embed_or_nan(
+    model: EmbeddingModel, texts: Sequence[str], *, prompt: str
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """[texts, dim] float32, not finite where the model overflows, makes no token of a text, or an image is damaged; and
+    by row, why, where there is more to say than that.
+    """
     all_vectors = np.full((len(texts), model.contract.dimension), np.nan, dtype=np.float32)
-    all_vectors[rows] = vectors
-    return all_vectors
+    reasons: dict[int, str] = {}
+    done = 0
+    for some in calls(texts, _TEXTS_PER_CALL):
+        vectors, rows, errors = without_invalid(lambda items: model.embed(items, prompt=prompt), some)
+        all_vectors[np.array(rows, dtype=np.int64) + done] = vectors
+        reasons |= {done + error.index: error.message for error in errors}
+        done += len(some)
+    return all_vectors, reasons
 
 
 def collect(

@@ -176,7 +176,7 @@ class Inputs:
                 continue
             self._within = source.fraction
             if takes_images and image_column and source.format != "txt":
-                yield from _with_images(source, text_column, image_column, _folder_of(path))
+                yield from _with_images(source, text_column, image_column)
             else:
                 yield from _texts(source, text_column, image_column)
             self._finish_one()
@@ -302,18 +302,11 @@ def _files(root: Path) -> Iterator[Path]:
             yield root / entry.name
 
 
-def _folder_of(path: str) -> Path | None:
-    """What the paths in an input are relative to."""
-    return None if path == STDIN else Path(path).parent
-
-
-def _with_images(
-    source: Input, text_column: str, image_column: str, folder: Path | None
-) -> Iterator[Record | BadRecord]:
+def _with_images(source: Input, text_column: str, image_column: str) -> Iterator[Record | BadRecord]:
     required = [text_column] if text_column else [image_column]
     optional = [image_column] if text_column else []
     for record in source.records(required, optional, instead={text_column: image_column}):
-        yield record if isinstance(record, BadRecord) else _item(record, text_column, image_column, folder)
+        yield record if isinstance(record, BadRecord) else _item(record, text_column, image_column, source.folder)
 
 
 def _item(record: Record, text_column: str, image_column: str, folder: Path | None) -> Record | BadRecord:

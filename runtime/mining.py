@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.bulk import without_invalid
-from rtx.runtime.contract import Similarity
+from rtx.runtime.bulk import calls, without_invalid
+from rtx.runtime.contract import Contract, Similarity
 from rtx.runtime.corpus import Corpus, Key, embed_corpus, embed_or_nan, key_of
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.evaluation import EmbeddingModel, RerankingModel
 from rtx.runtime.faiss_search import load_faiss, search_faiss
-from rtx.runtime.items import check_text
+from rtx.runtime.items import Content, count_images, read_item
 from rtx.runtime.negatives import Rules, choose
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.search import Hits, score_pairs, search
@@ -44,7 +44,7 @@ class Relevant(NamedTuple):
     """A query and a document that answers it.
 
     Attributes:
-        query, positive: the texts.
+        query, positive: the texts, or images as `Content`.
         negatives: documents that do not answer it; they are part of the corpus where no other is given.
         where: names it in messages, as "train.jsonl:17".
     """
@@ -144,7 +144,8 @@ def mine(
         be compared, because a vector or a score of theirs is not finite. Rows that say the same are one.
 
     Raises:
-        InvalidItemsError: rows with a text that is empty or no valid Unicode, all listed.
+        InvalidItemsError: rows with a text that is empty or no valid Unicode, or an image that the model does not take,
+            all listed.
         DataError: there is no row, or no corpus.
         UsageError: the index is not known.
         MissingExtraError: faiss is asked for and not installed.
@@ -155,7 +156,7 @@ def mine(
     if index == "faiss":
         load_faiss()
     rows = list(rows)
-    _check_rows(rows)
+    _check_rows(rows, model.contract)
     if corpus is None:
         corpus = (text for row in rows for text in (row.positive, *row.negatives))
     queries = _queries(rows)
@@ -183,24 +184,26 @@ class _Block(NamedTuple):
     Attributes:
         queries: those whose vectors are finite.
         positives: [rows of all queries, in order] float32 scores, NaN where the positive's vector is not finite.
+        faults: by row, why there is no vector, where more is known.
         hits: the neighbours of each query, known positives among them.
     """
 
     queries: list[_Query]
     positives: NDArray[np.float32]
+    faults: dict[int, str]
     hits: Hits
 
 
-def _check_rows(rows: Sequence[Relevant]) -> None:
+def _check_rows(rows: Sequence[Relevant], contract: Contract) -> None:
     if not rows:
         raise DataError("there is no row; expected queries with a positive each")
     errors = []
     for index, row in enumerate(rows):
         for name, text in (("query", row.query), ("positive", row.positive)):
-            checked = check_text(index, text)
+            checked = read_item(index, text, contract)
             if isinstance(checked, ItemError):
                 errors.append(ItemError(index, f"{name}: {checked.message}"))
-            elif not checked.strip():
+            elif not text.strip():
                 errors.append(ItemError(index, f"{name}: is empty"))
     if errors:
         raise InvalidItemsError(errors, len(rows))
@@ -221,7 +224,7 @@ def _mined(miner: _Miner, queries: Sequence[_Query], on_progress: Progress) -> M
         done = start + len(some) - len(block.queries)
         for results in miner.finish(block):
             yield from results
-            done += _QUERIES_PER_STEP
+            done += miner.step
             on_progress("queries", min(done, start + len(some)), len(queries))
 
 
@@ -263,56 +266,62 @@ class _Miner:
         self._reranker = reranker
         self._find = find
         self._similarity: Similarity = model.contract.similarity
+        # A reranker may take a minute for the pages of one query.
+        slow = reranker is not None and any(isinstance(text, Content) for text in corpus.texts)
+        self.step = 1 if slow else _QUERIES_PER_STEP
 
     def search(self, queries: Sequence[_Query]) -> tuple[_Block, list[Unusable]]:
         """The neighbours of some queries; and the rows of those whose vectors are not finite."""
-        vectors = embed_or_nan(self._model, [query.text for query in queries], prompt="query")
+        vectors, reasons = embed_or_nan(self._model, [query.text for query in queries], prompt="query")
         finite = np.asarray(np.isfinite(vectors).all(axis=1))
         unusable = [
-            Unusable(row, f"query: {_NO_VECTOR}")
-            for query, usable in zip(queries, finite, strict=True)
+            Unusable(row, f"query: {reasons.get(place, _NO_VECTOR)}")
+            for place, (query, usable) in enumerate(zip(queries, finite, strict=True))
             if not usable
             for row in query.rows
         ]
         some = [query for query, usable in zip(queries, finite, strict=True) if usable]
         vectors = vectors[finite]
-        positives = self._score_positives(some, vectors)
+        positives, faults = self._score_positives(some, vectors)
         # So deep that enough is left without the positives and the query itself.
         depth = self._rules.depth + max((len(query.rows) + 1 for query in some), default=0)
         hits = self._find(vectors, self._corpus.vectors, depth, similarity=self._similarity)
-        return _Block(some, positives, hits), unusable
+        return _Block(some, positives, faults, hits), unusable
 
     def finish(self, block: _Block) -> Iterator[list[MinedQuery | Unusable]]:
         """The results, some queries at a time."""
         ends = np.cumsum([len(query.rows) for query in block.queries]).tolist()
         starts = [0, *ends[:-1]]
-        for first in range(0, len(block.queries), _QUERIES_PER_STEP):
-            step = range(first, min(first + _QUERIES_PER_STEP, len(block.queries)))
-            ranked = [
-                self._rank(block.queries[at], block.positives[starts[at] : ends[at]], block.hits, at) for at in step
-            ]
+        for first in range(0, len(block.queries), self.step):
+            step = range(first, min(first + self.step, len(block.queries)))
+            ranked = [self._rank(block, at, range(starts[at], ends[at])) for at in step]
             if self._reranker is not None:
                 _rescore(ranked, self._reranker, self._corpus.texts)
             yield [result for found in ranked for result in self._choose(found)]
 
-    def _score_positives(self, queries: Sequence[_Query], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[rows of all queries] float32; the positives that the corpus lacks are embedded."""
+    def _score_positives(
+        self, queries: Sequence[_Query], vectors: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], dict[int, str]]:
+        """[rows of all queries] float32, with faults as in a _Block; positives that the corpus lacks are embedded."""
         rows = [row for query in queries for row in query.rows]
         places = [self._corpus.places.get(key_of(row.positive), -1) for row in rows]
         missing = [at for at, place in enumerate(places) if place < 0]
         documents = self._corpus.vectors[np.array(places, dtype=np.int64)]
+        faults: dict[int, str] = {}
         if missing:
             texts = [rows[at].positive for at in missing]
-            documents[missing] = embed_or_nan(self._model, texts, prompt="document")
+            documents[missing], reasons = embed_or_nan(self._model, texts, prompt="document")
+            faults = {missing[place]: reason for place, reason in reasons.items()}
         scores = np.full(len(rows), np.nan, dtype=np.float32)
         usable = np.flatnonzero(np.isfinite(documents).all(axis=1))
         owners = np.repeat(np.arange(len(queries)), [len(query.rows) for query in queries])
         scores[usable] = score_pairs(
             vectors, documents[usable], owners[usable], np.arange(len(usable)), similarity=self._similarity
         )
-        return scores
+        return scores, faults
 
-    def _rank(self, query: _Query, positives: NDArray[np.float32], hits: Hits, at: int) -> _Ranked:
+    def _rank(self, block: _Block, at: int, rows: range) -> _Ranked:
+        query, hits, positives = block.queries[at], block.hits, block.positives[rows.start : rows.stop]
         places = self._corpus.places
         own = {places.get(key, -1) for key in (query.key, *(key_of(row.positive) for row in query.rows))}
         others = ~np.isin(hits.indices[at], list(own))
@@ -320,7 +329,8 @@ class _Miner:
         found, scores = hits.indices[at][others][:depth], hits.scores[at][others][:depth]
         above = (scores[None, :] > positives[:, None]).sum(axis=1).tolist()
         ranks = [None if count == depth else count + 1 for count in above]
-        faults = ["" if usable else _NO_VECTOR for usable in np.isfinite(positives).tolist()]
+        usable = np.isfinite(positives).tolist()
+        faults = ["" if fine else block.faults.get(row, _NO_VECTOR) for row, fine in zip(rows, usable, strict=True)]
         return _Ranked(query, positives, faults, ranks, found[skip:], scores[skip:])
 
     def _choose(self, found: _Ranked) -> Iterator[MinedQuery | Unusable]:
@@ -381,9 +391,11 @@ def _rescore(ranked: Sequence[_Ranked], reranker: RerankingModel, texts: Sequenc
         return reranker.score([pair for pair, _ in some], first_stage=[score for _, score in some])
 
     scores = np.full(len(pairs), np.nan, dtype=np.float32)
-    for start in range(0, len(pairs), _PAIRS_PER_CALL):
-        some, rows, _ = without_invalid(score, pairs[start : start + _PAIRS_PER_CALL])
-        scores[np.array(rows, dtype=np.int64) + start] = some
+    start = 0
+    for some in calls(pairs, _PAIRS_PER_CALL, lambda scored: count_images(scored[0])):
+        found_scores, rows, _ = without_invalid(score, some)
+        scores[np.array(rows, dtype=np.int64) + start] = found_scores
+        start += len(some)
     start = 0
     for found in ranked:
         middle, end = start + len(found.positives), start + len(found.positives) + len(found.places)

@@ -115,8 +115,14 @@ class Input:
             raise DataError(f"{path}: cannot be read: {broken.strerror}") from broken
         self._parquet = _open_parquet(self._raw, self.name) if self.format == "parquet" else None
         self._size = 0 if path == STDIN else os.fstat(self._raw.fileno()).st_size
+        self._folder = None if path == STDIN else Path(path).parent
         self._zipped = path.endswith(".gz")
         self._read_rows = 0
+
+    @property
+    def folder(self) -> Path | None:
+        """What paths in its records are relative to; None, the working directory, for standard input."""
+        return self._folder
 
     def fraction(self) -> float | None:
         """How much of the input is read, 0 to 1; None where its size is not known."""

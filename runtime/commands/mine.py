@@ -21,6 +21,7 @@ from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import DataError, UsageError
 from rtx.runtime.evalset import Problems
 from rtx.runtime.failures import failure_log, failures_file
+from rtx.runtime.items import Content
 from rtx.runtime.mining import INDEXES, Index, Logits, Unusable, mine
 from rtx.runtime.mining_files import Fewer, read_corpus, read_rows, write_mined
 from rtx.runtime.negatives import SAMPLINGS, Rules, Sampling
@@ -58,6 +59,7 @@ class _Arguments:
     positive_column: str
     text_column: str
     title_column: str
+    image_column: str | None
     file_format: Format | None
     on_invalid: OnInvalid
     overwrite: bool
@@ -106,6 +108,7 @@ _RELATIVE_MARGIN_HELP = "Take what scores at most the positive's score * (1 - M)
 @click.option("--positive-column", default="positive", show_default=True)
 @click.option("--text-column", default="text", show_default=True, help="Of the corpus.")
 @click.option("--title-column", default="title", show_default=True, help="Put before the text; '' for none.")
+@click.option("--image-column", help="Of the corpus; '' for none.  [default: image, if MODEL takes images]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option(
     "--on-invalid",
@@ -116,18 +119,19 @@ _RELATIVE_MARGIN_HELP = "Take what scores at most the positive's score * (1 - M)
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def mine_negatives(**arguments: Any) -> None:
-    """Find hard negatives for the training rows of INPUT: documents that MODEL, a bundle or a checkpoint of an
-    embedder, ranks high for a query and that are not known to answer it.
+    """Find hard negatives for the training rows of INPUT: documents, texts or images, that MODEL, a bundle or a
+    checkpoint of an embedder, ranks high for a query and that are not known to answer it.
 
     \b
     rtx mine manuals.rtx train.jsonl -o mined.jsonl --relative-margin 0.05 --negatives 5
     rtx mine manuals.rtx train.jsonl -o taught.jsonl --depth 30 --rescore judge.rtx --margin 1 --scores
     rtx finetune --model manuals/ --train mined.jsonl --output better/
 
-    INPUT (jsonl, csv, tsv, each also .gz; parquet; - for standard input) has a query and a positive a record; a query
-    with several positives has several records. Negatives are taken from the positives and negatives of INPUT, or from
-    the texts of --corpus (also txt; BEIR's corpus.jsonl). A positive of a query is never its negative, nor is its own
-    text. With several positives, the margins go by the one with the lowest score.
+    INPUT (jsonl, csv, tsv, each also .gz; parquet; - for standard input) has a query and a positive a record, texts or
+    {"image": "page.png"}; a query with several positives has several records. Negatives are taken from the positives
+    and negatives of INPUT, or from the texts and images of --corpus (also txt; BEIR's corpus.jsonl). A positive of a
+    query is never its negative, nor is its own text, nor an image of the same bytes. With several positives, the
+    margins go by the one with the lowest score.
 
     OUT has a line {"query", "positive", "negatives"} for each record, those of one query together. Records that cannot
     be used are listed in OUT.errors.jsonl, and the exit code is then 4.
@@ -160,8 +164,13 @@ def _run(given: _Arguments) -> int:
         if not rows:
             log.raise_all(source)
         columns = {"text_column": given.text_column, "title_column": given.title_column}
+        columns["image_column"] = _image_column(given, model)
         corpus = [text for file in corpora for text in log.usable(read_corpus(file, **columns))]
         log.check()
+        if reranker is not None and not reranker.contract.takes_images:
+            documents = [*corpus, *(document for row in rows for document in (row.query, row.positive, *row.negatives))]
+            if any(isinstance(document, Content) for document in documents):
+                raise UsageError(f"--rescore: {given.rescore} takes texts only, and there are images")
         mined = mine(
             model,
             rows,
@@ -181,6 +190,15 @@ def _run(given: _Arguments) -> int:
         summary = write_mined(given.output, mined, on_unusable=log.unusable, **options)
     show(summary, given.output, rules)
     return log.count
+
+
+def _image_column(given: _Arguments, model: Embedder) -> str:
+    """The corpus's column of images; "" for a model that takes none, which leaves them aside."""
+    if given.image_column is not None:
+        if given.image_column and not model.contract.takes_images:
+            raise UsageError(f"--image-column {given.image_column}: {given.model} takes texts only")
+        return given.image_column
+    return "image" if model.contract.takes_images else ""
 
 
 def _check(given: _Arguments) -> None:

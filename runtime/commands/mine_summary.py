@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rtx.runtime.items import Content, describe
 from rtx.runtime.mining_summary import DEEPER, Spread, Summary
 from rtx.runtime.negatives import Rules
 
@@ -80,5 +81,5 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def _shown(text: str) -> str:
-    text = " ".join(text.split())
+    text = describe(text, _SHOWN_CHARS) if isinstance(text, Content) else " ".join(text.split())
     return escape(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…")

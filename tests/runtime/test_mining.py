@@ -442,7 +442,7 @@ def test_what_is_not_finite_is_left_out_and_named(monkeypatch, reranker):
     assert unusable == {
         "t:1": "positive: the model gives it no finite vector",
         "t:3": "query: the model gives it no finite vector",
-        "t:4": "positive: the model gives it no finite vector",
+        "t:4": "positive: gives no token",
     }
     (found,) = (found for found in mined if isinstance(found, MinedQuery))
     assert [positive.text for positive in found.positives] == ["d5"]

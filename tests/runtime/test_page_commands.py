@@ -1,0 +1,183 @@
+"""`rtx mine`, `rtx rerank` and `rtx eval` on page images, by a tiny Qwen3-VL."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from rtx.runtime import bulk
+from rtx.runtime.cli import main, open_model
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.items import Content
+from rtx.runtime.reranker import Reranker
+from rtx.trainer.data import TrainingData
+from rtx.trainer.model import RetrievalModel
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
+WORDS = ["valve", "pump", "motor", "filter", "gauge", "lever", "shaft", "wheel"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(once: Callable[..., Path]) -> Path:
+    return once("embed-pages", TINY["write_tiny_qwen3_vl"])
+
+
+@pytest.fixture(scope="module")
+def judge(once: Callable[..., Path]) -> Path:
+    def fill(folder: Path) -> None:
+        TINY["write_tiny_qwen3_vl"](folder / "bare", reranker=True)
+        RetrievalModel.load(folder / "bare", task="rerank").save(folder / "judge")
+
+    return once("rerank-pages", fill) / "judge"
+
+
+@pytest.fixture(autouse=True)
+def _manuals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pages, rows that name them, and an evaluation set of the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("pages").mkdir()
+    Path("eval/qrels").mkdir(parents=True)
+    for number in range(8):
+        page(number).save(f"pages/{number}.png")
+    write("train.jsonl", [{"query": f"the {word}", "positive": {"image": f"pages/{n}.png"}} for n, word in numbered()])
+    write("eval/corpus.jsonl", [{"_id": f"p{number}", "image": f"../pages/{number}.png"} for number in range(8)])
+    write("eval/queries.jsonl", [{"_id": word, "text": f"the {word}"} for word in WORDS])
+    judged = "".join(f"{word}\tp{number}\t1\n" for number, word in numbered())
+    Path("eval/qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+
+
+def numbered() -> list[tuple[int, str]]:
+    return list(enumerate(WORDS))
+
+
+def page(number: int) -> Image.Image:
+    """A page that shows its number: a dark bar in a place of its own."""
+    pixels = np.full((96, 64, 3), 255, dtype=np.uint8)
+    pixels[8 * number : 8 * number + 24, :, number % 3] = 0
+    return Image.fromarray(pixels)
+
+
+def write(name: str, records: Sequence[object]) -> None:
+    Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def run(command: str, model: Path, *arguments: object) -> Result:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(main, [command, str(model), *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+# -- mine ----------------------------------------------------------------------------------------------------------
+
+
+def test_negatives_are_pages_of_the_corpus(checkpoint: Path) -> None:
+    # The positive of the first row once more, under another name.
+    shutil.copy("pages/0.png", "pages/copy.png")
+    corpus = [*lines("eval/corpus.jsonl"), {"_id": "c", "image": "../pages/copy.png"}, {"_id": "t", "text": "the lid"}]
+    write("eval/corpus.jsonl", corpus)
+    result = run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl", "--corpus", "eval/corpus.jsonl", "--depth", 9)
+    assert result.exit_code == 0, result.stderr
+    found = lines("mined.jsonl")
+    assert [(row["query"], row["positive"]) for row in found] == [
+        (f"the {word}", {"image": f"pages/{number}.png"}) for number, word in numbered()
+    ]
+    with open_model(checkpoint) as model:
+        assert isinstance(model, Embedder)
+        items = [*(Path(f"pages/{number}.png") for number in range(8)), "the lid"]
+        documents = model.embed(items, prompt="document")
+        queries = model.embed([f"the {word}" for word in WORDS], prompt="query")
+    for number, row in enumerate(found):
+        order = [place for place in np.argsort(-(documents @ queries[number])).tolist() if place != number][:3]
+        expected: list[Any] = [{"image": f"pages/{place}.png"} if place < 8 else "the lid" for place in order]
+        assert row["negatives"] == expected
+    assert "8 positives by rank; in the corpus: 8\n" in result.stdout
+    assert "pages/0.png (rank" in result.stdout
+    assert "\0" not in result.stdout
+    read = TrainingData.read(["mined.jsonl"], needs="negatives")
+    assert read[0].documents[0] == Content.of("", [str(Path("pages/0.png").absolute())])
+    # Elsewhere, pages are named by their whole path.
+    Path("out").mkdir()
+    assert run("mine", checkpoint, "train.jsonl", "-o", "out/mined.jsonl", "--pairs").exit_code == 0
+    assert lines("out/mined.jsonl")[0]["document"] == {"image": str(Path("pages/0.png").absolute())}
+
+
+def test_texts_beside_pages_and_pages_as_queries(checkpoint: Path) -> None:
+    rows = [
+        {"query": {"image": "pages/1.png"}, "positive": {"image": ["pages/2.png", "pages/3.png"], "text": "both"}},
+        {"query": "the valve", "positive": "a text", "negative": {"image": "pages/4.png"}},
+    ]
+    write("train.jsonl", rows)
+    assert run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl").exit_code == 0
+    first, second = lines("mined.jsonl")
+    assert (first["query"], first["positive"]) == (rows[0]["query"], rows[0]["positive"])
+    assert {json.dumps(row) for row in first["negatives"]} == {'"a text"', '{"image": "pages/4.png"}'}
+    assert second["query"] == "the valve"
+    assert rows[0]["positive"] in second["negatives"]
+
+
+def test_a_reranker_of_pages_decides(checkpoint: Path, judge: Path) -> None:
+    options = ("--rescore", judge, "--scores", "--depth", 5)
+    result = run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl", *options)
+    assert result.exit_code == 0, result.stderr
+    row = lines("mined.jsonl")[3]
+    with open_model(judge) as model:
+        assert isinstance(model, Reranker)
+        scores = model.logits([(row["query"], document) for document in (row["positive"], *row["negatives"])])
+    np.testing.assert_allclose(row["scores"], scores, rtol=1e-3, atol=1e-3)
+
+
+def test_damaged_pages_are_named(checkpoint: Path) -> None:
+    for number in (2, 5):
+        Path(f"pages/{number}.png").write_bytes(Path(f"pages/{number}.png").read_bytes()[:60])
+    Path("pages/6.png").unlink()
+    result = run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl")
+    assert result.exit_code == 4
+    found = {line["where"]: line["error"] for line in lines("mined.jsonl.errors.jsonl")}
+    assert found["train.jsonl:7"] == "positive: image: pages/6.png does not exist"
+    for number in (2, 5):
+        assert found[f"train.jsonl:{number + 1}"].startswith("positive: image: '")
+        assert f"pages/{number}.png': a PNG image that is truncated" in found[f"train.jsonl:{number + 1}"]
+    used = {document["image"] for row in lines("mined.jsonl") for document in (row["positive"], *row["negatives"])}
+    assert used == {f"pages/{number}.png" for number in (0, 1, 3, 4, 7)}
+
+
+def test_models_of_texts_are_not_given_pages_to_mine(toy_bundle: Path, checkpoint: Path, toy_reranker_bundle: Path):
+    result = run("mine", toy_bundle, "train.jsonl", "-o", "mined.jsonl")
+    assert result.exit_code == 4
+    assert "item 0: positive: expected a text, got an image; this model takes no images" in result.stderr
+    result = run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl", "--rescore", toy_reranker_bundle)
+    assert (result.exit_code, "takes texts only, and there are images" in result.stderr) == (2, True)
+    assert not list(Path().glob("mined*"))
+    # Pages beside texts are left aside, as they were before models took them.
+    write("train.jsonl", [{"query": "reset", "positive": "reset the device"}])
+    write("corpus.jsonl", [{"text": "sort the list", "image": "gone.png"}, {"text": "clean it", "image": "gone.png"}])
+    assert run("mine", toy_bundle, "train.jsonl", "-o", "mined.jsonl", "--corpus", "corpus.jsonl").exit_code == 0
+    assert set(lines("mined.jsonl")[0]["negatives"]) == {"sort the list", "clean it"}
+
+
+def test_a_call_has_a_bounded_number_of_pages(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = Embedder.embed
+
+    def counted(self: Embedder, items: Sequence[object], **options: Any) -> Any:
+        calls.append(len(items))
+        return original(self, items, **options)
+
+    monkeypatch.setattr(Embedder, "embed", counted)
+    monkeypatch.setattr(bulk, "IMAGES_PER_CALL", 3)
+    assert run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl").exit_code == 0
+    assert calls == [3, 3, 2, 8]
