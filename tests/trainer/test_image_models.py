@@ -180,6 +180,25 @@ def test_variables_of_the_chat_template(tiny: Write, tmp_path: Path) -> None:
     np.testing.assert_allclose(sentence_transformer(tmp_path / "ours").encode(ITEMS), vectors, atol=TOLERANCE)
 
 
+def test_a_template_that_drops_whitespace_around_prompts_and_texts(tiny: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "trims"
+    shutil.copytree(tiny("embed"), folder)
+    template = (folder / "chat_template.jinja").read_text()
+    assert "{{- part.text -}}" in template
+    (folder / "chat_template.jinja").write_text(template.replace("part.text", "part.text | trim"))
+    model = RetrievalModel.load(folder)
+    model.configure(prompts=PROMPTS)
+    assert model.contract.strip_sides
+    assert model.contract.prompts == {"query": "Find the page.", "other": "Same\nas this:"}
+    assert model.layout.prompts == PROMPTS
+    model.save(tmp_path / "ours")
+    theirs = sentence_transformer(tmp_path / "ours")
+    for prompt in PROMPTS:
+        vectors = embed(model, prompt=prompt)
+        np.testing.assert_allclose(theirs.encode(ITEMS, prompt_name=prompt), vectors, atol=TOLERANCE)
+        assert np.abs(vectors - embed(model)).max() > 0.01
+
+
 def test_a_processors_own_chat_template_counts(tiny: Write, tmp_path: Path) -> None:
     """Older processors keep it in a file of their own, beside another one of the tokenizer's."""
     folder = tmp_path / "older"
@@ -311,7 +330,6 @@ def test_a_long_text_loses_words_and_nothing_of_images_and_template(tiny: Write,
     text = model.tokenizer.decode(row.ids)
     assert text.startswith("<|im_start|>system\n")
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n" if task == "rerank" else "<|im_end|>\n")
-    places = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in (1, 2)]
     visual = [model.preprocessor.visual_tokens(image) for image in row.images]
     places = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in visual]
     assert f"{''.join(places)}the s" in text
