@@ -42,9 +42,6 @@ from benchmarks.vdr.documents import (
     TEST,
     TRAIN,
     Document,
-    Package,
-    UnavailableError,
-    check_tools,
     fetch,
 )
 from benchmarks.vdr.documents import select as select_packages
@@ -286,24 +283,6 @@ def report(manifest: Mapping[str, Any]) -> Iterable[str]:
     yield f"checks: {json.dumps(manifest['checks'])}"
 
 
-def fetch_all(packages: Sequence[Package], out: Path) -> list[Document]:
-    """The documents of all packages that can be had; the others are reported.
-
-    Raises:
-        DataError: none can be had.
-    """
-    check_tools()
-    documents: list[Document] = []
-    for package in packages:
-        try:
-            documents += fetch(package, out)
-        except UnavailableError as missing:
-            click.echo(f"left out: {missing}", err=True)
-    if not documents:
-        raise DataError("none of the packages could be downloaded; does apt have package lists and a network?")
-    return documents
-
-
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/vdr"), show_default=True)
 @click.option("--documents", default="", help="Packages to build from, separated by commas; by default all.")
@@ -320,7 +299,9 @@ def main(out: Path, documents: str, dpi: int, workers: int, small: bool, ocr_sam
     try:
         if ocr_sample:
             ocr.check_environment()
-        found = fetch_all(select_packages(PACKAGES, names, small=small), out)
+        found, missing = fetch(select_packages(PACKAGES, names, small=small), out)
+        for problem in missing:
+            click.echo(f"left out: {problem}", err=True)
         click.echo(f"{len(found)} documents ({time.perf_counter() - start:.0f} s)")
         manifest = build(found, out, settings)
     except RtxError as error:

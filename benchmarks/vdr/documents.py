@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import hashlib
 import re
 import shutil
 import subprocess
@@ -140,6 +141,8 @@ PACKAGES = (
 
 _ATTEMPTS, _PAUSE_S, _TIMEOUT_S = 3, 5.0, 300
 _MIN_PDF_BYTES = 20_000
+_UNKNOWN = re.compile(r"Unable to locate package (\S+)")
+_ANNOUNCED = re.compile(r"'\S+' (\S+\.deb) \d+ (SHA\d+):([0-9a-f]+)")
 
 
 class UnavailableError(DataError):
@@ -165,21 +168,39 @@ def check_tools() -> None:
         )
 
 
-def fetch(package: Package, folder: Path) -> list[Document]:
-    """The documents of a package, downloaded unless they are there.
+def fetch(packages: Sequence[Package], folder: Path) -> tuple[list[Document], list[str]]:
+    """The documents of all packages that can be had, downloaded unless they are there.
 
     Args:
-        package: which.
+        packages: which.
         folder: `downloads/` and `pdf/` are made in it.
 
+    Returns:
+        The documents, and a sentence on each package that cannot be had.
+
     Raises:
-        UnavailableError: apt does not know the package, it cannot be downloaded, or it has none of the documents.
+        DataError: none can be had.
     """
-    downloads, target = folder / "downloads", folder / "pdf"
-    for each in (downloads, target):
-        each.mkdir(parents=True, exist_ok=True)
-    archive = _download(package.name, downloads)
-    version = _run(["dpkg-deb", "--field", archive.name, "Version"], downloads).strip()
+    check_tools()
+    for each in ("downloads", "pdf"):
+        (folder / each).mkdir(parents=True, exist_ok=True)
+    archives = _announced([package.name for package in packages])
+    documents: list[Document] = []
+    problems: list[str] = []
+    for package in packages:
+        try:
+            if package.name not in archives:
+                raise UnavailableError(f"{package.name}: apt knows no such package; `apt-get update` may be needed")
+            documents += _documents(package, _download(archives[package.name], folder / "downloads"), folder / "pdf")
+        except UnavailableError as missing:
+            problems.append(str(missing))
+    if not documents:
+        raise DataError(f"none of the packages can be had: {'; '.join(problems)}")
+    return documents, problems
+
+
+def _documents(package: Package, archive: Path, target: Path) -> list[Document]:
+    version = _run(["dpkg-deb", "--field", archive.name, "Version"], archive.parent).strip()
     documents: list[Document] = []
     for file, content in _members(archive, package.files):
         path = target / f"{document_name(package.name, file)}.pdf"
@@ -208,39 +229,60 @@ def select(packages: Iterable[Package], names: Sequence[str], *, small: bool) ->
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _download(name: str, folder: Path) -> Path:
-    """The archive of the version that apt would install."""
-    with tempfile.TemporaryDirectory() as empty:  # apt says nothing of an archive that lies where it is run
-        listed = _attempt(["apt-get", "--quiet", "--print-uris", "download", name], Path(empty), name)
-    match = re.search(r"'\S+' (\S+\.deb) (\d+) SHA256:([0-9a-f]{64})", listed)
-    if match is None:
-        raise UnavailableError(f"{name}: apt names no archive to download; `apt-get update` may be needed")
-    archive = folder / match[1]
-    if not archive.is_file() or sha256_of(archive) != match[3]:
-        archive.unlink(missing_ok=True)
-        _attempt(["apt-get", "--quiet", "download", name], folder, name)
-    if not archive.is_file() or sha256_of(archive) != match[3]:
-        raise UnavailableError(f"{name}: the downloaded archive is not the one that apt announced")
-    return archive
+@dataclass(frozen=True)
+class _Archive:
+    """What apt would download: the package, the name of the file, and its hash with the name of the function."""
+
+    package: str
+    file: str
+    function: str
+    digest: str
+
+    def is_at(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, self.function.lower()).hexdigest() == self.digest
 
 
-def _attempt(command: Sequence[str], folder: Path, name: str) -> str:
-    """The command's output; a failure that may pass is tried again."""
-    for attempt in range(1, _ATTEMPTS + 1):
+def _announced(names: Sequence[str]) -> dict[str, _Archive]:
+    """By package, the archive of the version that apt would install; apt is asked for all at once, which is faster."""
+    left = list(names)
+    while left:
         try:
-            return _run(command, folder)
+            with tempfile.TemporaryDirectory() as empty:  # apt says nothing of an archive that lies where it is run
+                lines = _run(["apt-get", "--quiet", "--print-uris", "download", *left], Path(empty))
         except subprocess.CalledProcessError as failed:
-            reason = (failed.stderr or "").strip().splitlines()
-            unknown = "Unable to locate package" in (failed.stderr or "")
-            if unknown or attempt == _ATTEMPTS:
-                said = reason[-1] if reason else f"exit code {failed.returncode}"
-                hint = "; are its package lists there (`apt-get update`)?" if unknown else ""
-                raise UnavailableError(f"{name}: apt-get could not get it: {said}{hint}") from failed
-        except subprocess.TimeoutExpired as late:
-            if attempt == _ATTEMPTS:
-                raise UnavailableError(f"{name}: not downloaded in {_TIMEOUT_S} s") from late
+            unknown = set(_UNKNOWN.findall(failed.stderr))
+            if not unknown.intersection(left):
+                raise UnavailableError(
+                    f"apt-get: {(failed.stderr.strip() or 'no message').splitlines()[-1]}"
+                ) from failed
+            left = [name for name in left if name not in unknown]
+            continue
+        found = [_Archive(file.split("_", 1)[0], file, *hashed) for file, *hashed in _ANNOUNCED.findall(lines)]
+        return {archive.package: archive for archive in found}
+    return {}
+
+
+def _download(archive: _Archive, folder: Path) -> Path:
+    path = folder / archive.file
+    for attempt in range(_ATTEMPTS):
+        if archive.is_at(path):
+            return path
+        path.unlink(missing_ok=True)
         time.sleep(_PAUSE_S * attempt)
-    raise AssertionError("the last attempt returns or raises")
+        try:
+            _run(["apt-get", "--quiet", "download", archive.package], folder)
+        except subprocess.CalledProcessError as failed:
+            reason = (failed.stderr.strip() or f"exit code {failed.returncode}").splitlines()[-1]
+        except subprocess.TimeoutExpired:
+            reason = f"not done in {_TIMEOUT_S} s"
+        else:
+            reason = "what came is not what apt announced"
+    if archive.is_at(path):
+        return path
+    raise UnavailableError(f"{archive.package}: cannot be downloaded: {reason}")
 
 
 def _run(command: Sequence[str], folder: Path) -> str:

@@ -12,7 +12,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from benchmarks.vdr.pages import Line, OutlineEntry, PageText
 
@@ -71,7 +71,7 @@ class FoldedText:
         letters: list[str] = []
         places: list[int] = []
         for place, character in enumerate(text):
-            for letter in folded(character):
+            for letter in _folded_character(character):
                 letters.append(letter)
                 places.append(place)
         self.letters = "".join(letters)
@@ -118,6 +118,9 @@ def folded(text: str) -> str:
     """Letters and digits alone, in one case: equal for two spellings of the same words."""
     normal = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in normal if character.isalnum())
+
+
+_folded_character = lru_cache(maxsize=None)(folded)
 
 
 def running_heads(page: PageText) -> tuple[Line, ...]:

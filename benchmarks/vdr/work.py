@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.vdr.dataset import Content, page_id
 from benchmarks.vdr.documents import Document
 from benchmarks.vdr.masking import Rectangle, paint, with_ink
-from benchmarks.vdr.pages import OutlineEntry, PageText, Pdf, save_image, without_empty_channels
+from benchmarks.vdr.pages import OutlineEntry, PageText, Pdf, save_image
 from rtx.runtime.atomic import atomic_file
 
 Job = TypeVar("Job")
@@ -131,7 +131,7 @@ def mask_document(job: MaskJob) -> Ink:
         with Image.open(_image(job.out, "pages", job.document, number)) as opened:
             original = opened.convert("RGB")
         if not path.is_file():
-            save_image(without_empty_channels(paint(original, areas)), path)
+            save_image(paint(original, areas), path)
         with Image.open(path) as opened:
             masked = opened.convert("RGB")
         seen, total = with_ink(original, job.boxes[number])

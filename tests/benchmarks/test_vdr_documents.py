@@ -15,7 +15,6 @@ from benchmarks.vdr.documents import (
     PACKAGES,
     SPLITS,
     Package,
-    UnavailableError,
     check_tools,
     document_name,
     fetch,
@@ -104,37 +103,38 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return target
 
 
-@pytest.mark.usefixtures("archive")
-def test_pdfs_are_taken_out_of_a_package(tmp_path: Path) -> None:
+def test_pdfs_are_taken_out_of_a_package(archive: Path, tmp_path: Path) -> None:
     package = Package("manual-doc", "train", ("*/guide.pdf.gz", "*/manual.pdf", "*/figure.pdf"))
-    manual, guide = fetch(package, tmp_path / "out")
+    (manual, guide), problems = fetch([package, Package("missing", "train", ("*.pdf",))], tmp_path / "out")
+    assert problems == ["missing: apt knows no such package; `apt-get update` may be needed"]
     assert (manual.name, guide.name) == ("manual", "manual-guide")
     assert (manual.package, manual.version, manual.split) == ("manual-doc", "1.2-3", "train")
     assert manual.path.read_bytes() == CONTENT
     assert manual.sha256 == hashlib.sha256(CONTENT).hexdigest()
     assert guide.path.read_bytes() == CONTENT + b"2"
-    assert fetch(package, tmp_path / "out") == [manual, guide]
+    assert fetch([package], tmp_path / "out") == ([manual, guide], [])
     # Downloaded once; the second time apt-get was only asked which version there is.
-    calls = (tmp_path / "log").read_text().splitlines()
-    assert calls == [
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "--quiet --print-uris download manual-doc missing",
         "--quiet --print-uris download manual-doc",
         "--quiet download manual-doc",
         "--quiet --print-uris download manual-doc",
     ]
+    (tmp_path / "out" / "downloads" / archive.name).write_bytes(b"half")
+    assert fetch([package], tmp_path / "out") == ([manual, guide], [])
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "--quiet download manual-doc"
 
 
-def test_a_damaged_archive_is_downloaded_again(archive: Path, tmp_path: Path) -> None:
-    downloads = tmp_path / "out" / "downloads"
-    downloads.mkdir(parents=True)
-    (downloads / archive.name).write_bytes(b"half")
-    assert [document.name for document in fetch(Package("manual-doc", "dev", ("*/manual.pdf",)), tmp_path / "out")] == [
-        "manual"
-    ]
-
-
-@pytest.mark.usefixtures("archive")
-def test_packages_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match=r"missing: apt-get could not get it: E: Unable .* package lists"):
-        fetch(Package("missing", "train", ("*.pdf",)), tmp_path / "out")
-    with pytest.raises(UnavailableError, match=r"manual-doc 1\.2-3: has no PDF like \*/other\.pdf"):
-        fetch(Package("manual-doc", "train", ("*/other.pdf",)), tmp_path / "out")
+def test_packages_that_cannot_be_had(archive: Path, tmp_path: Path) -> None:
+    good, other = Package("manual-doc", "dev", ("*/manual.pdf",)), Package("manual-doc", "dev", ("*/other.pdf",))
+    with pytest.raises(DataError, match="none of the packages can be had: missing: apt knows no such package"):
+        fetch([Package("missing", "train", ("*.pdf",))], tmp_path / "out")
+    _, problems = fetch([good, other], tmp_path / "out")
+    assert problems == ["manual-doc 1.2-3: has no PDF like */other.pdf"]
+    archive.write_bytes(b"another")
+    (tmp_path / "out" / "downloads" / archive.name).unlink()
+    with pytest.raises(DataError, match="manual-doc: cannot be downloaded: what came is not what apt announced"):
+        fetch([good], tmp_path / "out")
+    archive.unlink()
+    with pytest.raises(DataError, match=r"manual-doc: cannot be downloaded: cp: .*No such file"):
+        fetch([good], tmp_path / "out")
