@@ -8,6 +8,7 @@ What is hidden from a page of the masked corpus:
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ def hidden_ranges(page: SearchText, found: Iterable[Query], texts: Iterable[str]
     """
     ranges = [(query.start, query.stop) for query in found if query.stop > query.start]
     for text in texts:
-        ranges += page.find(text)
+        ranges += [_with_brackets(page.text, *place) for place in page.find(text)]
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if merged and start <= merged[-1][1]:
@@ -41,6 +42,19 @@ def hidden_ranges(page: SearchText, found: Iterable[Query], texts: Iterable[str]
         else:
             merged.append((start, stop))
     return merged
+
+
+def _with_brackets(text: str, start: int, stop: int) -> tuple[int, int]:
+    """With the brackets, quotes and the like around it, which would tell how long it was."""
+    while start > 0 and _is_bracket(text[start - 1]):
+        start -= 1
+    while stop < len(text) and _is_bracket(text[stop]):
+        stop += 1
+    return start, stop
+
+
+def _is_bracket(character: str) -> bool:
+    return character in "\"'?!" or unicodedata.category(character) in ("Ps", "Pe", "Pi", "Pf")
 
 
 def rectangles(page: PageText, ranges: Sequence[tuple[int, int]], dpi: int) -> list[Rectangle]:

@@ -40,6 +40,14 @@ def test_texts_are_hidden_wherever_they_stand(pdf: Pdf) -> None:
     assert text_without(page.page, []) == "The voltage over\ntime is shown\nBeside it: voltage over time"
 
 
+def test_brackets_around_a_text_are_hidden_with_it(make_pdf: Any) -> None:
+    page = SearchText(
+        Pdf(make_pdf([[(50, 100, 12, "2.1 (AC) Sources (VCCS)"), (50, 300, 12, "See AC sources, or not")]])).text(0)
+    )
+    ranges = hidden_ranges(page, [], [folded("AC sources VCCS"), folded("AC sources")])
+    assert text_without(page.page, ranges) == "2.1\nSee , or not"
+
+
 def test_nothing_of_the_hidden_characters_is_seen(pdf: Pdf) -> None:
     page = SearchText(pdf.text(0))
     ranges = hidden_ranges(page, [], [folded("Voltage over time")])
