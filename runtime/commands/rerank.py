@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -14,19 +14,19 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rtx.runtime.atomic import atomic_file, check_target
-from rtx.runtime.bulk import OnInvalid, without_invalid
+from rtx.runtime.bulk import IMAGES_PER_CALL, OnInvalid
+from rtx.runtime.commands.opening import open_as
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.failures import failure_log, failures_file
-from rtx.runtime.fields import LARGEST_FLOAT32, finite_float32
-from rtx.runtime.items import check_text, read_pair
+from rtx.runtime.fields import LARGEST_FLOAT32, finite_float32, read_content
+from rtx.runtime.items import check_text, describe, read_item, read_pair
 from rtx.runtime.records import FORMATS, STDIN, BadRecord, Format, Input, Record
 from rtx.runtime.reranker import Reranker
 
@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class _Arguments:
-    bundle: str
+    model: str
     source: str
     output: str
     query: str | None
@@ -61,7 +61,7 @@ class _Arguments:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path())
+@click.argument("model", type=click.Path())
 @click.argument("source", metavar="INPUT", type=click.Path(allow_dash=True))
 @click.option("-o", "--output", default=_STDOUT, help="OUT.jsonl.  [default: standard output]")
 @click.option("--query", help="One query for all of INPUT, which then has one document a record.")
@@ -69,8 +69,8 @@ class _Arguments:
 @click.option("--with-text", is_flag=True, help="Repeat each document beside its score.")
 @click.option("--variant", help="A variant of the bundle.  [default: the bundle's]")
 @click.option("--query-column", default="query", show_default=True)
-@click.option("--documents-column", default="documents", show_default=True, help="A list of texts.")
-@click.option("--document-column", default="document", show_default=True, help="One text.")
+@click.option("--documents-column", default="documents", show_default=True, help="A list of texts or images.")
+@click.option("--document-column", default="document", show_default=True, help="One text or image.")
 @click.option(
     "--first-stage-column",
     default="first_stage",
@@ -90,12 +90,16 @@ class _Arguments:
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def rerank(**arguments: Any) -> None:
-    """Order the documents of each query of INPUT, best first (jsonl, csv, tsv, parquet; - for standard input).
+    """Order the documents of each query of INPUT, best first, by MODEL, a bundle or a checkpoint (jsonl, csv, tsv,
+    parquet; - for standard input).
 
     \b
     a record                              gives
     {"query": ..., "documents": [...]}    {"id": ..., "ranking": [{"index": ..., "score": ...}, ...]}
     {"query": ..., "document": ...}       {"id": ..., "score": ...}
+
+    A query and a document are texts or, if the model takes images, {"image": "page.png"}, also with a "text" beside it:
+    a path from the file's own folder, a data URL, or a list of these.
 
     A model that was trained on top of a first stage takes that stage's scores too, in a column "first_stage".
 
@@ -127,7 +131,7 @@ def _run(given: _Arguments, stack: ExitStack) -> int:
     source = stack.enter_context(_open_input(given))
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     model = stack.enter_context(
-        Reranker.open(given.bundle, variant=given.variant, threads=given.threads, budget=budget)
+        open_as(Reranker, given.model, variant=given.variant, threads=given.threads, budget=budget)
     )
     on_terminal = output is None and _is_terminal()
     write = stack.enter_context(_sink(output, as_table=on_terminal and given.query is not None))
@@ -174,8 +178,11 @@ def _rank_each(model: Reranker, source: Input, given: _Arguments, progress: Prog
         [given.query_column], [given.documents_column, given.document_column, given.first_stage_column]
     )
     for is_pair, group in groupby(records, lambda record: _is_pair(record, given)):
-        while chunk := list(islice(group, _RECORDS_PER_CALL if is_pair else 1)):
-            yield from _score_pairs(model, chunk, given) if is_pair else (_rank_list(model, chunk[0], given),)
+        while chunk := list(islice(group, _records_per_call(model) if is_pair else 1)):
+            if is_pair:
+                yield from _score_pairs(model, chunk, given, source.folder)
+            else:
+                yield _rank_list(model, chunk[0], given, source.folder)
             progress.add(len(chunk))
 
 
@@ -185,8 +192,11 @@ def _rank_for(
     """All records as documents of one query; of those seen so far no more are kept than can be among the best."""
     best: list[Result] = []
     records = source.records([given.document_column], [given.first_stage_column])
-    while chunk := list(islice(records, _RECORDS_PER_CALL)):
-        for result in _score(model, chunk, lambda record: (query, record.fields[given.document_column]), given):
+    while chunk := list(islice(records, _records_per_call(model))):
+        results = _score(
+            model, chunk, lambda record: (query, record.fields[given.document_column]), given, source.folder
+        )
+        for result in results:
             if isinstance(result, BadRecord):
                 yield result
             else:
@@ -199,11 +209,17 @@ def _rank_for(
     yield from best
 
 
+def _records_per_call(model: Reranker) -> int:
+    return IMAGES_PER_CALL if model.contract.takes_images else _RECORDS_PER_CALL
+
+
 def _is_pair(record: Record | BadRecord, given: _Arguments) -> bool:
     return isinstance(record, Record) and record.fields.get(given.documents_column) is None
 
 
-def _rank_list(model: Reranker, record: Record | BadRecord, given: _Arguments) -> Result | BadRecord:
+def _rank_list(
+    model: Reranker, record: Record | BadRecord, given: _Arguments, folder: Path | None
+) -> Result | BadRecord:
     """A query and its documents: all of them, or none if one cannot be scored."""
     if isinstance(record, BadRecord):
         return record
@@ -211,17 +227,19 @@ def _rank_list(model: Reranker, record: Record | BadRecord, given: _Arguments) -
     if not isinstance(documents, list):
         found = type(documents).__name__
         return BadRecord(record.id, record.where, f"{given.documents_column}: expected a list of texts, got {found}")
-    texts = {given.query_column: query} | {f"{given.documents_column}[{i}]": text for i, text in enumerate(documents)}
-    problems = [
-        f"{name}: {f.message}" for name, text in texts.items() if isinstance(f := check_text(0, text), ItemError)
-    ]
+    values = {given.query_column: query} | {f"{given.documents_column}[{i}]": item for i, item in enumerate(documents)}
+    problems: list[str] = []
+    items = [_read(name, value, problems, folder) for name, value in values.items()]
+    if not problems:
+        checked = [(name, read_item(0, item, model.contract)) for name, item in zip(values, items, strict=True)]
+        problems = [f"{name}: {wrong.message}" for name, wrong in checked if isinstance(wrong, ItemError)]
     if problems:
         return BadRecord(record.id, record.where, _joined(problems))
     first_stage = _first_stage(model, record, given, documents=len(documents))
     if isinstance(first_stage, BadRecord):
         return first_stage
     try:
-        ranking = model.rank(query, documents, first_stage=first_stage, top_k=given.top_k)
+        ranking = model.rank(items[0], items[1:], first_stage=first_stage, top_k=given.top_k)
     except InvalidItemsError as invalid:
         problems = [f"{given.documents_column}[{error.index}]: {error.message}" for error in invalid.items]
         return BadRecord(record.id, record.where, _joined(problems))
@@ -235,7 +253,7 @@ def _rank_list(model: Reranker, record: Record | BadRecord, given: _Arguments) -
 
 
 def _score_pairs(
-    model: Reranker, chunk: Sequence[Record | BadRecord], given: _Arguments
+    model: Reranker, chunk: Sequence[Record | BadRecord], given: _Arguments, folder: Path | None
 ) -> Iterator[Result | BadRecord]:
     """Records that hold a query and one document each."""
     columns = (given.documents_column, given.document_column)
@@ -246,7 +264,7 @@ def _score_pairs(
         for record in chunk
     ]
     for result in _score(
-        model, chunk, lambda record: (record.fields[given.query_column], record.fields[columns[1]]), given
+        model, chunk, lambda record: (record.fields[given.query_column], record.fields[columns[1]]), given, folder
     ):
         if isinstance(result, BadRecord):
             yield result
@@ -260,29 +278,42 @@ def _score(
     chunk: Sequence[Record | BadRecord],
     pair_of: Callable[[Record], tuple[object, object]],
     given: _Arguments,
+    folder: Path | None,
 ) -> Iterator[tuple[Record, float] | BadRecord]:
     """Bad records first, before anything is computed; then the others in order, with their scores."""
     good: list[tuple[Record, tuple[object, object], float]] = []
     for record in chunk:
         if isinstance(record, BadRecord):
             yield record
-        elif isinstance(problem := read_pair(0, pair_of(record), model.contract), ItemError):
-            yield BadRecord(record.id, record.where, problem.message)
+            continue
+        problems: list[str] = []
+        names = ("query", "document")
+        query, document = (
+            _read(name, value, problems, folder) for name, value in zip(names, pair_of(record), strict=True)
+        )
+        if not problems and isinstance(wrong := read_pair(0, (query, document), model.contract), ItemError):
+            problems = [wrong.message]
+        if problems:
+            yield BadRecord(record.id, record.where, "; ".join(problems))
         elif isinstance(first_stage := _first_stage(model, record, given), BadRecord):
             yield first_stage
         else:
-            good.append((record, pair_of(record), first_stage[0]))
+            good.append((record, (query, document), first_stage[0]))
+    first = [score for *_, score in good]
+    scores = model.score([pair for _, pair, _ in good], first_stage=first, on_invalid="nan")
+    # Not in one pass: bad ones first.
+    for place in np.flatnonzero(~np.isfinite(scores)).tolist():
+        record, pair, _ = good[place]
+        (found,) = model.preprocessor.encode_pairs([pair])
+        yield BadRecord(record.id, record.where, found.message if isinstance(found, ItemError) else _NOT_FINITE)
+    for (record, *_), value in zip(good, scores.tolist(), strict=True):
+        if math.isfinite(value):
+            yield record, value
 
-    def score(some: Sequence[tuple[Record, tuple[object, object], float]]) -> NDArray[np.float32]:
-        return model.score([pair for _, pair, _ in some], first_stage=[first for *_, first in some])
 
-    scores, rows, errors = without_invalid(score, good)
-    for error in errors:
-        record = good[error.index][0]
-        yield BadRecord(record.id, record.where, error.message)
-    for row, value in zip(rows, scores.tolist(), strict=True):
-        record = good[row][0]
-        yield (record, value) if math.isfinite(value) else BadRecord(record.id, record.where, _NOT_FINITE)
+def _read(name: str, value: object, problems: list[str], folder: Path | None) -> object:
+    """A text as it is, whatever else it is; of a mapping its images and text."""
+    return read_content({name: value}, name, problems, folder) if isinstance(value, Mapping) else value
 
 
 def _first_stage(
@@ -312,7 +343,7 @@ def _numbers(values: object, count: int, limit: float) -> list[float] | None:
     return found if len(found) == count else None
 
 
-def _text(document: str, wanted: bool) -> Result:
+def _text(document: object, wanted: bool) -> Result:
     return {"document": document} if wanted else {}
 
 
@@ -334,7 +365,7 @@ def _sink(output: Path | None, *, as_table: bool) -> Iterator[Callable[[Result],
         table.add_column("id", justify="right", style="dim")
         table.add_column("document", no_wrap=True, overflow="ellipsis")
         yield lambda result: table.add_row(
-            f"{result['score']:.4f}", escape(str(result["id"])), escape(result["document"])
+            f"{result['score']:.4f}", escape(str(result["id"])), escape(_shown(result["document"]))
         )
         Console().print(table)
     elif output is None:
@@ -348,5 +379,10 @@ def _sink(output: Path | None, *, as_table: bool) -> Iterator[Callable[[Result],
             yield write
 
 
+def _shown(document: object) -> str:
+    return document if isinstance(document, str) else describe(document)
+
+
 def _line(result: Result) -> bytes:
-    return json.dumps(result, ensure_ascii=False).encode() + b"\n"
+    # Bytes of an image in a parquet file are not repeated.
+    return json.dumps(result, ensure_ascii=False, default=describe).encode() + b"\n"

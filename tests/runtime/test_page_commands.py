@@ -181,3 +181,61 @@ def test_a_call_has_a_bounded_number_of_pages(checkpoint: Path, monkeypatch: pyt
     monkeypatch.setattr(bulk, "IMAGES_PER_CALL", 3)
     assert run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl").exit_code == 0
     assert calls == [3, 3, 2, 8]
+
+
+# -- rerank --------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_ordered_for_a_query(judge: Path) -> None:
+    Path("pages/5.png").write_bytes(b"damaged")
+    rows = [
+        {"id": "list", "query": "dark", "documents": [{"image": "pages/0.png"}, "a text", {"image": "pages/1.png"}]},
+        {"id": "pair", "query": {"image": "pages/2.png"}, "document": {"image": ["pages/3.png"], "text": "both"}},
+        {"id": "cut", "query": "dark", "document": {"image": "pages/5.png"}},
+        {"id": "gone", "query": "dark", "document": {"image": "pages/gone.png"}},
+        {"id": "one of them", "query": "dark", "documents": ["a", {"image": "pages/5.png"}, {"image": "x.png"}, 5]},
+        {"id": "key", "query": "dark", "document": {"picture": "pages/0.png"}},
+        {"id": "fine", "query": "dark", "document": "a text"},
+    ]
+    write("in.jsonl", rows)
+    assert run("rerank", judge, "in.jsonl", "-o", "out.jsonl", "--with-text").exit_code == 4
+    with open_model(judge) as model:
+        assert isinstance(model, Reranker)
+        pages = [Path(f"pages/{number}.png") for number in range(4)]
+        both = {"image": [pages[3]], "text": "both"}
+        pairs: list[Any] = [("dark", pages[0]), ("dark", "a text"), ("dark", pages[1]), (pages[2], both)]
+        scores = model.score(pairs)
+    found = {line["id"]: line for line in lines("out.jsonl")}
+    assert set(found) == {"list", "pair", "fine"}
+    order = np.argsort(-scores[:3]).tolist()
+    assert [entry["index"] for entry in found["list"]["ranking"]] == order
+    assert [entry["document"] for entry in found["list"]["ranking"]] == [rows[0]["documents"][at] for at in order]  # type: ignore[index]
+    np.testing.assert_allclose([entry["score"] for entry in found["list"]["ranking"]], scores[order], atol=2e-6)
+    np.testing.assert_allclose([found["pair"]["score"], found["fine"]["score"]], scores[[3, 1]], atol=2e-6)
+    assert found["pair"]["document"] == rows[1]["document"]
+    errors = {line["id"]: line["error"] for line in lines("out.jsonl.errors.jsonl")}
+    assert "pages/5.png': no image that can be read (7 bytes)" in errors["cut"]
+    assert errors["gone"] == "document: image: pages/gone.png does not exist"
+    assert errors["one of them"] == "documents[2]: image: x.png does not exist"
+    assert errors["key"] == "document: expected a text, or the keys image and text; got picture; document: is empty"
+
+
+def test_pages_for_one_query(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("in.jsonl", [{"id": f"p{number}", "document": {"image": f"pages/{number}.png"}} for number in range(8)])
+    result = run("rerank", judge, "in.jsonl", "--query", "dark", "--top-k", 3)
+    best = [json.loads(line) for line in result.stdout.splitlines()]
+    with open_model(judge) as model:
+        assert isinstance(model, Reranker)
+        scores = model.score([("dark", Path(f"pages/{number}.png")) for number in range(8)])
+    assert [line["id"] for line in best] == [f"p{at}" for at in np.argsort(-scores)[:3].tolist()]
+    monkeypatch.setattr("rtx.runtime.commands.rerank._is_terminal", lambda: True)
+    shown = run("rerank", judge, "in.jsonl", "--query", "dark", "--top-k", 1).stdout.splitlines()[1]
+    assert shown.split() == [f"{scores.max():.4f}", best[0]["id"], "image", f"pages/{best[0]['id'][1:]}.png"]
+
+
+def test_a_reranker_of_texts_is_given_no_page(toy_reranker_bundle: Path) -> None:
+    write("in.jsonl", [{"query": "dark", "document": {"image": "pages/0.png"}}, {"query": "dark", "document": "a"}])
+    assert run("rerank", toy_reranker_bundle, "in.jsonl", "-o", "out.jsonl").exit_code == 4
+    (error,) = lines("out.jsonl.errors.jsonl")
+    assert error["error"] == "document: expected a text, got an image; this model takes no images"
+    assert len(lines("out.jsonl")) == 1
