@@ -7,16 +7,19 @@ reranker + evaluation set + candidates   -> Evaluation  ┴ compare -> Compariso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.runtime.bulk import calls
 from rtx.runtime.candidates import Candidate, Candidates, check_scored
 from rtx.runtime.contract import Contract
-from rtx.runtime.errors import DataError, EngineError, UsageError
+from rtx.runtime.errors import DataError, EngineError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.evalset import EvalSet, Problems
+from rtx.runtime.items import Content, describe
 from rtx.runtime.metrics import (
     Grades,
     Interval,
@@ -31,9 +34,7 @@ from rtx.runtime.metrics import (
 )
 from rtx.runtime.search import Hits, search
 
-T = TypeVar("T")
-
-# Texts or pairs of one call of a model, between two reports of progress.
+# Texts or pairs of one call of a model, between two reports of progress; of images there are fewer.
 _CHUNK_ITEMS = 2048
 
 Progress = Callable[[int, int], None]
@@ -177,25 +178,31 @@ def evaluate_embedder(
         ignore_identical_ids: leave out the document whose id is the query's own, unless it is judged for the query. In
             ArguAna and Quora the queries are taken from the corpus and would find themselves; BEIR does the same, but
             even where such a document is judged.
-        progress: told after every 2,048 texts.
+        progress: told after every 2,048 texts, or 128 images.
 
     Raises:
-        InvalidItemsError: texts that the model cannot embed.
+        InvalidItemsError: texts or images that the model cannot embed.
+        DataError: the set has images, and the model takes none.
         EngineError: a vector is not finite.
         UsageError: k or depth is out of range.
     """
     _check_cutoffs(k, depth)
+    if not embedder.contract.takes_images:
+        _check_texts(evalset)
     total = len(evalset.queries) + len(evalset.corpus)
 
     def embed(side: str, texts: Mapping[str, str], done: int) -> NDArray[Any]:
-        parts = []
-        for part in _chunks(list(texts.values())):
-            parts.append(embedder.embed(part, prompt=side))
-            done += len(part)
+        names = [f"{side} '{key}'" for key in texts]
+        parts: list[NDArray[Any]] = []
+        first = 0
+        for part in calls(list(texts.values()), _CHUNK_ITEMS):
+            with _naming(names[first : first + len(part)]):
+                parts.append(embedder.embed(part, prompt=side))
+            first += len(part)
             if progress is not None:
-                progress(done, total)
+                progress(done + first, total)
         vectors = np.concatenate(parts)
-        _check_finite(vectors, [f"{side} '{key}'" for key in texts])
+        _check_finite(vectors, names)
         return vectors
 
     queries = embed("query", evalset.queries, 0)
@@ -292,16 +299,18 @@ def _scored(
     queries = list(evalset.queries.values())
     pairs = [(query, texts[place]) for query, row in zip(queries, places, strict=True) for place in row]
     first_stage = [value for row in given for value in row]
+    ids = list(evalset.corpus)
+    rows = zip(evalset.queries, places, strict=True)
+    names = [f"query '{query}', document '{ids[at]}'" for query, row in rows for at in row]
     scores = np.empty(len(pairs), dtype=np.float32)
     done = 0
-    for part in _chunks(pairs):
-        scores[done : done + len(part)] = score(part, first_stage[done : done + len(part)])
+    for part in calls(pairs, _CHUNK_ITEMS):
+        with _naming(names[done : done + len(part)]):
+            scores[done : done + len(part)] = score(part, first_stage[done : done + len(part)])
         done += len(part)
         if progress is not None:
             progress(done, len(pairs))
-    ids = list(evalset.corpus)
-    rows = zip(evalset.queries, places, strict=True)
-    _check_finite(scores[:, None], [f"query '{query}', document '{ids[at]}'" for query, row in rows for at in row])
+    _check_finite(scores[:, None], names)
     return places, scores, np.array(first_stage, dtype=np.float32)
 
 
@@ -369,7 +378,7 @@ def compare(
         improved=int((differences > 0).sum()),
         fell=int((differences < 0).sum()),
         worst=tuple(
-            QueryChange(ids[place], evalset.queries[ids[place]], float(reference.ndcg[place]), float(other.ndcg[place]))
+            QueryChange(ids[place], _text(evalset, ids[place]), float(reference.ndcg[place]), float(other.ndcg[place]))
             for place in order
             if differences[place] < 0
         ),
@@ -482,6 +491,23 @@ def _check_finite(values: NDArray[Any], names: Sequence[str]) -> None:
         raise EngineError(f"the model's output is not finite for {len(bad)} of {len(names)} inputs, first: {shown}")
 
 
-def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), _CHUNK_ITEMS):
-        yield items[start : start + _CHUNK_ITEMS]
+def _check_texts(evalset: EvalSet) -> None:
+    for side, texts in (("query", evalset.queries), ("document", evalset.corpus)):
+        found = next((key for key, text in texts.items() if isinstance(text, Content)), None)
+        if found is not None:
+            raise DataError(f"'{evalset.name}': {side} '{found}' is an image; this model takes texts only")
+
+
+@contextmanager
+def _naming(names: Sequence[str]) -> Iterator[None]:
+    """Name the items of a call that cannot be used, instead of counting them."""
+    try:
+        yield
+    except InvalidItemsError as invalid:
+        named = [ItemError(error.index, f"{names[error.index]}: {error.message}") for error in invalid.items]
+        raise InvalidItemsError(named, invalid.total) from invalid
+
+
+def _text(evalset: EvalSet, query: str) -> str:
+    text = evalset.queries[query]
+    return describe(text) if isinstance(text, Content) else text

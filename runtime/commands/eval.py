@@ -30,6 +30,7 @@ from rtx.runtime.evaluation import (
     evaluate_reranker,
     evaluate_weights,
 )
+from rtx.runtime.found_pages import found_page
 from rtx.runtime.reranker import Reranker
 
 _SHOWN_CHARS = 100
@@ -54,6 +55,8 @@ class _Arguments:
     worst: int
     threads: int | None
     json_file: str | None
+    found: str | None
+    found_queries: int
 
 
 @click.command()
@@ -78,6 +81,8 @@ class _Arguments:
 @click.option("--worst", type=click.IntRange(min=0), default=10, show_default=True, help="Queries to name.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @click.option("--json", "json_file", type=click.Path(), help="Write all numbers to this file.")
+@click.option("--found", type=click.Path(), metavar="FILE.html", help="Write a page to look at: what each query found.")
+@click.option("--found-queries", type=click.IntRange(min=1), default=50, show_default=True, help="On that page.")
 def evaluate(**arguments: Any) -> None:
     """Measure how well MODEL, a bundle or a checkpoint, ranks the evaluation set in EVAL_DIR (BEIR layout).
 
@@ -90,6 +95,7 @@ def evaluate(**arguments: Any) -> None:
     rtx eval judge.rtx manuals/eval --candidates found.jsonl
     rtx eval judge.rtx manuals/dev --candidates found-dev.jsonl --first-stage-weight 20 --first-stage-weight 60
     rtx eval manuals.rtx manuals/eval --variant int8 --against manuals/
+    rtx eval pages.rtx scans/eval --found found.html
     """
     _run(_Arguments(**arguments))
 
@@ -133,6 +139,8 @@ def _run(given: _Arguments) -> None:
     if given.json_file is not None:
         with atomic_file(given.json_file) as stream:
             stream.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+    if given.found is not None:
+        _write_found(given.found, evalset, measured, given)
     labels = [path if variant is None else f"{path} ({variant})" for path, variant in names]
     _show(labels, evaluations, comparison)
     if weighted:
@@ -143,7 +151,8 @@ def _check(given: _Arguments) -> None:
     """What can be said before anything is read."""
     if given.k > given.depth:
         raise UsageError(f"--k: expected at most --depth ({given.depth}), got {given.k}")
-    for option, path in (("--json", given.json_file), ("--save-candidates", given.save_candidates)):
+    files = (("--json", given.json_file), ("--save-candidates", given.save_candidates), ("--found", given.found))
+    for option, path in files:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{option}: the folder {Path(path).parent} does not exist")
         if path is not None:
@@ -189,6 +198,19 @@ def _measure(
             return evaluate_embedder(model, evalset, **_options(given), progress=progress)
         assert candidates is not None
         return evaluate_reranker(model, evalset, candidates, **_options(given), progress=progress)
+
+
+def _write_found(path: str, evalset: EvalSet, measured: Evaluation, given: _Arguments) -> None:
+    name = given.model if given.variant is None else f"{given.model} ({given.variant})"
+    facts = {
+        "Model": name,
+        "Evaluation set": f"{given.eval_dir}, qrels of {given.split}, SHA-256 {measured.sha256[:16]}…",
+        "Ranked": f"the first {given.depth:,} documents of each query"
+        + (f", from {given.candidates}" if given.candidates is not None else ""),
+    }
+    page = found_page(evalset, measured, model=name, queries=given.found_queries, facts=facts)
+    with atomic_file(path) as stream:
+        stream.write(page.encode())
 
 
 def _options(given: _Arguments) -> Any:

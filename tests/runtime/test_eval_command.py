@@ -105,6 +105,16 @@ def test_worst_queries_are_named_with_their_text(toy_bundle, folder, monkeypatch
     assert rows == [["q3", "[red] broken…", "1.000", "0.250"], ["q1", "how to reset…", "1.000", "0.500"]]
 
 
+def test_what_was_found_is_written_to_look_at(toy_bundle, folder, tmp_path):
+    result = run(toy_bundle, folder, "--k", 2, "--found", tmp_path / "found.html", "--variant", "int8")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "found.html").read_text()
+    assert f"{toy_bundle} (int8) on toys: what it found" in page
+    assert page.count('<section class="query ') == 3
+    assert "[red] broken pump" in page
+    assert "hold the button to reset the device" in page
+
+
 def test_keep_identical_ids(toy_bundle, tmp_path):
     # The query is a document of the corpus, as in ArguAna, and nearest to itself.
     evalset = EvalSet("self", {"sort": TEXTS["sort"]}, TEXTS, {"sort": {"parse": 1}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -17,6 +18,8 @@ from PIL import Image
 from rtx.runtime import bulk
 from rtx.runtime.cli import main, open_model
 from rtx.runtime.embedder import Embedder
+from rtx.runtime.evalset import load_evalset
+from rtx.runtime.evaluation import compare, evaluate_embedder
 from rtx.runtime.items import Content
 from rtx.runtime.reranker import Reranker
 from rtx.trainer.data import TrainingData
@@ -217,7 +220,7 @@ def test_pages_are_ordered_for_a_query(judge: Path) -> None:
     assert "pages/5.png': no image that can be read (7 bytes)" in errors["cut"]
     assert errors["gone"] == "document: image: pages/gone.png does not exist"
     assert errors["one of them"] == "documents[2]: image: x.png does not exist"
-    assert errors["key"] == "document: expected a text, or the keys image and text; got picture; document: is empty"
+    assert errors["key"] == "document: expected a text, or the keys image and text; got picture"
 
 
 def test_pages_for_one_query(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,3 +242,63 @@ def test_a_reranker_of_texts_is_given_no_page(toy_reranker_bundle: Path) -> None
     (error,) = lines("out.jsonl.errors.jsonl")
     assert error["error"] == "document: expected a text, got an image; this model takes no images"
     assert len(lines("out.jsonl")) == 1
+
+
+# -- eval ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_ranked_and_looked_at(checkpoint: Path, judge: Path) -> None:
+    files = ["--json", "report.json", "--save-candidates", "found.jsonl", "--found", "found.html"]
+    result = run("eval", checkpoint, "eval", "--k", 3, *files, "--found-queries", 5)
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("report.json").read_text())
+    with open_model(checkpoint) as model:
+        assert isinstance(model, Embedder)
+        documents = model.embed([Path(f"pages/{number}.png") for number in range(8)], prompt="document")
+        scores = model.embed([f"the {word}" for word in WORDS], prompt="query") @ documents.T
+    ranks = (scores > np.diag(scores)[:, None]).sum(axis=1)
+    assert report["metrics"]["recall@3"] == pytest.approx((ranks < 3).mean())
+    assert [line["corpus-ids"][0] for line in lines("found.jsonl")] == [f"p{at}" for at in scores.argmax(axis=1)]
+    page = Path("found.html").read_text()
+    assert page.count('<section class="query ') == 5
+    assert f"NDCG@3 {report['metrics']['ndcg@3']:.3f}, 95 % interval" in page
+    assert page.count('src="data:image/') >= 15
+    assert "SHA-256 " + report["sha256"][:16] in page
+
+    candidates = ["--candidates", "found.jsonl"]
+    result = run("eval", judge, "eval", "--k", 3, *candidates, "--found", "judged.html", "--json", "judged.json")
+    assert result.exit_code == 0, result.output
+    with open_model(judge) as model:
+        assert isinstance(model, Reranker)
+        own = model.score([("the pump", Path(f"pages/{number}.png")) for number in range(8)])
+    assert json.loads(Path("judged.json").read_text())["against"]["model"] == "first stage"
+    assert Path("judged.html").read_text().count('<section class="query ') == 8
+    card = Path("judged.html").read_text().split("<h2>the pump</h2>")[1]
+    assert card.split('<p class="id">')[1].startswith(f"p{own.argmax()}<")
+
+
+def test_what_cannot_be_evaluated_is_named(checkpoint: Path, toy_bundle: Path) -> None:
+    result = run("eval", toy_bundle, "eval", "--found", "found.html")
+    assert (result.exit_code, result.stderr) == (
+        4,
+        "error: 'eval': document 'p0' is an image; this model takes texts only\n",
+    )
+    Path("pages/6.png").write_bytes(b"damaged")
+    result = run("eval", checkpoint, "eval", "--found", "found.html")
+    assert result.exit_code == 4
+    assert "item 6: document 'p6': image: '" in result.stderr
+    assert "pages/6.png': no image that can be read" in result.stderr
+    assert not Path("found.html").exists()
+    result = run("eval", checkpoint, "eval", "--found", "nowhere/found.html")
+    assert (result.exit_code, "--found: the folder nowhere does not exist" in result.stderr) == (2, True)
+
+
+def test_queries_of_images_are_described(checkpoint: Path) -> None:
+    write("eval/queries.jsonl", [{"_id": word, "image": f"../pages/{n}.png"} for n, word in numbered()])
+    evalset = load_evalset("eval")
+    with open_model(checkpoint) as model:
+        assert isinstance(model, Embedder)
+        first = evaluate_embedder(model, evalset)
+    (change,) = compare(first, dataclasses.replace(first, ndcg=first.ndcg - 0.5), evalset, worst=1).worst
+    assert change.text.startswith("image ")
+    assert change.text.endswith(f"pages/{WORDS.index(change.query)}.png")
