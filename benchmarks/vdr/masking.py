@@ -8,6 +8,7 @@ What is hidden from a page of the masked corpus:
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -60,7 +61,7 @@ def _is_bracket(character: str) -> bool:
 def rectangles(page: PageText, ranges: Sequence[tuple[int, int]], dpi: int) -> list[Rectangle]:
     """What to paint: of every range, one rectangle a line around the ink of its characters."""
     scale = dpi / 72
-    width, height = round(page.width * scale) + 1, round(page.height * scale) + 1
+    width, height = math.ceil(page.width * scale), math.ceil(page.height * scale)
     found = []
     for start, stop in ranges:
         for line in page.lines:
@@ -70,7 +71,9 @@ def rectangles(page: PageText, ranges: Sequence[tuple[int, int]], dpi: int) -> l
                 continue
             left, top = np.floor(boxes[:, :2].min(axis=0) * scale).astype(int) - _PAD_PIXELS
             right, bottom = np.ceil(boxes[:, 2:].max(axis=0) * scale).astype(int) + _PAD_PIXELS
-            found.append((max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)))
+            area = max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)
+            if area[0] < area[2] and area[1] < area[3]:  # some texts stand beside the page
+                found.append(area)
     return found
 
 

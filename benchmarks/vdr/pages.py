@@ -43,6 +43,7 @@ class Line:
         text: them, white space collapsed.
         left, top, right, bottom, baseline: in points.
         size: median font size in points.
+        widest_gap: between two neighbouring characters, in font sizes.
     """
 
     start: int
@@ -54,6 +55,7 @@ class Line:
     bottom: float
     baseline: float
     size: float
+    widest_gap: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,9 @@ def _line_ranges(page: PageText) -> Iterator[tuple[int, int]]:
 
 def _line(page: PageText, start: int, stop: int) -> Line:
     boxes = page.boxes[start:stop]
+    visible = boxes[~np.isnan(boxes[:, 0])]
+    gaps = visible[1:, 0] - visible[:-1, 2]
+    size = float(np.nanmedian(page.sizes[start:stop]))
     return Line(
         start=start,
         stop=stop,
@@ -109,7 +114,8 @@ def _line(page: PageText, start: int, stop: int) -> Line:
         right=float(np.nanmax(boxes[:, 2])),
         bottom=float(np.nanmax(boxes[:, 3])),
         baseline=float(np.nanmedian(page.baselines[start:stop])),
-        size=float(np.nanmedian(page.sizes[start:stop])),
+        size=size,
+        widest_gap=float(gaps.max(initial=0)) / max(size, 1.0),
     )
 
 

@@ -35,6 +35,9 @@ _TITLE_NUMBER = re.compile(
 _HEADING_NUMBER = re.compile(rf"(?:(?:{_TITLE_NUMBER.pattern})|[A-Z]\s)\W*")
 # In heights of the line: the distance of two baselines inside a caption, and what a caption begins after.
 _CAPTION_PITCH, _CAPTION_GAP = 1.5, 1.35
+# In font sizes: words that are further apart are cells of a table, unless their line was stretched to end where the
+# one above does.
+_COLUMN_GAP, _FLUSH = 1.1, 0.25
 # Baselines that are nearer belong to one row: what is raised or lowered in it.
 _ROW = 0.8
 _SAME_SIZE = 0.12
@@ -184,7 +187,8 @@ def _block(lines: Sequence[Line], place: int) -> Iterator[Line]:
         is_next = _ROW * row.size < distance < _CAPTION_PITCH * row.size and (pitch is None or distance < 1.15 * pitch)
         is_alike = abs(line.size - row.size) <= _SAME_SIZE * row.size
         overlap = min(right, line.right) - max(row.left, line.left)
-        if not (is_next and is_alike and overlap > 0) or _CAPTION_START.match(line.text):
+        is_prose = line.widest_gap < _COLUMN_GAP or abs(line.right - right) < _FLUSH * row.size
+        if not (is_next and is_alike and is_prose and overlap > 0) or _CAPTION_START.match(line.text):
             return
         row, pitch, right = line, distance if pitch is None else pitch, line.right
         yield line
@@ -227,6 +231,8 @@ def _checked(query: Query) -> Query:
         return replace(query, drop=f"{query.kind}: under {_MIN_WORDS[query.kind]} words")
     if words > _MAX_WORDS:
         return replace(query, drop=f"{query.kind}: over {_MAX_WORDS} words")
+    if query.text.rstrip(").").endswith("continued"):
+        return replace(query, drop=f"{query.kind}: continues another")
     letters = folded(query.text)
     if 2 * sum(letter.isalpha() for letter in letters) < len(letters) or "\ufffd" in query.text:
         return replace(query, drop=f"{query.kind}: mostly not letters")

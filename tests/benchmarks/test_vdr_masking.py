@@ -86,12 +86,17 @@ def test_paint_in_grey_stays_grey() -> None:
 
 
 def test_areas_stay_inside_the_page(make_pdf: Any) -> None:
-    pdf = Pdf(make_pdf([[(-3, 8, 12, "Edge"), (390, 499, 12, "Edge")]]))
+    pdf = Pdf(
+        make_pdf([[(-3, 8, 12, "Edge"), (390, 499, 12, "Edge"), (450, 100, 12, "Beside"), (50, 100, 12, "Inside")]])
+    )
     page = SearchText(pdf.text(0))
-    width, height = pdf.image(0, 72).size
-    for left, top, right, bottom in rectangles(page.page, [(0, len(page.text))], 72):
-        assert 0 <= left < right <= width + 1
-        assert 0 <= top < bottom <= height + 1
+    image = pdf.image(0, 72)
+    areas = rectangles(page.page, [(0, len(page.text))], 72)
+    assert len(areas) == 3
+    for left, top, right, bottom in areas:
+        assert 0 <= left < right <= image.width
+        assert 0 <= top < bottom <= image.height
+    assert paint(image, areas).getextrema() == (255, 255)
 
 
 def test_readable_text() -> None:

@@ -83,6 +83,22 @@ def test_a_caption_goes_on_behind_an_index(read: Read, raised: float) -> None:
     assert found(page) == [(CAPTION, "Values of x 2 by age and sex", "")]
 
 
+def test_a_caption_ends_above_the_rows_of_its_table(read: Read) -> None:
+    rows = [(50, 112, 10, "Algorithm"), (180, 112, 10, "Argument"), (50, 124, 10, "Nearest"), (180, 124, 10, "nn")]
+    (page,) = read([(50, 100, 10, "Table 1: Methods for finding a tour"), *rows])
+    assert found(page) == [(TABLE, "Methods for finding a tour", "")]
+    # A line that was stretched to the margin has wide gaps too, but ends where the one above does.
+    right = page.page.lines[0].right
+    word = read([(50, 100, 10, "tours")])[0].page.lines[0]
+    stretched = [
+        (50, 112, 10, "for"),
+        (right - (word.right - word.left) - 0.8, 112, 10, "tours"),
+        (50, 124, 10, "of cities"),
+    ]
+    (page,) = read([(50, 100, 10, "Table 1: Methods for finding a tour"), *stretched])
+    assert found(page) == [(TABLE, "Methods for finding a tour for tours of cities", "")]
+
+
 def test_a_reference_in_running_text_is_no_caption(read: Read) -> None:
     (page,) = read(
         [
@@ -105,6 +121,7 @@ def test_a_caption_without_a_mark_behind_its_number(read: Read) -> None:
     [
         ("Figure 1: Two words", "caption: under 3 words"),
         ("Table 1: 1.0 2.0 3.0 x", "table: mostly not letters"),
+        ("Table 1: Prices of wheat (continued).", "table: continues another"),
     ],
 )
 def test_captions_that_make_no_query(read: Read, caption: str, reason: str) -> None:
