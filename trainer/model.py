@@ -122,43 +122,17 @@ class RetrievalModel(nn.Module):
         """
         source = Source.open(os.fspath(path), revision)
         layout = read_layout(source.folder, task)
-        backbone = load_backbone(
-            source, layout, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
-        )
+        images = _load_images(source, layout, processor_kwargs)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+        backbone = load_backbone(source, layout, dtype=dtype, **options)
         tokenizer = load_tokenizer(source, layout, trust_remote_code=trust_remote_code)
-        check_vocabulary(backbone, tokenizer, source.path_of(layout))
-        layout = logit_score.settle(layout, tokenizer, source.path_of(layout))
-        if layout.logit_score is not None:
-            logit_score.check_head(backbone, layout.logit_score, source.path_of(layout))
-        elif layout.task == "rerank" and backbone.config.pad_token_id is None:
-            # Causal classifiers look for the last token that is no padding.
-            backbone.config.pad_token_id = tokenizer.pad_token_id
-        limit = _max_tokens(layout, backbone, tokenizer, source.path_of(layout))
-        if layout.task == "embed":
-            width = hidden_size(backbone, layout)
-            check_widths(layout, width, source.name)
-            layout = dataclasses.replace(layout, pooling_dimension=width if layout.pooling else None)
-        head = [load_module(source, module) for module in layout.head]
-        fixed = limit if layout.features and depends_on_padding(backbone, tokenizer, layout) else 0
-        layout = dataclasses.replace(layout, max_tokens=limit, fixed_tokens=fixed)
+        layout = _settle(layout, backbone, tokenizer, source)
         tower = None
         if layout.image_tower is not None:
-            tower = load_image_tower(
-                source,
-                layout.image_tower,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
-            )
+            tower = load_image_tower(source, layout.image_tower, dtype=dtype, **options)
             layout = dataclasses.replace(layout, image_tower=tower.layout)
-            _check_towers(layout, tower, width, source.name)
-        images = None
-        if layout.takes_images:
-            folder = layout.backbone_folder if layout.image_tower is None else layout.image_tower.folder
-            options = layout.tokenizer_kwargs if layout.image_tower is None else {}
-            images = ImageProcessing.load(source, folder, options, settings=processor_kwargs)
-        elif processor_kwargs:
-            raise UsageError(f"processor_kwargs ({', '.join(processor_kwargs)}): {source.name} takes no images")
+            _check_towers(layout, tower, hidden_size(backbone, layout), source.name)
+        head = [load_module(source, module) for module in layout.head]
         model = cls(
             backbone, tokenizer, head, layout=layout, images=images, image_tower=tower, source=source.name
         ).eval()
@@ -402,6 +376,36 @@ def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
     """The weights of a module, by their names in it."""
     prefix = f"{module}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _load_images(source: Source, layout: Layout, processor_kwargs: Mapping[str, Any] | None) -> ImageProcessing | None:
+    """How images are prepared; None for a model that takes none."""
+    if layout.image_tower is not None:
+        return ImageProcessing.load(source, layout.image_tower.folder, {}, settings=processor_kwargs)
+    if layout.images:
+        return ImageProcessing.load(source, layout.backbone_folder, layout.tokenizer_kwargs, settings=processor_kwargs)
+    if processor_kwargs:
+        raise UsageError(f"processor_kwargs ({', '.join(processor_kwargs)}): {source.name} takes no images")
+    return None
+
+
+def _settle(layout: Layout, backbone: Any, tokenizer: Any, source: Source) -> Layout:
+    """The layout with what the transformer and the tokenizer decide, which are checked against each other."""
+    where = source.path_of(layout)
+    check_vocabulary(backbone, tokenizer, where)
+    layout = logit_score.settle(layout, tokenizer, where)
+    if layout.logit_score is not None:
+        logit_score.check_head(backbone, layout.logit_score, where)
+    elif layout.task == "rerank" and backbone.config.pad_token_id is None:
+        # Causal classifiers look for the last token that is no padding.
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+    limit = _max_tokens(layout, backbone, tokenizer, where)
+    if layout.task == "embed":
+        width = hidden_size(backbone, layout)
+        check_widths(layout, width, source.name)
+        layout = dataclasses.replace(layout, pooling_dimension=width if layout.pooling else None)
+    fixed = limit if layout.features and depends_on_padding(backbone, tokenizer, layout) else 0
+    return dataclasses.replace(layout, max_tokens=limit, fixed_tokens=fixed)
 
 
 def _max_tokens(layout: Layout, backbone: Any, tokenizer: Any, where: str) -> int:

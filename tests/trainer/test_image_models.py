@@ -215,6 +215,55 @@ def test_a_processors_own_chat_template_counts(tiny: Write, tmp_path: Path) -> N
     np.testing.assert_allclose(sentence_transformer(tmp_path / "ours").encode(ITEMS), vectors, atol=TOLERANCE)
 
 
+# ---------------------------------------------------------------- the models before
+
+
+def write_tiny_predecessor(folder: Path, name: str) -> None:
+    """Write Qwen2-VL or Qwen2.5-VL with the tokenizer and the processor files of a tiny Qwen3-VL."""
+    import transformers
+
+    TINY["write_tiny_qwen3_vl"](folder)
+    given = json.loads((folder / "config.json").read_text())
+    text = {
+        "vocab_size": given["text_config"]["vocab_size"],
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 1, 1]},
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    sizes = {"embed_dim": 32, "mlp_ratio": 2} if name == "Qwen2VL" else {"intermediate_size": 64, "window_size": 64}
+    width = {"hidden_size": 32, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 16, **width, **sizes}
+    ids = {key: value for key, value in given.items() if key.endswith("_token_id") and "pad" not in key}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **ids)
+    torch.manual_seed(0)
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(folder)
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        described = (folder / file).read_text().replace("Qwen3VLProcessor", f"{name}Processor")
+        (folder / file).write_text(described)
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL"])
+def test_the_models_before(tmp_path: Path, name: str) -> None:
+    write_tiny_predecessor(tmp_path / "bare", name)
+    model = RetrievalModel.load(tmp_path / "bare")
+    vectors = embed(model)
+    assert apart(vectors)
+    model.save(tmp_path / "ours")
+    np.testing.assert_allclose(sentence_transformer(tmp_path / "ours").encode(ITEMS), vectors, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate([embed(model, [item]) for item in ITEMS]), vectors, atol=TOLERANCE)
+    judge = RetrievalModel.load(tmp_path / "bare", task="rerank")
+    judge.save(tmp_path / "judge")
+    np.testing.assert_allclose(cross_encoder(tmp_path / "judge").predict(PAIRS), score(judge), atol=TOLERANCE)
+
+
 # ---------------------------------------------------------------- rerankers, both ways with sentence-transformers
 
 
