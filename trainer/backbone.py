@@ -113,8 +113,10 @@ def load_backbone(
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(source.name, **{**layout.config_kwargs, **location})
             _check_config(config, source, layout)
-            if hasattr(config, "use_cache"):
-                config.use_cache = False
+            # The cache is for generation. Of a model of images it is the language model that has one.
+            for part in (config, config.get_text_config()):
+                if hasattr(part, "use_cache"):
+                    part.use_cache = False
             if layout.new_classifier:
                 config.num_labels = 1
             loader = _loader(layout)
@@ -156,8 +158,11 @@ def load_image_backbone(
             backbone, info = transformers.AutoModel.from_pretrained(source.name, **options)
     except _LOADING_ERRORS as broken:
         raise CheckpointError(f"{source.path_of(layout)}: transformers cannot load it: {_summary(broken)}") from broken
-    if backbone.main_input_name != "pixel_values" or not isinstance(getattr(backbone.config, "hidden_size", None), int):
-        raise CheckpointError(f"{source.path_of(layout)}: {backbone.config.model_type} is no model of images alone")
+    kind = backbone.config.model_type
+    if backbone.main_input_name != "pixel_values":
+        raise CheckpointError(f"{source.path_of(layout)}: {kind} is no model of images alone")
+    if not isinstance(getattr(backbone.config, "hidden_size", None), int):
+        raise CheckpointError(f"{source.path_of(layout)}: {kind} has no hidden_size; expected a vision transformer")
     _check_weights(backbone, info, source, layout)
     _align(backbone)
     return backbone.eval()

@@ -73,10 +73,10 @@ class ImageProcessing:
             combined.get(_CLASS_KEY) or own.get(_CLASS_KEY),
         )
 
-    def save(self, folder: Path) -> None:
-        """Write the processor's files into a folder that exists."""
+    def save(self, folder: Path, *, alone: bool = False) -> None:
+        """Write the processor's files into a folder that exists; `alone` if there is no tokenizer in it."""
         self.processor.save_pretrained(folder)
-        if self._joint_class is not None:
+        if self._joint_class is not None and not alone:
             settings = read_object(folder / _FILE) or {}
             write_json(folder / _FILE, {**settings, _CLASS_KEY: self._joint_class}, indent=2, sort_keys=True)
         if self._video is not None:

@@ -312,7 +312,8 @@ class RetrievalModel(nn.Module):
         save_tokenizer(self.tokenizer, folder / written.backbone_folder)
         tower = written.image_tower
         if self.images is not None:
-            self.images.save(folder / (tower.folder if tower is not None else written.backbone_folder))
+            place = written.backbone_folder if tower is None else tower.folder
+            self.images.save(folder / place, alone=tower is not None)
         state = self.state_dict() if state is None else state
         heads = {"head": written.head, "image_tower.head": tower.head if tower is not None else ()}
         for name, head in heads.items():

@@ -162,6 +162,29 @@ def test_a_vision_transformer_of_one_size(tiny_checkpoint: Tiny, tmp_path: Path)
         compose(tiny_checkpoint("bert"), tmp_path / "vit", image_size=(40, 32))
 
 
+def test_the_vision_part_of_a_dual_encoder(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Its image processor names the class that joined it with a tokenizer, which is not there any more."""
+    import transformers
+
+    TINY["write_tiny_siglip2"](tmp_path / "whole")
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig.from_pretrained(tmp_path / "whole").vision_config
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "vision")
+    shutil.copy(tmp_path / "whole" / "preprocessor_config.json", tmp_path / "vision")
+    check_against_theirs(compose(tiny_checkpoint("bert"), tmp_path / "vision", pooling="mean"), tmp_path / "ours")
+
+
+def test_a_network_without_tokens(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(CheckpointError, match="resnet has no hidden_size; expected a vision transformer"):
+        compose(tiny_checkpoint("bert"), tmp_path / "resnet")
+
+
 def test_what_cannot_be_put_together(tiny_checkpoint: Tiny, dinov2: Path, tmp_path: Path) -> None:
     text = tiny_checkpoint("bert")
     with pytest.raises(UsageError, match=r"expected an embedder of texts; it is a reranker$"):

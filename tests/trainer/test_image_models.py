@@ -215,6 +215,36 @@ def test_a_processors_own_chat_template_counts(tiny: Write, tmp_path: Path) -> N
     np.testing.assert_allclose(sentence_transformer(tmp_path / "ours").encode(ITEMS), vectors, atol=TOLERANCE)
 
 
+def test_what_published_checkpoints_say_besides(tiny: Write, tmp_path: Path) -> None:
+    """Videos, which are not served, and the form of messages in its older place."""
+    RetrievalModel.load(tiny("embed")).save(tmp_path / "ours")
+    file = tmp_path / "ours" / "sentence_bert_config.json"
+    config = json.loads(file.read_text())
+    modalities = config["modality_config"]
+    modalities |= {"video": modalities["image"]}
+    for name in ("structured", "auto", None):
+        modalities["message"].pop("format", None)
+        file.write_text(json.dumps({**config, "message_format": name}))
+        model = RetrievalModel.load(tmp_path / "ours")
+        np.testing.assert_array_equal(embed(model), embed(RetrievalModel.load(tiny("embed"))))
+        assert model.layout.message_format == "structured"
+    # Messages are what images need a place in.
+    file.write_text(json.dumps({**config, "message_format": "flat"}))
+    with pytest.raises(CheckpointError, match="expected the same text for every image"):
+        RetrievalModel.load(tmp_path / "ours")
+    del modalities["text"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected text among the modalities, got image, message, video"):
+        RetrievalModel.load(tmp_path / "ours")
+
+
+def test_nothing_is_kept_for_generation(tiny: Write) -> None:
+    model = RetrievalModel.load(tiny("embed"))
+    tensors = {name: torch.from_numpy(ids) for name, ids in model.preprocessor.collate([encoded(model, "a")]).items()}
+    with torch.no_grad():
+        assert model.backbone(**tensors).past_key_values is None
+
+
 # ---------------------------------------------------------------- the models before
 
 
