@@ -198,8 +198,8 @@ def _filtered(ranked: Sequence[Ranked], chosen: Sequence[Ranked], cards: Sequenc
         for outcome in OUTCOMES
     )
     sampled = (
-        f"Shown are {len(chosen):,} of {len(ranked):,} queries, drawn from each of these alike: misses are more common "
-        "here than in the set."
+        f"Shown are {len(chosen):,} of {len(ranked):,} queries, drawn from each of these in turn: their shares here are "
+        "not those of the set."
         if len(chosen) < len(ranked)
         else f"Shown are all {len(ranked):,} queries."
     )
@@ -371,7 +371,7 @@ ol.texts li {
 }
 ol.texts .words { grid-row: 1 / span 2; grid-column: 2; line-height: 1.45; overflow-wrap: anywhere; }
 ol.pages .words { font-size: 0.8125rem; line-height: 1.4; overflow-wrap: anywhere; }
-@media (max-width: 600px) {
+@media screen and (max-width: 600px) {
   ol.pages {
     display: flex; overflow-x: auto; gap: 10px; margin: 0 -18px; padding: 2px 18px 10px;
     scroll-snap-type: x proximity; scroll-padding: 18px;
@@ -386,6 +386,9 @@ ol.pages .words { font-size: 0.8125rem; line-height: 1.4; overflow-wrap: anywher
 }
 @media print {
   .queries > input, .queries > label { display: none; }
+  .query h2, .query h3, .outcome { break-after: avoid; }
+  ol.pages { grid-template-columns: repeat(5, 1fr); gap: 8px; }
+  ol.pages img, .nothing { height: 130px; }
   .query li { break-inside: avoid; }
 }
 """

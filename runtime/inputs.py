@@ -41,7 +41,9 @@ _PDF = ".pdf"
 _IMAGES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm"}
 _IMAGES |= {".pnm", ".jp2", ".j2k", ".avif", ".qoi"}
 # Pages come in order, but those of two documents may be prepared at once, and their number is asked ahead.
-_OPEN_PDFS = 4
+_OPEN_PDFS = 2
+# An open document keeps what it has read of its file, so it is opened anew after so many pages.
+_PAGES_AT_ONCE = 128
 
 
 class Page(Image.Image):
@@ -78,7 +80,7 @@ class Page(Image.Image):
             DataError: it is damaged, or the file is gone.
         """
         if self._rendered is None:
-            self._rendered = self._pdf.pages[self._index]
+            self._rendered = self._pdf.pages(self._index)[self._index]
 
     def convert(self, mode: str | None = None, *arguments: Any, **options: Any) -> Image.Image:
         """The rendered page."""
@@ -91,11 +93,11 @@ class Page(Image.Image):
 @dataclass(frozen=True)
 class _Pdf:
     path: Path
-    opened: Callable[[Path], PdfPages]
+    opened: Callable[[Path, int], PdfPages]
 
-    @property
-    def pages(self) -> PdfPages:
-        return self.opened(self.path)
+    def pages(self, index: int) -> PdfPages:
+        """All of them, of which the one of this index is going to be rendered."""
+        return self.opened(self.path, index // _PAGES_AT_ONCE)
 
     @cached_property
     def sha256(self) -> str:
@@ -133,7 +135,7 @@ class Inputs:
         self.image: Path | None = None
         self.others: dict[str, int] = {}
         self._paths = tuple(paths)
-        self._opened = lru_cache(maxsize=_OPEN_PDFS)(lambda path: PdfPages(path, dpi=dpi))
+        self._opened = lru_cache(maxsize=_OPEN_PDFS)(lambda path, _part: PdfPages(path, dpi=dpi))
         self._total = self._done = 0
         self._within: Callable[[], float | None] = lambda: 0.0
         self._has_pdf = False
@@ -239,7 +241,7 @@ class Inputs:
     def _of_pdf(self, file: Path, name: str) -> Iterator[Record | BadRecord]:
         pdf = _Pdf(file, self._opened)
         try:
-            pages = len(pdf.pages)
+            pages = len(pdf.pages(0))
         except DataError as wrong:
             yield BadRecord(name, str(file), str(wrong).removeprefix(f"{file}: "))
             return
