@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr import baselines, ocr
 from benchmarks.vdr.build import Settings, build, report
 from benchmarks.vdr.documents import Document

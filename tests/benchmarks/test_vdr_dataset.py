@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr.dataset import Content, Selection, counts, reasons, select, still_visible
 from benchmarks.vdr.documents import Document
 from benchmarks.vdr.pages import Pdf

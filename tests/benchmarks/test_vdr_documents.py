@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr import documents
 from benchmarks.vdr.documents import (
     PACKAGES,

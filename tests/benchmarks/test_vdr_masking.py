@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr.masking import character_areas, hidden_ranges, paint, readable, rectangles, text_without, with_ink
 from benchmarks.vdr.pages import Pdf
 from benchmarks.vdr.queries import Query, SearchText, folded

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr.pages import OutlineEntry, Pdf, save_image, without_empty_channels
 from rtx.runtime.errors import DataError
 

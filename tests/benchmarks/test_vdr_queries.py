@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pypdfium2", reason="benchmarks/vdr reads PDFs with it")
-
 from benchmarks.vdr.pages import OutlineEntry, Pdf
 from benchmarks.vdr.queries import (
     CAPTION,
