@@ -198,8 +198,8 @@ def _filtered(ranked: Sequence[Ranked], chosen: Sequence[Ranked], cards: Sequenc
         for outcome in OUTCOMES
     )
     sampled = (
-        f"Shown are {len(chosen):,} of {len(ranked):,} queries, drawn from each of these in turn: their shares here are "
-        "not those of the set."
+        f"Shown are {len(chosen):,} of {len(ranked):,} queries, drawn from each of these in turn: their shares here "
+        "are not those of the set."
         if len(chosen) < len(ranked)
         else f"Shown are all {len(ranked):,} queries."
     )
