@@ -122,7 +122,10 @@ class TrainingArguments:
     ] = 1.0
     freeze: Annotated[
         tuple[str, ...],
-        Option("Parameters that stay as they are: 'embeddings', 'layers:0-5', or a pattern. May be repeated."),
+        Option(
+            "Parameters that stay as they are: 'embeddings', 'layers:0-5', 'images', 'images.layers:0-5', or a "
+            "pattern. May be repeated."
+        ),
     ] = ()
     lora_rank: Annotated[
         int | None,
@@ -133,7 +136,11 @@ class TrainingArguments:
     ] = None
     lora_dropout: Annotated[float, Option("Dropout before the adapters.", at_least=0, at_most=0.9)] = 0.0
     lora_targets: Annotated[
-        tuple[str, ...], Option("Modules that get adapters; by default all linear ones of the blocks. May be repeated.")
+        tuple[str, ...],
+        Option(
+            "Modules that get adapters; by default all linear ones of the blocks, of a model whose images are tokens "
+            "those of the language model alone. May be repeated."
+        ),
     ] = ()
     bf16: Annotated[bool, Option("Run forward passes in bfloat16; weights, loss and optimizer stay float32.")] = False
     dropout: Annotated[
@@ -235,7 +242,7 @@ class FinetuneConfig(TrainingArguments):
         tuple[str, ...],
         Option(
             "Training data: jsonl, csv, tsv, parquet, or a folder that datasets saved. Columns: query, positive, "
-            "negative(s), or for rerank also query, document, label; an image is {\"image\": path}. May be repeated.",
+            'negative(s), or for rerank also query, document, label; an image is {"image": path}. May be repeated.',
             weights=False,
         ),
     ]

@@ -405,7 +405,7 @@ def _set_checkpointing(model: RetrievalModel, on: bool) -> None:
     if on:
         model.activation_checkpointing_enable()
     elif model.backbone.is_activation_checkpointing:
-        model.backbone.activation_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def render(found: Estimate) -> Table:

@@ -35,8 +35,9 @@ from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder
 from rtx.trainer.train import Outcome, Trainer
 
-# Without it no loader takes the folder for a model, so it is the last file that goes in and the first that goes out.
-_LAST_FILE = "config.json"
+# Without config.json no loader takes the folder for a model, so it is the last file that goes in and the first that goes
+# out. A model of two towers has none in its root, and is none without its list of modules.
+_LAST_FILES = ("modules.json", "config.json")
 # To count what a pass leaves out, it has to be planned whole.
 _COUNTED_ROWS = 100_000
 
@@ -221,7 +222,7 @@ def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> No
         return
     if output.is_dir() and [item.name for item in output.iterdir()] == [run.path.name] and run.holds_nothing():
         return
-    begun, finished = run.read() is not None, (output / _LAST_FILE).is_file()
+    begun, finished = run.read() is not None, _holds_model(output)
     if not begun and not finished:
         raise UsageError(f"{output}: is in the way: neither an empty folder nor one that a run left")
     if overwrite or (resume and begun):
@@ -237,10 +238,21 @@ def check_output(config: FinetuneConfig, *, resume: bool, overwrite: bool) -> No
     # A run that has no checkpoint yet holds nothing that could be lost.
 
 
+def _holds_model(folder: Path) -> bool:
+    routes = (folder / "router_config.json").is_file() and (folder / "modules.json").is_file()
+    return routes or (folder / "config.json").is_file()
+
+
 def _remove(run: RunFolder) -> None:
     if run.output.exists():
-        (run.output / _LAST_FILE).unlink(missing_ok=True)
+        _unlink_last(run.output)
         shutil.rmtree(run.output)
+
+
+def _unlink_last(folder: Path) -> None:
+    """Let nothing be taken for a model while its files change."""
+    for name in reversed(_LAST_FILES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _curve(config: FinetuneConfig, outcome: Outcome) -> str | None:
@@ -280,13 +292,15 @@ def _publish(model: RetrievalModel, card: str, curve: str | None, run: RunFolder
         (folder / "README.md").write_text(card, encoding="utf-8")
         if curve is not None:
             (folder / CURVE_NAME).write_text(curve, encoding="utf-8")
-    (run.output / _LAST_FILE).unlink(missing_ok=True)
-    names = [item.name for item in staged.iterdir() if item.name != _LAST_FILE]
+    _unlink_last(run.output)
+    names = [item.name for item in staged.iterdir() if item.name not in _LAST_FILES]
     for name in names:
         if (run.output / name).is_dir():
             shutil.rmtree(run.output / name)
         os.replace(staged / name, run.output / name)
     sync(run.output)
-    os.replace(staged / _LAST_FILE, run.output / _LAST_FILE)
+    for name in _LAST_FILES:
+        if (staged / name).is_file():
+            os.replace(staged / name, run.output / name)
     sync(run.output)
     staged.rmdir()

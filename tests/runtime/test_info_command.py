@@ -100,6 +100,8 @@ def test_a_bundle_as_json(toy_bundle: Path):
     assert found["variants"]["int8"] == {
         "file": "onnx/model_int8.onnx",
         "precision": "int8",
+        "image_file": None,
+        "image_precision": None,
         "tolerance": {"min_cosine": 0.99, "max_abs": 0.05},
         "external": [],
         "bytes": manifest.files["onnx/model_int8.onnx"].bytes,

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rtx.runtime.errors import DataError, ItemError
+from rtx.runtime.errors import DataError, ItemError, UsageError
 from rtx.runtime.items import Content
 from rtx.trainer import losses
 from rtx.trainer.batches import Collator, plan_chunks
+from rtx.trainer.compose import compose
 from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.data import TrainingData
 from rtx.trainer.estimate import Plan, estimate, kept_bytes
@@ -255,3 +256,23 @@ def test_a_reranker_trains_on_pages(tmp_path: Path) -> None:
     outcome = finetune(config)
     losses_seen = [loss for _, loss in outcome.losses]
     assert np.mean(losses_seen[-3:]) < 0.8 * losses_seen[0]
+
+
+def test_two_towers_train_on_pages(folder: Path, tmp_path: Path, tiny_checkpoint: Any) -> None:
+    TINY["write_tiny_dinov2"](tmp_path / "dinov2")
+    compose(tiny_checkpoint("bert"), tmp_path / "dinov2").save(tmp_path / "towers")
+    small = {
+        "model": str(tmp_path / "towers"),
+        "max_pixels": None,
+        "min_pixels": None,
+        "matryoshka": (),
+        "epochs": 20.0,
+    }
+    given = settings(folder, tmp_path / "towers", tmp_path / "out") | small | {"max_tokens": 32}
+    given = {name: value for name, value in given.items() if value is not None}
+    outcome = finetune(FinetuneConfig.read(None, {"task": "embed", **given}))
+    losses_seen = [loss for _, loss in outcome.losses]
+    assert losses_seen[-1] < 0.8 * losses_seen[0]
+    assert RetrievalModel.load(tmp_path / "out").image_tower is not None
+    with pytest.raises(UsageError, match="holds a finished model; --overwrite replaces it"):
+        finetune(FinetuneConfig.read(None, {"task": "embed", **given}))
