@@ -35,8 +35,8 @@ from rtx.trainer.progress import Progress
 from rtx.trainer.run import RunFolder
 from rtx.trainer.train import Outcome, Trainer
 
-# Without config.json no loader takes the folder for a model, so it is the last file that goes in and the first that goes
-# out. A model of two towers has none in its root, and is none without its list of modules.
+# Without config.json no loader takes the folder for a model, so it is the last file that goes in and the first that
+# goes out. A model of two towers has none in its root, and is none without its list of modules.
 _LAST_FILES = ("modules.json", "config.json")
 # To count what a pass leaves out, it has to be planned whole.
 _COUNTED_ROWS = 100_000
