@@ -34,7 +34,7 @@ _COMMANDS = {
     "export": _Command("rtx.export.command:export", "Turn a checkpoint into a bundle, through the gate.", "export"),
     "verify": _Command("rtx.runtime.commands.verify:verify", "Check a bundle: hashes, contract, golden vectors."),
     "info": _Command("rtx.runtime.commands.info:info", "Show what is in a bundle, or what this machine can run."),
-    "embed": _Command("rtx.runtime.commands.embed:embed", "Embed the texts of a file."),
+    "embed": _Command("rtx.runtime.commands.embed:embed", "Embed texts, images and the pages of PDFs."),
     "rerank": _Command("rtx.runtime.commands.rerank:rerank", "Score or order the documents of each query of a file."),
     "mine": _Command("rtx.runtime.commands.mine:mine_negatives", "Find hard negatives for training rows."),
     "eval": _Command("rtx.runtime.commands.eval:evaluate", "Measure ranking quality on an evaluation set."),

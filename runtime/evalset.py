@@ -27,7 +27,7 @@ from typing import Any
 from rtx.runtime.errors import DataError, UsageError
 from rtx.runtime.fields import read_content
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.hashing import sha256_of
+from rtx.runtime.inputs import image_digest
 from rtx.runtime.items import Content, check_text
 from rtx.runtime.records import BadRecord, Input
 
@@ -126,8 +126,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 def _portable(content: Content) -> dict[str, Any]:
     """A text with images, by the content of files and not by their paths on this machine."""
-    images = [str(image) for image in content.item.images]
-    return {"text": content.item.text, "image": [sha256_of(Path(i)) if Path(i).is_file() else i for i in images]}
+    return {"text": content.item.text, "image": [image_digest(str(image)) for image in content.item.images]}
 
 
 class Problems:

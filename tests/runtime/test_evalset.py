@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from pathlib import Path
@@ -309,3 +310,26 @@ def test_ids_that_qrels_cannot_hold_are_refused(tmp_path, bad):
     with pytest.raises(DataError, match="expected a text without tabs and line ends"):
         write_evalset(evalset, tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+def test_a_corpus_of_pages_is_known_by_their_content(tmp_path):
+    """Wherever it lies, and also where the pages are in the lines themselves."""
+    page = b"the bytes of some image"
+    hashes = []
+    for name, content in (("a", page), ("b", page), ("c", page + b" ")):
+        folder = tmp_path / name
+        (folder / "qrels").mkdir(parents=True)
+        (folder / "p.gif").write_bytes(content)
+        url = f"data:image/gif;base64,{base64.b64encode(page * 400).decode()}"
+        lines = [{"_id": "p1", "image": "p.gif"}, {"_id": "p2", "text": "fig. 3", "image": [url, "p.gif"]}]
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "which?"}))
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tp1\t1\n")
+        loaded = load_evalset(folder)
+        assert loaded.corpus["p1"].item.images == (str(folder / "p.gif"),)
+        assert loaded.corpus["p2"].item == ("fig. 3", (url, str(folder / "p.gif")))
+        hashes.append(loaded.sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
+    (tmp_path / "a" / "p.gif").unlink()
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: document: image: .*p\.gif does not exist"):
+        load_evalset(tmp_path / "a")
