@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.vdr.documents import Document
-from benchmarks.vdr.masking import hidden_ranges, text_without
+from benchmarks.vdr.masking import hidden_ranges, parts_without
 from benchmarks.vdr.pages import OutlineEntry, PageText
 from benchmarks.vdr.queries import (
     MAX_OTHER_PAGES,
@@ -166,9 +166,10 @@ def still_visible(selections: Sequence[Selection]) -> list[str]:
     left = []
     for selection in selections:
         for number, page in selection.corpus.items():
-            text = FoldedText(text_without(page.page, selection.hidden.get(number, [])))
+            parts = [FoldedText(part) for part in parts_without(page.page, selection.hidden.get(number, []))]
+            letters = " ".join(part.letters for part in parts)
             for key, query in wanted.items():
-                if key in text.letters and any(True for _ in text.find(key)):
+                if key in letters and any(True for part in parts for _ in part.find(key)):
                     left.append(f"{selection.page_id(number)}: {query}")
     return left
 

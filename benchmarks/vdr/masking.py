@@ -93,11 +93,13 @@ def _most_frequent(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def text_without(page: PageText, ranges: Sequence[tuple[int, int]]) -> str:
     """The page's text without the characters of `ranges`."""
-    kept, place = [], 0
-    for start, stop in ranges:
-        kept.append(page.text[place:start])
-        place = stop
-    return readable(" ".join([*kept, page.text[place:]]))
+    return readable(" ".join(parts_without(page, ranges)))
+
+
+def parts_without(page: PageText, ranges: Sequence[tuple[int, int]]) -> list[str]:
+    """The pieces of the page's text between the characters of `ranges`."""
+    starts, stops = [0, *(stop for _, stop in ranges)], [*(start for start, _ in ranges), len(page.text)]
+    return [page.text[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
 
 def readable(text: str) -> str:
@@ -114,7 +116,8 @@ def character_areas(page: PageText, ranges: Iterable[tuple[int, int]], dpi: int)
             if not np.isnan(box[0]):
                 left, top = np.floor(box[:2] * scale).astype(int).tolist()
                 right, bottom = np.ceil(box[2:] * scale).astype(int).tolist()
-                yield max(left, 0), max(top, 0), right, bottom
+                if right > 0 and bottom > 0:
+                    yield max(left, 0), max(top, 0), right, bottom
 
 
 def with_ink(image: Image.Image, areas: Iterable[Rectangle], *, contrast: int = 48) -> tuple[int, int]:

@@ -41,6 +41,7 @@ _COLUMN_GAP, _FLUSH = 1.1, 0.25
 # Baselines that are nearer belong to one row: what is raised or lowered in it.
 _ROW = 0.8
 _SAME_SIZE = 0.12
+_WORD = re.compile(r"\w*[^\W\d]\w*")
 _SOFT_HYPHEN = re.compile("[\x02\u00ad\ufffe]\\s*")
 _LEADERS = re.compile(r"(?:\.\s?){4,}\s*[\divxlc]+$|(?:\. ){3,}\s*[\divxlc]*$", re.IGNORECASE)
 _INDEX_ENTRY = re.compile(r"[^\W\d].*,\s(?:\d+(?:[–-]\d+)?,\s*)*\d+(?:[–-]\d+)?,?$")
@@ -226,7 +227,7 @@ def heading(page: SearchText, text: str) -> tuple[int, int] | None:
 
 
 def _checked(query: Query) -> Query:
-    words = len(re.findall(r"\w+", query.text))
+    words = len(_WORD.findall(query.text))
     if words < _MIN_WORDS[query.kind]:
         return replace(query, drop=f"{query.kind}: under {_MIN_WORDS[query.kind]} words")
     if words > _MAX_WORDS:

@@ -75,6 +75,12 @@ def test_queries_pages_and_what_is_hidden(read: Read) -> None:
     }
 
 
+def test_words_that_only_what_is_hidden_parted_are_not_visible(read: Read) -> None:
+    pages = [[caption(1, "Noise over all"), (50, 200, 10, "The noise, noise over all, over all."), BODY]]
+    (selection,) = select([read("a", pages)], one_scope=True)
+    assert still_visible([selection]) == []
+
+
 def test_documents_of_an_evaluation_set_are_searched_together(read: Read) -> None:
     contents = [
         read("a", [[caption(1, "Voltage over time"), BODY], [caption(2, "Current over time"), BODY]]),

@@ -97,5 +97,11 @@ def test_areas_stay_inside_the_page(make_pdf: Any) -> None:
     assert paint(image, areas).getextrema() == (255, 255)
 
 
+def test_texts_above_the_page_have_no_pixels(make_pdf: Any) -> None:
+    pdf = Pdf(make_pdf([[(50, -50, 12, "Above"), (50, 100, 12, "Inside")]]))
+    page = pdf.text(0)
+    assert len(list(character_areas(page, [(0, len(page.text))], 72))) == len("Inside")
+
+
 def test_readable_text() -> None:
     assert readable("A volt\x02\r\nage  of\r\n \r\nlow\x00tones\ufffe") == "A volt\nage of\nlow tones"

@@ -118,7 +118,7 @@ def test_a_caption_without_a_mark_behind_its_number(read: Read) -> None:
     ("caption", "reason"),
     [
         ("Figure 1: Two words", "caption: under 3 words"),
-        ("Table 1: 1.0 2.0 3.0 x", "table: mostly not letters"),
+        ("Table 1: x1 y2 z3 2000 3000", "table: mostly not letters"),
         ("Table 1: Prices of wheat (continued).", "table: continues another"),
     ],
 )
@@ -162,13 +162,14 @@ def test_a_title_counts_where_it_is_a_heading(read: Read) -> None:
             (50, 300, 10, "Filters and gates are many"),
         ],
         [(50, 100, 14, "B Filters and gates"), (50, 150, 10, PROSE)],
-        [(50, 100, 14, "One"), (50, 150, 10, PROSE)],
+        [(50, 100, 14, "One"), (50, 120, 14, "Example 1"), (50, 150, 10, PROSE)],
     )
     entries = [
         OutlineEntry("2.1 Signals and noise", 0),
         OutlineEntry("Filters and gates", 1),
         OutlineEntry("Filters and gates", 2),
         OutlineEntry("One", 3),
+        OutlineEntry("Example 1", 3),
         OutlineEntry("Elsewhere, not here", 3),
         OutlineEntry("Behind the end", 9),
     ]
@@ -179,6 +180,7 @@ def test_a_title_counts_where_it_is_a_heading(read: Read) -> None:
         ("Filters and gates", 1, missing),
         ("Filters and gates", 2, ""),
         ("One", 3, "title: under 2 words"),
+        ("Example 1", 3, "title: under 2 words"),
         ("Elsewhere, not here", 3, missing),
         ("Behind the end", 9, missing),
     ]
