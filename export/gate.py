@@ -232,14 +232,14 @@ def surroundings(engine: Engine, preprocessor: Preprocessor, items: Sequence[Enc
     Returns:
         [3, len(items), ...] float32.
     """
-    similar = run_items(engine, preprocessor, items, Budget())
-    mixed = np.empty_like(similar)
+    mixed = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
     # Images that become vectors by themselves run apart from what has tokens.
     for kind in (True, False):
         places = [place for place, item in enumerate(items) if bool(item.ids) == kind]
         for start in range(0, len(places), 4):
             some = places[start : start + 4]
             mixed[some] = run_batch(engine, preprocessor, [items[place] for place in some])
+    similar = run_items(engine, preprocessor, items, Budget())
     longest = preprocessor.contract.max_tokens
     padded = [engine.run(_padded(preprocessor, item, min(len(item.ids) + 7, longest))) for item in items]
     return np.stack([mixed, similar, np.concatenate(padded)])

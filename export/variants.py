@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -40,8 +41,10 @@ _RECIPES: dict[VariantName, Recipe] = {
     "int4": Recipe("int4", "fp32"),
 }
 _ENDINGS: dict[Form, str] = {"fp32": "", "fused": "_fused", "fp16": "_fp16", "int8": "_int8", "int4": "_int4"}
-# Protobuf messages end at 2 GiB; from here on weights lie in a file of their own.
-_EXTERNAL_FROM_BYTES = 1_900_000_000
+# From here on weights lie in a file of their own. A protobuf message ends at 2 GiB, and is dear long before that: it is
+# in memory three times while it is written, and copied when it is loaded, where a file is written piece by piece and
+# mapped.
+_EXTERNAL_FROM_BYTES = 500_000_000
 
 
 class Files(NamedTuple):
@@ -93,6 +96,9 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
     for form, graph, file in pairs:
         if graph is not None and file is not None and not (folder / file).exists():
             save(derive(form, graph), folder / file)
+            if external_files(folder / file):
+                # A graph refers to itself: large weights of its own would stay until Python looks for such circles.
+                gc.collect()
 
 
 def derive(form: Form, plain: ir.Model) -> ir.Model:
@@ -114,7 +120,7 @@ def derive(form: Form, plain: ir.Model) -> ir.Model:
 
 
 def save(graph: ir.Model, path: Path) -> None:
-    """Write a graph without the exporter's notes; weights of 2 GiB and more go to a file beside it."""
+    """Write a graph without the exporter's notes; large weights go to a file beside it."""
     strip_notes(graph)
     constants = (value.const_value for value in graph.graph.initializers.values())
     weights = sum(constant.nbytes for constant in constants if constant is not None)

@@ -194,3 +194,13 @@ def test_the_integers_do_not_overflow_at_the_widest_layer():
 def test_what_cannot_be_quantised_is_refused(quantize, matrix, message):
     with pytest.raises(ValueError, match=message):
         quantize(matrix)
+
+
+def test_a_row_of_a_large_table_is_rounded_as_if_alone() -> None:
+    # More rows than are widened at once.
+    table = np.random.default_rng(0).standard_normal((9000, 3), dtype=np.float32)
+    rounded = quantize_rows(table)
+    for place in (0, 4095, 4096, 8191, 8192, 8999):
+        alone = quantize_rows(table[place : place + 1])
+        assert np.array_equal(rounded.values[place], alone.values[0])
+        assert rounded.scale[place] == alone.scale[0]

@@ -110,12 +110,12 @@ def test_another_format_version_says_what_to_do(content: bytes):
 
 def test_a_foreign_manifest_lists_all_that_is_wrong_with_it(content: bytes):
     data = json.loads(content)
-    data["variants"]["int8"]["precision"] = "int4"
+    data["variants"]["int8"]["precision"] = "int2"
     del data["provenance"]["source"]
     with pytest.raises(BundleError) as caught:
         Manifest.from_bytes(signed(data))
     assert str(caught.value) == (
-        "manifest.json: variants.int8.precision: expected one of 'fp32', 'fp16', 'int8', got 'int4'; "
+        "manifest.json: variants.int8.precision: expected one of 'fp32', 'fp16', 'int8', 'int4', got 'int2'; "
         "missing key 'provenance.source'"
     )
 
