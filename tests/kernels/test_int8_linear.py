@@ -21,6 +21,8 @@ from rtx.kernels.int8_linear import (
 
 EPSILON = 2.0**-24
 """Relative error of one float32 operation."""
+UNDERFLOW = float(np.finfo(np.float32).smallest_subnormal)
+"""Absolute error of one whose result is next to zero."""
 
 # Subnormal numbers, values that differ by a factor of 1e20 in one row, zeros, equal values: whatever a float32 is.
 VALUES = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=True)
@@ -47,7 +49,8 @@ def error_bound(
 
     and on top of it the float32 operations. Those on the integers' side (two while quantising x, five after the
     product) are each off by EPSILON of |d'| @ |W'|, those on the centre's side (centre, column sum, product) by EPSILON
-    of |centre| * sum |W'|, the two last additions by EPSILON of the sum of both and of the bias.
+    of |centre| * sum |W'|, the two last additions by EPSILON of the sum of both and of the bias. What is too small for a
+    float32 is lost besides.
     """
     a, w = np.abs(x.astype(np.float64)), np.abs(weight.astype(np.float64))
     high, low = x.max(axis=1, keepdims=True).astype(np.float64), x.min(axis=1, keepdims=True).astype(np.float64)
@@ -57,7 +60,8 @@ def error_bound(
     rounded_w = w + scale_w
     rounding = a.sum(axis=1, keepdims=True) * scale_w / 2 + w.sum(axis=0) * scale_x / 2 + len(w) * scale_x * scale_w / 4
     arithmetic = (np.abs(x - centre) + scale_x) @ rounded_w + np.abs(centre) * rounded_w.sum(axis=0)
-    return rounding + 10 * EPSILON * (arithmetic + (0 if bias is None else np.abs(bias)))
+    relative = 10 * EPSILON * (arithmetic + (0 if bias is None else np.abs(bias)))
+    return rounding + relative + 10 * UNDERFLOW
 
 
 def error(x, weight, quantized=None, bias=None) -> NDArray[np.float64]:
