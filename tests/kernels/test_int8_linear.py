@@ -49,8 +49,8 @@ def error_bound(
 
     and on top of it the float32 operations. Those on the integers' side (two while quantising x, five after the
     product) are each off by EPSILON of |d'| @ |W'|, those on the centre's side (centre, column sum, product) by EPSILON
-    of |centre| * sum |W'|, the two last additions by EPSILON of the sum of both and of the bias. What is too small for a
-    float32 is lost besides.
+    of |centre| * sum |W'|, the two last additions by EPSILON of the sum of both and of the bias. What is too small for
+    a float32 is lost besides.
     """
     a, w = np.abs(x.astype(np.float64)), np.abs(weight.astype(np.float64))
     high, low = x.max(axis=1, keepdims=True).astype(np.float64), x.min(axis=1, keepdims=True).astype(np.float64)
