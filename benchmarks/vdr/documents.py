@@ -79,11 +79,11 @@ PACKAGES = (
     _vignettes("r-cran-rrcov", TEST, "rrcov.pdf"),
     Package("graphviz-doc", TEST, ("*guide.pdf.gz", "*/smyrna.pdf.gz", "*/Agraph.pdf.gz")),
     # Differential equations, mixed models, regression, seriation and tours, a C compiler.
-    _vignettes("r-cran-desolve", DEV, "deSolve.pdf", "compiledCode.pdf", small=True),
+    _vignettes("r-cran-desolve", DEV, "deSolve.pdf", "compiledCode.pdf"),
     _vignettes("r-cran-lme4", DEV, "lmer.pdf"),
     _vignettes("r-cran-quantreg", DEV, "rq.pdf", "crq.pdf"),
-    _vignettes("r-cran-seriation", DEV, "seriation.pdf"),
-    _vignettes("r-cran-tsp", DEV, "TSP.pdf"),
+    _vignettes("r-cran-seriation", DEV, "seriation.pdf", small=True),
+    _vignettes("r-cran-tsp", DEV, "TSP.pdf", small=True),
     _vignettes("r-cran-kernlab", DEV, "kernlab.pdf"),
     Package("sdcc-doc", DEV, ("*/sdccman.pdf.gz",)),
     # Long manuals.
@@ -112,7 +112,7 @@ PACKAGES = (
     Package("libsuitesparse-doc", TRAIN, ("*/Mongoose_UserGuide.pdf", "*/SLIP_LU_UserGuide.pdf", "*/ldl_*.pdf")),
     # Papers with figures.
     Package("r-cran-survival", TRAIN, ("usr/lib/R/library/survival/doc/*.pdf",)),
-    _vignettes("r-cran-tgp", TRAIN, "*.pdf", small=True),
+    _vignettes("r-cran-tgp", TRAIN, "*.pdf"),
     _vignettes("r-cran-hsaur3", TRAIN, "Ch_*.pdf"),
     _vignettes("r-cran-flexmix", TRAIN, "*.pdf", small=True),
     _vignettes("r-cran-partykit", TRAIN, "*.pdf", small=True),
@@ -123,7 +123,7 @@ PACKAGES = (
     _vignettes("r-cran-spacetime", TRAIN, "*.pdf"),
     _vignettes("r-cran-gstat", TRAIN, "*.pdf"),
     _vignettes("r-cran-sp", TRAIN, "*.pdf"),
-    _vignettes("r-cran-gnm", TRAIN, "*.pdf", small=True),
+    _vignettes("r-cran-gnm", TRAIN, "*.pdf"),
     _vignettes("r-cran-actuar", TRAIN, "*.pdf"),
     _vignettes("r-cran-fitdistrplus", TRAIN, "paper2JSS.pdf"),
     _vignettes("r-cran-vegan", TRAIN, "*.pdf"),
