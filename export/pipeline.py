@@ -9,6 +9,7 @@ last file, so that a folder left behind by a kill is no bundle.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rtx.export.variants import (
     Files,
     VariantName,
     files_of,
+    map_weights,
     precision_of,
     remove_unused,
     variants_of,
@@ -202,6 +204,11 @@ def _make_variants(
     notify("exporting the graphs" if images else "exporting the graph")
     plain = export_graphs(model)
     (folder / "onnx").mkdir()
+    write_variant("fp32", plain, folder)
+    # From here on the weights are those on disk, read as they are needed: a large model in PyTorch, its graph and
+    # ONNX Runtime's copy would not fit into memory together.
+    map_weights(plain, folder, files_of("fp32", images=images))
+    _release(model)
     verdicts: dict[VariantName, Verdict] = {}
     for name in dict.fromkeys(("fp32", *options.variants)):
         precision = precision_of(name, images=images)
@@ -217,6 +224,15 @@ def _make_variants(
         if not verdicts["fp32"].passed:
             raise GateError(_refusal([verdicts["fp32"]]))
     return verdicts
+
+
+def _release(model: RetrievalModel) -> None:
+    """Free the weights of the transformers; what else the model knows stays."""
+    for transformer in (model.backbone, None if model.image_tower is None else model.image_tower.backbone):
+        if transformer is not None:
+            transformer.to("meta")
+    # Graphs refer to themselves: without this, weights that were theirs stay until Python looks for such circles.
+    gc.collect()
 
 
 def _open(gate: Gate, folder: Path, files: Files, threads: int | None, name: str) -> GraphEngine:

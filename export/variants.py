@@ -101,6 +101,21 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
                 gc.collect()
 
 
+def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
+    """Let graphs have, in place of weights in memory, those that were written: of large ones nothing is read yet.
+
+    Args:
+        plain: changed in place.
+        folder: of the bundle.
+        files: what the graphs were written to.
+    """
+    for graph, file in zip(plain, files, strict=True):
+        if graph is not None and file is not None:
+            written = ir.load(folder / file).graph.initializers
+            for name, value in graph.graph.initializers.items():
+                value.const_value = written[name].const_value
+
+
 def derive(form: Form, plain: ir.Model) -> ir.Model:
     """A plain graph in another form; it stays as it is.
 

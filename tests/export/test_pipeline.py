@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import onnx_ir as ir
@@ -323,6 +324,27 @@ def test_weights_beyond_what_a_graph_can_hold_lie_beside_it(export, checkpoint, 
     assert [problem.split()[0] for problem in Bundle.open(folder).damaged()] == ["onnx/model_fp16.onnx.data"]
     with pytest.raises(BundleError, match=r"model_fp16\.onnx\.data was changed"):
         Embedder.open(folder, variant="fp16")
+
+
+def test_pytorchs_weights_are_gone_before_a_variant_is_opened(export, tmp_path, monkeypatch):
+    """A model of 2B parameters would else be in memory twice, and with every variant open three times and more."""
+    weights, held = [], []
+    real_load, real_open = pipeline._load, pipeline.open_graphs
+
+    def load(source, options):
+        model = real_load(source, options)
+        weights.extend(weakref.ref(weight) for weight in model.backbone.parameters())
+        return model
+
+    def open_graphs(*arguments, **settings):
+        held.append(sum(weight() is not None and weight().device.type != "meta" for weight in weights))
+        return real_open(*arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "_load", load)
+    monkeypatch.setattr(pipeline, "open_graphs", open_graphs)
+    export(tmp_path / "x.rtx", variants=("fp32", "int8"), threads=1)
+    assert len(weights) > 10
+    assert held == [0] * 4
 
 
 KILLED = """
