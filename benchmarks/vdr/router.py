@@ -3,13 +3,14 @@
     python benchmarks/vdr/router.py --data build/vdr --out build/vdr-router
     make demo-pages                                                 # a small set, small images, some minutes
 
-all-MiniLM-L6-v2 for queries and DINOv2-S for pages, put together by `rtx compose` and finetuned by `rtx finetune` on
-the training documents; evaluated on documents of which it has seen no page. Beside the queries of the data set,
-passages of a page's own text layer are training queries too: the text embedder's idea of what a page says is what the
-image side has to come to from its pixels.
+all-MiniLM-L6-v2 for queries and DINOv2-S for pages, on documents of which no page was trained on:
 
-NDCG@10 with intervals before and after, by kind of query, on masked pages and on pages as they are; the Matryoshka
-curve; fp32 and int8 as exported, against PyTorch. Prints tables and one line of JSON.
+    composed   by `rtx compose`: between the towers stands a random projection, and pages are found by chance
+    fitted     the projection brings a page's image to what the text embedder makes of the page's text (teacher.py)
+    finetuned  by `rtx finetune`, on the queries of the data set and on passages of the pages' own text
+
+NDCG@10 with intervals, by kind of query, on masked pages and on pages as they are; the Matryoshka curve; fp32 and int8
+as exported, against PyTorch. Prints tables and one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import dinov2
 
 from benchmarks.vdr.baselines import Pages, by_kind
+from benchmarks.vdr.teacher import Page, fit_projection
 from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.runtime.cli import main as rtx
 from rtx.runtime.embedder import Embedder
@@ -65,30 +68,38 @@ def rows_of(data: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def passages_of(data: Path, rows: Sequence[Mapping[str, Any]], count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Passages of training pages, as queries for their pages.
+def training_pages(data: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Page]:
+    """The masked pages of the training documents that have enough text.
 
     Args:
         data: the data set.
         rows: its training rows, which name the training documents.
+    """
+    documents = {row["document"] for row in rows}
+    for page in _read(data / "page_text_masked.jsonl"):
+        document, number = page["_id"].rsplit("/", 1)
+        if document not in documents or len(page["text"].split()) < _FEWEST_WORDS:
+            continue
+        images = (data / folder / document / f"{number}.webp" for folder in ("masked", "pages"))
+        yield Page(document, str(next(filter(Path.is_file, images)).absolute()), page["text"])
+
+
+def passages_of(pages: Iterable[Page], count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Passages of pages, as queries for them.
+
+    Args:
+        pages: training pages.
         count: passages of a page, at most.
         seed: of the choice.
     """
-    documents = {row["document"] for row in rows}
     chosen = random.Random(seed)
     found = []
-    for page in _read(data / "page_text_masked.jsonl"):
-        document, number = page["_id"].rsplit("/", 1)
-        words = page["text"].split()
-        if document not in documents or len(words) < _FEWEST_WORDS:
-            continue
+    for page in pages:
+        words = page.text.split()
         starts = range(0, max(1, len(words) - _FEWEST_WORDS), _PASSAGE_WORDS)
-        image = next(
-            file for folder in ("masked", "pages") if (file := data / folder / document / f"{number}.webp").is_file()
-        )
         for start in chosen.sample(starts, min(count, len(starts))):
             text = " ".join(words[start : start + _PASSAGE_WORDS])
-            found.append({"query": text, "positive": {"image": str(image.absolute())}, "document": document})
+            found.append({"query": text, "positive": {"image": page.image}, "document": page.document})
     return found
 
 
@@ -114,6 +125,7 @@ def measure(model: RetrievalModel, pages: Pages) -> Evaluation:
 @click.option("--image-size", default="448x336", show_default=True, help="Height and width, multiples of 14.")
 @click.option("--pooling", type=click.Choice(["cls", "mean"]), default="mean", show_default=True)
 @click.option("--passages", default=2, show_default=True, help="Of a training page's own text, as further queries.")
+@click.option("--fit/--no-fit", default=True, help="The projection to the pages' texts first.")
 @click.option("--epochs", default=2.0, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--learning-rate", default=1e-4, show_default=True)
@@ -130,6 +142,7 @@ def main(
     image_size: str,
     pooling: str,
     passages: int,
+    fit: bool,
     epochs: float,
     batch_size: int,
     learning_rate: float,
@@ -154,9 +167,15 @@ def main(
             image_size=(height, width),
             seed=seed,
         )
-        model.save(out / "router")
+        model.save(out / "composed")
         own = rows_of(data)
-        rows = own + (passages_of(data, own, passages, seed=seed) if passages else [])
+        pages = list(training_pages(data, own))
+        untrained = "composed"
+        if fit:
+            fitted = fit_projection(model, pages, bf16=bf16)
+            model.save(out / (untrained := "fitted"))
+            click.echo(f"fitted to {fitted.pages} pages: λ {fitted.strength:g}, held-out NDCG@10 {fitted.ndcg:.3f}")
+        rows = own + passages_of(pages, passages, seed=seed)
         random.Random(seed).shuffle(rows)
         rows = rows[:max_rows]
         train = out / "train.jsonl"
@@ -164,10 +183,10 @@ def main(
         click.echo(f"{len(rows)} rows, {sum('kind' in row for row in rows)} of them queries of the data set")
         config = FinetuneConfig(
             task="embed",
-            model=str(out / "router"),
+            model=str(out / untrained),
             train=(str(train),),
             eval=str(data / "eval" / "dev-masked"),
-            output=str(out / "tuned"),
+            output=str(out / "finetuned"),
             matryoshka=(384, 256, 128, 64),
             max_tokens=64,
             epochs=epochs,
@@ -182,13 +201,20 @@ def main(
             seed=seed,
         )
         outcome = finetune(config, overwrite=True)
-        results = report(data, out, with_export=with_export, brief=brief)
+        stages = dict.fromkeys(("composed", untrained, "finetuned"))
+        results = report(data, out, list(stages), with_export=with_export, brief=brief)
         if with_export:
             show_found(out / "pages.rtx", data / "eval" / "test-masked", out / "found.html")
     except RtxError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    recipe = {"image_size": image_size, "pooling": pooling, "passages": passages, "rows": len(rows)} | config.recipe()
+    recipe = {
+        "image_size": image_size,
+        "pooling": pooling,
+        "passages": passages,
+        "fit": fit,
+        "rows": len(rows),
+    } | config.recipe()
     line = {
         "benchmark": "vdr_router",
         "results": results,
@@ -202,32 +228,40 @@ def main(
     click.echo(json.dumps(line))
 
 
-def report(data: Path, out: Path, *, with_export: bool, brief: bool) -> list[dict[str, Any]]:
-    """Before, after, cut short and exported, on the test documents."""
+def report(data: Path, out: Path, stages: Sequence[str], *, with_export: bool, brief: bool) -> list[dict[str, Any]]:
+    """Stage by stage, cut short and exported, on the test documents."""
     results: list[dict[str, Any]] = []
-    models = {name: RetrievalModel.load(out / name) for name in ("router", "tuned")}
+    models = {name: RetrievalModel.load(out / name) for name in stages}
     for masked in (True,) if brief else (True, False):
         pages = load(data, "test", masked=masked)
         found = {name: measure(model, pages) for name, model in models.items()}
         for name, evaluation in found.items():
-            _add(results, {"router": "before", "tuned": "after"}[name], pages, evaluation)
-        change = compare(found["router"], found["tuned"], pages.evalset)
-        _say_change("finetuning", change.difference, change.interval)
-        results.append({"change": pages.evalset.name, "ndcg@10": change.difference, "interval": change.interval})
+            _add(results, name, pages, evaluation)
+        for earlier, later in pairwise(stages):
+            change = compare(found[earlier], found[later], pages.evalset)
+            _say_change(f"{later} against {earlier}", change.difference, change.interval)
+            results.append(
+                {
+                    "change": f"{earlier} to {later}",
+                    "set": pages.evalset.name,
+                    "ndcg@10": change.difference,
+                    "interval": change.interval,
+                }
+            )
         if masked and not brief:
-            tuned = models["tuned"]
+            tuned = models["finetuned"]
             for dimension in (256, 128, 64):
                 tuned.configure(truncate_dim=dimension)
-                _add(results, f"after, {dimension} dimensions", pages, measure(tuned, pages), only_all=True)
+                _add(results, f"finetuned, {dimension} dimensions", pages, measure(tuned, pages), only_all=True)
             tuned.configure(truncate_dim=None)
     if with_export:
         pages = load(data, "test", masked=True)
         options = ExportOptions(variants=("fp32", "int8"), evalset=pages.evalset, overwrite=True)
-        outcome = export_bundle(str(out / "tuned"), out / "pages.rtx", options)
+        outcome = export_bundle(str(out / "finetuned"), out / "pages.rtx", options)
         for name, verdict in outcome.verdicts.items():
             ranking = verdict.ranking
             assert ranking is not None
-            click.echo(f"{f'exported, {name}':22}{pages.evalset.name:16} NDCG@10 {ranking.other:.3f}")
+            click.echo(f"{f'exported, {name}':26}{pages.evalset.name:16} NDCG@10 {ranking.other:.3f}")
             _say_change(f"{name} against PyTorch", ranking.difference, ranking.interval)
             results.append(
                 {
@@ -259,7 +293,7 @@ def _add(
         low, high = cell["interval"]
         size = f"{len(pages.evalset.corpus):>5} pages  {kind:8}{cell['queries']:>5} queries"
         click.echo(
-            f"{name:22}{pages.evalset.name:16}{size}  NDCG@10 {cell['ndcg@10']:.3f}  95 % {low:.3f} … {high:.3f}"
+            f"{name:26}{pages.evalset.name:16}{size}  NDCG@10 {cell['ndcg@10']:.3f}  95 % {low:.3f} … {high:.3f}"
         )
 
 
