@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rtx.runtime.engine import Budget, Engine, run_items
 from rtx.runtime.errors import ExportError, ItemError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden, tokenize
-from rtx.runtime.images import load_image
+from rtx.runtime.images import BadImage, load_image
 from rtx.runtime.items import Content
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
@@ -84,8 +85,10 @@ def _sample(texts: Mapping[str, str], count: int) -> list[object]:
         if item is None:
             found.append(text)
         elif images < _IMAGES_FROM_EVALSET:
-            images += 1
-            found.append({"text": item.text, "image": [_file(str(image)) for image in item.images]})
+            # What cannot be read is named where the set is evaluated.
+            with contextlib.suppress(BadImage, OSError):
+                found.append({"text": item.text, "image": [_file(str(image)) for image in item.images]})
+                images += 1
     return found
 
 

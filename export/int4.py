@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from rtx.export.edit import Editor
 from rtx.export.graph import constant_matrix, is_scoring, module_of
-from rtx.export.int8 import content_of, refuse_left_out, replace_embedding
+from rtx.export.int8 import check_gemm, content_of, refuse_left_out, replace_embedding
 from rtx.kernels.int4_linear import BLOCK, pack, quantize_weight
 
 _DOMAIN = "com.microsoft"
@@ -43,7 +43,7 @@ def quantize_int4(model: ir.Model) -> list[str]:
         if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
             _replace_linear(editor, node, weight, weights)
         elif node.op_type == "Gather" and node.inputs[1] in embedded and (table := constant_matrix(node.inputs[0])):
-            replace_embedding(editor, node, table)
+            replace_embedding("int4", editor, node, table)
         else:
             continue
         done[module_of(node)] = None
@@ -59,6 +59,7 @@ def _replace_linear(
     weights: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value, ir.Value]],
 ) -> None:
     """MatMul(x, weight), or Gemm(x, weight, bias)."""
+    check_gemm("int4", node)
     transposed = bool(node.attributes.get_int("transB", False))
     assert weight.const_value is not None
     sides = weight.const_value.shape.numpy()

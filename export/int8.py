@@ -52,7 +52,7 @@ def quantize_int8(model: ir.Model) -> list[str]:
         if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
             quantizer.replace_linear(node, weight)
         elif node.op_type == "Gather" and node.inputs[1] in embedded and (table := constant_matrix(node.inputs[0])):
-            replace_embedding(quantizer.editor, node, table)
+            replace_embedding("int8", quantizer.editor, node, table)
         else:
             continue
         done[module_of(node)] = None
@@ -90,17 +90,11 @@ class _Quantizer:
     def replace_linear(self, node: ir.Node, weight: ir.Value) -> None:
         """MatMul(x, weight), or Gemm(x, weight, bias)."""
         insert = self.editor.insert
-        given = node.attributes
-        if (
-            given.get_float("alpha", 1.0) != 1.0
-            or given.get_float("beta", 1.0) != 1.0
-            or given.get_int("transA", False)
-        ):
-            raise ExportError(f"int8: {module_of(node)}: a Gemm that scales or transposes its input is not supported")
+        check_gemm("int8", node)
         x = node.inputs[0]
         assert x is not None
         tokens = self._quantize_tokens(node, x)
-        values, scale, column_sum = self._quantize_weight(node, weight, bool(given.get_int("transB", False)))
+        values, scale, column_sum = self._quantize_weight(node, weight, bool(node.attributes.get_int("transB", False)))
         zero = self._zero_point()
         product = insert(node, "MatMulInteger", tokens.values, values, zero, zero, dtype=ir.DataType.INT32)
         real = insert(node, "Cast", product, attributes={"to": ir.DataType.FLOAT})
@@ -149,14 +143,32 @@ class _Quantizer:
         return self._constants[name]
 
 
-def replace_embedding(editor: Editor, node: ir.Node, table: ir.Value) -> None:
+def check_gemm(variant: str, node: ir.Node) -> None:
+    """Look whether a Gemm is one with a weight and a bias, and no more; a MatMul is.
+
+    Raises:
+        ExportError: it scales, or transposes its input.
+    """
+    given = node.attributes
+    scales = given.get_float("alpha", 1.0) != 1.0 or given.get_float("beta", 1.0) != 1.0
+    if scales or given.get_int("transA", False):
+        raise ExportError(f"{variant}: {module_of(node)}: a Gemm that scales or transposes its input is not supported")
+
+
+def replace_embedding(variant: str, editor: Editor, node: ir.Node, table: ir.Value) -> None:
     """Let int8 rows take the place of the table of Gather(table, ids).
+
+    Args:
+        variant: that it is for, for messages.
+        editor: of the graph.
+        node: the Gather.
+        table: its first input, a constant.
 
     Raises:
         ExportError: the table holds NaN or infinity.
     """
     insert, constant = editor.insert, editor.constant
-    rows = quantize_rows(content_of("int8", node, table))
+    rows = quantize_rows(content_of(variant, node, table))
     ids = node.inputs[1]
     values = insert(node, "Gather", constant(f"{table.name}_int8", rows.values), ids, dtype=ir.DataType.INT8)
     scale = insert(node, "Gather", constant(f"{table.name}_scale", rows.scale), ids)

@@ -135,11 +135,17 @@ def derive(form: Form, plain: ir.Model) -> ir.Model:
 
 
 def save(graph: ir.Model, path: Path) -> None:
-    """Write a graph without the exporter's notes; large weights go to a file beside it."""
+    """Write a graph without the exporter's notes; large weights go to a file beside it, all others into the graph."""
     strip_notes(graph)
-    constants = (value.const_value for value in graph.graph.initializers.values())
-    weights = sum(constant.nbytes for constant in constants if constant is not None)
-    ir.save(graph, path, external_data=f"{path.name}.data" if weights > _EXTERNAL_FROM_BYTES else None)
+    values = list(graph.graph.initializers.values())
+    if sum(value.const_value.nbytes for value in values if value.const_value is not None) > _EXTERNAL_FROM_BYTES:
+        ir.save(graph, path, external_data=f"{path.name}.data")
+        return
+    for value in values:
+        # As it is, such a weight would go on pointing to another graph's file.
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    ir.save(graph, path)
 
 
 def external_files(path: Path) -> list[Path]:

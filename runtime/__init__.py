@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
+    from rtx.runtime.images import ImageLimits
     from rtx.runtime.reranker import Ranked, Reranker
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "EngineError",
     "ExportError",
     "GateError",
+    "ImageLimits",
     "InvalidItemsError",
     "ItemError",
     "MissingExtraError",
@@ -61,6 +63,7 @@ _MODULE_OF = {
     "Contract": "contract",
     "Embedder": "embedder",
     "Engine": "engine",
+    "ImageLimits": "images",
     "Ranked": "reranker",
     "Reranker": "reranker",
 }

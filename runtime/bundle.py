@@ -10,6 +10,8 @@ from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
 from rtx.runtime.hashing import sha256_of
+from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
+from rtx.runtime.images import ImageLimits
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
 from rtx.runtime.preprocessor import Preprocessor
 
@@ -64,8 +66,12 @@ class Bundle:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
         raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
 
-    def preprocessor(self, *, verify: bool = True) -> Preprocessor:
+    def preprocessor(self, *, limits: ImageLimits | None = None, verify: bool = True) -> Preprocessor:
         """The tokenizer with the contract.
+
+        Args:
+            limits: how large images may be, and where they may come from.
+            verify: compare the file with the hash in the manifest.
 
         Raises:
             BundleError: the tokenizer is missing or damaged.
@@ -74,7 +80,7 @@ class Bundle:
             content = self.read(TOKENIZER_FILE, verify=verify).decode()
         except UnicodeDecodeError as broken:
             raise BundleError(f"{self.path}: {TOKENIZER_FILE} is no UTF-8: {broken}") from broken
-        return Preprocessor(self.manifest.contract, content)
+        return Preprocessor(self.manifest.contract, content, limits=limits)
 
     def golden(self, *, verify: bool = True) -> Golden:
         """The golden set.
@@ -84,8 +90,21 @@ class Bundle:
         """
         return Golden.from_bytes(self.read(GOLDEN_FILE, verify=verify))
 
-    def engine(self, variant: str | None = None, *, threads: int | None = None, verify: bool = True) -> GraphEngine:
+    def engine(
+        self,
+        variant: str | None = None,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> GraphEngine:
         """Load a variant.
+
+        Args:
+            variant: its name; None for the default.
+            threads: of one run; None for the cores that this process may use.
+            verify: compare the files with the hashes in the manifest.
+            cache_bytes: what is made of images and kept may take; 0 keeps none.
 
         Raises:
             UsageError: there is no such variant.
@@ -102,7 +121,8 @@ class Bundle:
             graphs = [self.path / file for file in chosen.graphs]
         else:
             graphs = [self.read(file, verify=verify) for file in chosen.graphs]
-        return open_graphs(self.manifest.contract, *graphs, threads=threads, name=f"{self.path.name}:{name}")
+        name = f"{self.path.name}:{name}"
+        return open_graphs(self.manifest.contract, *graphs, threads=threads, name=name, cache_bytes=cache_bytes)
 
     def read(self, file: str, *, verify: bool = True) -> bytes:
         """A file's content.

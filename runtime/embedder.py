@@ -91,6 +91,7 @@ class Embedder(Session):
         vectors = await self._arun(
             items_of(items, "items"),
             lambda some: self.preprocessor.encode(some, prompt=prompt),
+            self._read,
             on_invalid,
         )
         return self._finish(vectors, dimensions, precision, normalize)

@@ -253,9 +253,12 @@ def _read_texts(file: Path, problems: Problems, *, kind: str, titles: dict[str, 
                 continue
             key, title, image = str(record.id), record.fields.get("title"), record.fields.get("image")
             text = record.fields.get("text", "")
+            if image is None and "text" not in record.fields:
+                problems.add(f"{record.where}: image: is empty, and there is no text")
+                continue
             if image is not None:
                 wrong_image: list[str] = []
-                text = read_content({kind: {"text": text or None, "image": image}}, kind, wrong_image, file.parent)
+                text = read_content({kind: {"text": text, "image": image}}, kind, wrong_image, file.parent)
                 if wrong_image:
                     problems.add(f"{record.where}: {'; '.join(wrong_image)}")
                     continue

@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from rtx.runtime.errors import ItemError
-from rtx.runtime.images import BadImage, load_image
-from rtx.runtime.items import Content, check_text, is_image
+from rtx.runtime.images import BadImage, load_image, looks_like_base64
+from rtx.runtime.items import Content, check_text, describe, is_image
 
 Row = Mapping[str, object]
 
@@ -78,9 +78,11 @@ def read_content(row: Row, name: str, problems: list[str], folder: Path | None =
     if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
         if unknown := sorted(map(str, set(value) - {"text", "image"})):
             problems.append(f"{name}: expected a text, or the keys image and text; got {', '.join(unknown)}")
-        if value.get("text") is not None:
-            text = read_text({"text": value["text"]}, "text", problems)
         given = value.get("image")
+        # Beside an image a text that is blank is none.
+        blank = is_blank(value.get("text")) or (isinstance(value["text"], str) and not value["text"].strip())
+        if value.get("text") is not None and not (blank and given is not None):
+            text = read_text({"text": value["text"]}, "text", problems)
     several = given if isinstance(given, list | tuple) else () if given is None else (given,)
     images = [_image_source(f"{name}: image", image, problems, folder) for image in several]
     if len(problems) == before and not (images or text):
@@ -92,8 +94,15 @@ def _image_source(name: str, given: object, problems: list[str], folder: Path | 
     """A path or a data URL for an image of a row, with the bytes of one that is in the row itself."""
     if isinstance(given, Mapping) and {"bytes", "path"} & set(given):
         given = given.get("bytes") or given.get("path")
-    if isinstance(given, str) and given.startswith(("data:", "http://", "https://")):
+    if isinstance(given, str) and given.startswith(("http://", "https://")):
+        problems.append(
+            f"{name}: URLs are not fetched here, got {describe(given)}; expected a path, a data URL or base64"
+        )
+        return ""
+    if isinstance(given, str) and given.startswith("data:"):
         return given
+    if isinstance(given, str) and looks_like_base64(given):
+        return f"data:image/*;base64,{given}"
     if isinstance(given, str) and given:
         path = Path(given) if folder is None else folder / given
         if not path.is_file():

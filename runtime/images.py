@@ -134,7 +134,7 @@ def _from_text(text: str, limits: ImageLimits) -> Image.Image:
         return _from_url(text, limits)
     if scheme and scheme.group(2):
         raise BadImage(f"a URL of the scheme {kind}; expected http or https")
-    if _looks_like_base64(text):
+    if looks_like_base64(text):
         return _from_bytes(_decoded(text, limits), limits)
     if not limits.allow_paths:
         raise BadImage(f"no base64 of an image, and paths are not allowed here: {_shown(text)}")
@@ -150,7 +150,7 @@ def _shown(text: str, limit_characters: int = 80) -> str:
 # -- base64 ----------------------------------------------------------------------------------------------------------
 
 
-def _looks_like_base64(text: str) -> bool:
+def looks_like_base64(text: str) -> bool:
     """Whether it begins as the base64 of an image does. A path hardly can: base64 has no full stop."""
     head = "".join(text[: 2 * _SHORTEST_BASE64].split())[:_SHORTEST_BASE64]
     if len(head) < _SHORTEST_BASE64:

@@ -117,7 +117,7 @@ class Inputs:
         others: by folder, how many files in it are neither.
 
     Raises:
-        UsageError: a format is not known, standard input is named twice, or as for `Input`.
+        UsageError: a format is not known, an input is named twice, or as for `Input`.
         DataError: an input does not exist or cannot be read, or a folder has no image.
         MissingExtraError: what reads a PDF, or parquet, is not installed.
     """
@@ -132,6 +132,8 @@ class Inputs:
     ) -> None:
         if paths.count(STDIN) > 1:
             raise UsageError("standard input can be read once; - is there more than once")
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise UsageError(f"{twice}: is given more than once")
         self.image: Path | None = None
         self.others: dict[str, int] = {}
         self._paths = tuple(paths)
@@ -144,7 +146,7 @@ class Inputs:
                 path: stack.enter_context(
                     Input(path, file_format=file_format, id_column=id_column, number_ids=len(paths) == 1)
                 )
-                for path in dict.fromkeys(paths)
+                for path in paths
                 if not self._count(path)
             }
             if self._has_pdf:

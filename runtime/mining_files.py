@@ -64,7 +64,7 @@ def read_corpus(
             continue
         if image_column and not is_blank(image := record.fields.get(image_column)):
             problems: list[str] = []
-            given = {"text": record.fields.get(text_column) or None, "image": image}
+            given = {"text": record.fields.get(text_column), "image": image}
             content = read_content({image_column: given}, image_column, problems, source.folder)
             yield BadRecord(record.id, record.where, "; ".join(problems)) if problems else content
             continue

@@ -101,7 +101,7 @@ class Reranker(Session):
         """As `score`, in common batches with all other requests that wait at the time."""
         given = items_of(pairs, "(query, document) pairs")
         added = self._first_stage_part(first_stage, len(given))
-        return await self._arun(given, self.preprocessor.encode_pairs, on_invalid) + added
+        return await self._arun(given, self.preprocessor.encode_pairs, self._read, on_invalid) + added
 
     def rank(
         self,

@@ -17,6 +17,7 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract, Task
 from rtx.runtime.engine import Budget, Engine, run_batch, run_items
 from rtx.runtime.errors import EngineError, InvalidItemsError, ItemError, UsageError
+from rtx.runtime.images import ImageLimits
 from rtx.runtime.items import count_images
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.scheduler import Scheduler
@@ -74,6 +75,7 @@ class Session:
         variant: str | None = None,
         threads: int | None = None,
         budget: Budget | None = None,
+        limits: ImageLimits | None = None,
         verify: bool = True,
     ) -> Self:
         """Open a bundle.
@@ -83,6 +85,7 @@ class Session:
             variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
             threads: threads of one run; None for all cores that the process may use.
             budget: how much goes through the engine at once.
+            limits: how large images may be, and where they may come from.
             verify: compare the files that are read with the hashes in the manifest.
 
         Raises:
@@ -92,7 +95,7 @@ class Session:
         """
         opened = Bundle.open(bundle)
         cls._check_task(opened.manifest.contract)
-        preprocessor = opened.preprocessor(verify=verify)
+        preprocessor = opened.preprocessor(limits=limits, verify=verify)
         return cls(preprocessor, opened.engine(variant, threads=threads, verify=verify), budget=budget)
 
     def close(self) -> None:
@@ -141,7 +144,7 @@ class Session:
         """
         _check_on_invalid(on_invalid)
         if on_invalid == "raise":
-            _raise_for([found for i, item in enumerate(items) if isinstance(found := check(i, item), ItemError)], items)
+            _raise_for(_invalid(items, check), items)
         results = self._empty(len(items))
         wrong: list[ItemError] = []
         windows = list(_windows(items))
@@ -154,17 +157,34 @@ class Session:
         _raise_for(wrong, items)
         return results
 
-    async def _arun(self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid) -> NDArray[np.float32]:
+    async def _arun(
+        self,
+        items: Sequence[object],
+        encode: Encode,
+        check: Callable[[int, object], object],
+        on_invalid: OnInvalid,
+    ) -> NDArray[np.float32]:
         """As `_run`, in common batches with all other requests that wait at the time."""
         _check_on_invalid(on_invalid)
-        encoded = await asyncio.to_thread(encode, items)
-        rows, valid, invalid = _split(encoded, 0)
         if on_invalid == "raise":
-            _raise_for(invalid, items)
+            _raise_for(_invalid(items, check), items)
         results = self._empty(len(items))
-        if valid:
-            computed: NDArray[np.float32] = await asyncio.wrap_future(self._started().submit(valid))
-            results[rows] = computed
+        wrong: list[ItemError] = []
+        running: tuple[list[int], asyncio.Future[NDArray[np.float32]]] | None = None
+        try:
+            for window in _windows(items):
+                rows, valid, invalid = _split(await asyncio.to_thread(encode, items[window]), window.start)
+                wrong += invalid if on_invalid == "raise" else []
+                if running is not None:
+                    results[running[0]], running = await running[1], None
+                if valid and not wrong:
+                    running = rows, asyncio.wrap_future(self._started().submit(valid))
+            _raise_for(wrong, items)
+            if running is not None:
+                results[running[0]], running = await running[1], None
+        finally:
+            if running is not None:
+                running[1].cancel()
         return results
 
     def _started(self) -> Scheduler:
@@ -194,6 +214,10 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
     return items if isinstance(items, list | tuple) else list(items)
+
+
+def _invalid(items: Sequence[object], check: Callable[[int, object], object]) -> list[ItemError]:
+    return [found for index, item in enumerate(items) if isinstance(found := check(index, item), ItemError)]
 
 
 def _windows(items: Sequence[object]) -> Iterator[slice]:

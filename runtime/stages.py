@@ -38,7 +38,7 @@ class TimedPreprocessor(Preprocessor):
     """A preprocessor that does the same and takes the time."""
 
     def __init__(self, preprocessor: Preprocessor, clock: StageClock) -> None:
-        super().__init__(preprocessor.contract, preprocessor.tokenizer_json)
+        super().__init__(preprocessor.contract, preprocessor.tokenizer_json, limits=preprocessor.limits)
         self._clock = clock
 
     def encode(self, items: Sequence[object], *, prompt: str | None = None) -> list[Encoded | ItemError]:

@@ -121,7 +121,9 @@ def open_variants(
         variant = manifest.variants[name]
         size = sum(manifest.files[file].bytes for file in (*variant.graphs, *variant.external, TOKENIZER_FILE))
         origin = Origin(str(bundle.path), name, variant.precision, size)
-        subject = _subject(name, origin, bundle.preprocessor(), bundle.engine(name, threads=threads), golden)
+        # No image is kept: the same ones come round after round, and PyTorch runs them each time.
+        engine = bundle.engine(name, threads=threads, cache_bytes=0)
+        subject = _subject(name, origin, bundle.preprocessor(), engine, golden)
         models.enter_context(subject.model)
         if (problem := _problem(subject, golden, variant.tolerance)) is not None:
             problems.append(f"variant '{name}': {problem}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from rtx.runtime.corpus import key_of
 from rtx.runtime.evalset import EvalSet
+from rtx.runtime.items import Content
 from rtx.trainer.examples import Example
 from rtx.trainer.findings import Finding, quoted
 from rtx.trainer.store import hash_text
@@ -51,7 +53,7 @@ class _Texts:
         # As hashes: a large corpus is not held twice.
         self.almost: dict[bytes, str] = {}
         for key, text in texts:
-            self.exact[text] = key
+            self.exact[_name(text)] = key
             self.almost[_alike(text)] = key
 
 
@@ -64,7 +66,7 @@ def _forms(text: str, title: str) -> Iterator[str]:
 
 def _compare(where: str, text: str, known: _Texts, findings: tuple[Finding, Finding]) -> bool:
     exact, almost = findings
-    if (key := known.exact.get(text)) is not None:
+    if (key := known.exact.get(_name(text))) is not None:
         exact.add(f"{where}: {quoted(text)} is {key}")
         return True
     if (key := known.almost.get(_alike(text))) is not None:
@@ -73,5 +75,11 @@ def _compare(where: str, text: str, known: _Texts, findings: tuple[Finding, Find
     return False
 
 
+def _name(text: str) -> str:
+    """A text itself; of one with images what is the same for the same files, however their paths are spelt."""
+    return key_of(text).hex() if isinstance(text, Content) else text
+
+
 def _alike(text: str) -> bytes:
+    text = _name(text)
     return hash_text(" ".join(text.casefold().split()).encode())

@@ -163,6 +163,9 @@ class RetrievalModel(nn.Module):
             contract = self._build_contract(layout)
         except ValueError as wrong:
             raise UsageError(str(wrong)) from wrong
+        if "max_tokens" in settings and contract.max_tokens < contract.fixed_tokens:
+            fixed = contract.fixed_tokens
+            raise UsageError(f"max_tokens: this model's texts are filled to {fixed} tokens; expected {fixed}")
         self.layout, self.contract = layout, contract
         self.preprocessor = Preprocessor(contract, self._tokenizer_json)
 

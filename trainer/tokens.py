@@ -21,7 +21,8 @@ def token_lengths(preprocessor: Preprocessor) -> Measure:
         preprocessor: the model's; its limit is not applied.
     """
     # The one implementation that trains and serves, so that the count is what a model is given.
-    whole = Preprocessor(dataclasses.replace(preprocessor.contract, max_tokens=_NO_LIMIT), preprocessor.tokenizer_json)
+    unlimited = dataclasses.replace(preprocessor.contract, max_tokens=_NO_LIMIT, fixed_tokens=0)
+    whole = Preprocessor(unlimited, preprocessor.tokenizer_json)
 
     def embedder(example: Example, roles: Sequence[Role]) -> Iterator[Length]:
         yield from _lengths(("query",), whole.encode([example.query], prompt="query"))

@@ -326,6 +326,23 @@ def test_weights_beyond_what_a_graph_can_hold_lie_beside_it(export, checkpoint, 
         Embedder.open(folder, variant="fp16")
 
 
+def test_a_small_variant_of_a_large_graph_holds_its_own_weights(export, plain, tmp_path, monkeypatch):
+    """The plain graph lies beside its weights; an int8 one is below the limit, and must not point to that file."""
+    weights = sum(value.const_value.nbytes for value in plain.graph.initializers.values())
+    monkeypatch.setattr(variants, "_EXTERNAL_FROM_BYTES", weights - 1)
+    outcome = export(tmp_path / "x.rtx", variants=("fp32", "int8"), threads=1)
+    assert {name: found.external for name, found in outcome.manifest.variants.items()} == {
+        "fp32": ("onnx/model.onnx.data",),
+        "int8": (),
+    }
+    with Embedder.open(tmp_path / "x.rtx", variant="fp32", threads=1) as embedder:
+        expected = embedder.embed(TEXTS)
+    with Embedder.open(tmp_path / "x.rtx", variant="int8", threads=1) as embedder:
+        assert ((embedder.embed(TEXTS) * expected).sum(axis=1) > 0.99).all()
+    export(tmp_path / "y.rtx", variants=("int8",), threads=1)
+    assert [path.name for path in (tmp_path / "y.rtx" / "onnx").iterdir()] == ["model_int8.onnx"]
+
+
 def test_pytorchs_weights_are_gone_before_a_variant_is_opened(export, tmp_path, monkeypatch):
     """A model of 2B parameters would else be in memory twice, and with every variant open three times and more."""
     weights, held = [], []

@@ -389,6 +389,7 @@ def test_how_much_is_read() -> None:
         (["empty"], 4, "empty: holds no image and no PDF; other files are given one by one"),
         (["x.docx"], 2, "x.docx: the ending tells no format that can be read"),
         (["-", "-", "--format", "jsonl"], 2, "standard input can be read once; - is there more than once"),
+        (["1.png", "1.png"], 2, "1.png: is given more than once"),
         (["1.png", "--dpi", "5"], 2, "5 is not in the range 36<=x<=1200"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from rtx.runtime.errors import DataError, UsageError
 from rtx.runtime.evalset import EvalSet, load_evalset, write_evalset
@@ -136,6 +137,17 @@ def test_bad_lines_of_corpus_and_queries_are_named(tmp_path):
         assert line.startswith(f"  {start}")
         assert part in line
     assert lines[-1] == "  … and 1 more"
+
+
+def test_an_image_with_a_blank_text_and_neither(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    corpus = [{"_id": "d1", "text": " ", "image": "1.png"}, {"_id": "d2", "text": "b"}]
+    parts = {"queries": [{"_id": "q1", "text": "x"}], "qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\n"}
+    loaded = load_evalset(make(tmp_path, corpus=corpus, **parts))
+    assert loaded.corpus["d1"].item == ("", (str(tmp_path / "1.png"),))
+    corpus.append({"_id": "d3", "image": None})
+    lines = problems_of(make(tmp_path, corpus=corpus, **parts))
+    assert lines == [f"{tmp_path}: 1 problem:", "  corpus.jsonl:3: image: is empty, and there is no text"]
 
 
 def test_bytes_that_are_no_utf8_are_named(tmp_path):

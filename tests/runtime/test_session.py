@@ -19,10 +19,11 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from rtx.runtime import session
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
-from rtx.runtime.errors import EngineError, UsageError
+from rtx.runtime.errors import EngineError, InvalidItemsError, UsageError
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch
@@ -87,6 +88,37 @@ def test_many_tasks_get_their_own_rows(model: Embedder):
 
     asyncio.run(many())
     asyncio.run(many())  # an event loop of its own, the same model
+
+
+def test_a_long_call_is_prepared_window_by_window(narrow: Contract, toy_tokenizer: str, monkeypatch: Any):
+    """At most one window is prepared while another runs: pages of a long call are not all in memory at once."""
+    monkeypatch.setattr(session, "_WINDOW_ITEMS", 2)
+    prepared: list[int] = []
+    finished: list[int] = []
+
+    class Counting(Preprocessor):
+        def encode(self, items: Any, **options: Any) -> Any:
+            prepared.append(len(items))
+            assert sum(prepared) - sum(finished) <= 4
+            return super().encode(items, **options)
+
+    class Engine(GatedEngine):
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            finished.append(len(batch["input_ids"]))
+            return super().run(batch)
+
+    engine = Engine()
+    engine.allowed.set()
+    with Embedder(Counting(narrow, toy_tokenizer), engine) as model:
+        assert asyncio.run(model.aembed(["sort"] * 9)).shape == (9, 2)
+        assert prepared == [2, 2, 2, 2, 1]
+        del finished[:], prepared[:]
+        with pytest.raises(InvalidItemsError, match="2 of 9 items") as error:
+            asyncio.run(model.aembed(["sort", "sort", 3, "sort", "sort", "sort", "sort", 4, "sort"]))
+        assert [item.index for item in error.value.items] == [2, 7]
+        assert (prepared, finished) == ([], [])
+        vectors = asyncio.run(model.aembed(["sort", 3, "sort"], on_invalid="nan"))
+        assert np.isnan(vectors).all(axis=1).tolist() == [False, True, False]
 
 
 def test_many_threads_get_their_own_rows(model: Embedder):

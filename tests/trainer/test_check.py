@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from rtx.runtime.cli import main
 from rtx.runtime.errors import DataError
@@ -237,6 +242,15 @@ def test_tokens_are_counted_with_prompts_and_special_tokens_and_not_cut(tiny_che
     assert "negative tokens 4 8 8 9 9 2 (50.0%)" in shown
 
 
+def test_tokens_of_a_model_that_fills_its_texts(tmp_path):
+    vision_models = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
+    vision_models["write_tiny_siglip"](tmp_path / "siglip")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"query": "the cat", "positive": "a photo of the owl"}\n')
+    found = json.loads(run(path, "--model", tmp_path / "siglip", "--json").stdout)["lengths"]
+    assert {item["of"]: item["max"] < 64 for item in found} == {"query": True, "positive": True}
+
+
 def test_tokens_of_a_reranker_are_those_of_its_pairs(tiny_checkpoint, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in TOKENS))
@@ -259,6 +273,46 @@ def test_the_command_needs_neither_torch_nor_pyarrow(files):
         [sys.executable, "-c", code, "data", "check", str(files[1])], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_page_leaks_however_its_path_is_spelt(tmp_path):
+    (tmp_path / "pages").mkdir()
+    for name in ("1", "2"):
+        Image.new("RGB", (8, 8), (int(name), 0, 0)).save(tmp_path / "pages" / f"{name}.png")
+    folder = tmp_path / "eval"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "image": "../pages/1.png"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "how?"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    train = tmp_path / "train.jsonl"
+    train.write_text(
+        "".join(json.dumps({"query": f"q{name}", "positive": {"image": f"pages/{name}.png"}}) + "\n" for name in (1, 2))
+    )
+    found = findings_of(check_data([train], evalset=load_evalset(folder)))
+    count, (example,) = found["leaked_documents"]
+    assert count == 1
+    assert example.startswith(f"{train}:1: ")
+    assert example.endswith(" is d1")
+
+
+def test_images_of_rows_are_paths_data_urls_or_base64(tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    sources = [encoded, f"data:image/png;base64,{encoded}", "https://example.org/1.png", "none.png"]
+    train = tmp_path / "train.jsonl"
+    train.write_text(
+        "".join(json.dumps({"query": f"q{i}", "positive": {"image": s}}) + "\n" for i, s in enumerate(sources))
+    )
+    assert len(encoded) > 4096  # more than a file's name may be long
+    assert findings_of(check_data([train]))["bad_rows"] == (
+        2,
+        [
+            f"{train}:3: positive: image: URLs are not fetched here, got 'https://example.org/1.png'; "
+            "expected a path, a data URL or base64",
+            f"{train}:4: positive: image: {tmp_path / 'none.png'} does not exist",
+        ],
+    )
 
 
 def test_a_document_leaks_with_and_without_its_title(tmp_path):
