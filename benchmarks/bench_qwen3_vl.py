@@ -431,7 +431,8 @@ def export(options: argparse.Namespace) -> None:
     """The plain graphs, and the files of all variants."""
     model = load_model(options)
     from rtx.export.graphs import export_graphs
-    from rtx.export.variants import external_files, files_of, write_variant
+    from rtx.export.pipeline import release_weights
+    from rtx.export.variants import external_files, files_of, map_weights, write_variant
 
     with step("graphs"):
         plain = export_graphs(model)
@@ -445,6 +446,9 @@ def export(options: argparse.Namespace) -> None:
                 paths = [options.folder / file, *external_files(options.folder / file)]
                 numbers[f"{name}_bytes"] = sum(path.stat().st_size for path in paths)
                 numbers[f"{name}_external"] = len(paths) > 1
+            if variant == "fp32":  # as `rtx export` does
+                map_weights(plain, options.folder, files_of(variant, images=True))
+                release_weights(model)
         graphs[variant] = files
     (options.folder / "graphs.json").write_text(json.dumps(graphs))
 

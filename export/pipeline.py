@@ -208,7 +208,7 @@ def _make_variants(
     # From here on the weights are those on disk, read as they are needed: a large model in PyTorch, its graph and
     # ONNX Runtime's copy would not fit into memory together.
     map_weights(plain, folder, files_of("fp32", images=images))
-    _release(model)
+    release_weights(model)
     verdicts: dict[VariantName, Verdict] = {}
     for name in dict.fromkeys(("fp32", *options.variants)):
         precision = precision_of(name, images=images)
@@ -226,7 +226,7 @@ def _make_variants(
     return verdicts
 
 
-def _release(model: RetrievalModel) -> None:
+def release_weights(model: RetrievalModel) -> None:
     """Free the weights of the transformers; what else the model knows stays."""
     for transformer in (model.backbone, None if model.image_tower is None else model.image_tower.backbone):
         if transformer is not None:
