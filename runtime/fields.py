@@ -22,6 +22,8 @@ from rtx.runtime.items import Content, check_text, describe, is_image
 Row = Mapping[str, object]
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
+# What has a scheme and two slashes.
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 
 
@@ -83,7 +85,7 @@ def read_content(row: Row, name: str, problems: list[str], folder: Path | None =
         blank = is_blank(value.get("text")) or (isinstance(value["text"], str) and not value["text"].strip())
         if value.get("text") is not None and not (blank and given is not None):
             text = read_text({"text": value["text"]}, "text", problems)
-    several = given if isinstance(given, list | tuple) else () if given is None else (given,)
+    several = given if isinstance(given, list | tuple) else () if is_blank(given) else (given,)
     images = [_image_source(f"{name}: image", image, problems, folder) for image in several]
     if len(problems) == before and not (images or text):
         problems.append(f"{name}: is empty")
@@ -94,19 +96,22 @@ def _image_source(name: str, given: object, problems: list[str], folder: Path | 
     """A path or a data URL for an image of a row, with the bytes of one that is in the row itself."""
     if isinstance(given, Mapping) and {"bytes", "path"} & set(given):
         given = given.get("bytes") or given.get("path")
-    if isinstance(given, str) and given.startswith(("http://", "https://")):
+    if isinstance(given, str) and given[:5].lower() == "data:":
+        return f"data:{given[5:]}"
+    if isinstance(given, str) and _URL.match(given):
         problems.append(
             f"{name}: URLs are not fetched here, got {describe(given)}; expected a path, a data URL or base64"
         )
         return ""
-    if isinstance(given, str) and given.startswith("data:"):
-        return given
     if isinstance(given, str) and looks_like_base64(given):
         return f"data:image/*;base64,{given}"
     if isinstance(given, str) and given:
         path = Path(given) if folder is None else folder / given
-        if not path.is_file():
-            problems.append(f"{name}: {path} {'is no file' if path.exists() else 'does not exist'}")
+        try:
+            if not path.is_file():
+                problems.append(f"{name}: {path} {'is no file' if path.exists() else 'does not exist'}")
+        except (OSError, ValueError) as wrong:  # a name that is too long, or that holds a NUL
+            problems.append(f"{name}: {describe(given)} is no path: {getattr(wrong, 'strerror', None) or wrong}")
         return str(path.absolute())
     try:
         content = bytes(given) if isinstance(given, bytes | bytearray) else _png(load_image(given))

@@ -13,11 +13,10 @@ However many files and pages there are, no list of them is held.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -208,6 +207,8 @@ class Inputs:
         """Add to the totals; whether this input is made of images."""
         path = Path(given)
         if given == STDIN or not (path.is_dir() or _is_page_file(path)):
+            if given != STDIN and not os.path.lexists(path):
+                raise DataError(f"{given}: does not exist")
             self._total += 1
             return False
         before, others = self._total, 0
@@ -265,14 +266,16 @@ def image_digest(source: str | Path) -> str:
     if isinstance(source, str) and source.startswith("data:"):
         try:
             return _sha256(base64.b64decode(source.partition(",")[2]))
-        except binascii.Error:
-            return _sha256(source.encode())
+        except ValueError:
+            return _sha256(source.encode(errors="surrogatepass"))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return _sha256(source.encode())
     try:
-        return sha256_of(source)
-    except OSError:
-        return _sha256(os.fsencode(source))
+        if Path(source).is_file():  # what is no file may be a pipe, which would never end
+            return sha256_of(source)
+    except (OSError, ValueError):
+        pass
+    return _sha256(os.fspath(source).encode(errors="surrogatepass"))
 
 
 def _sha256(content: bytes) -> str:
@@ -302,8 +305,15 @@ def _files(root: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _files(root / entry.name)
-        elif entry.is_file():
+        elif _is_file(entry):
             yield root / entry.name
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself: it is named where it is read, if it is called like an image
+        return _is_page_file(Path(entry.name))
 
 
 def _with_images(source: Input, text_column: str, image_column: str) -> Iterator[Record | BadRecord]:
@@ -316,15 +326,21 @@ def _with_images(source: Input, text_column: str, image_column: str) -> Iterator
 def _item(record: Record, text_column: str, image_column: str, folder: Path | None) -> Record | BadRecord:
     text, image = record.fields.get(text_column), record.fields.get(image_column)
     if is_blank(image) or (isinstance(image, list) and not image):
+        if isinstance(text, Mapping):  # as rows have it; its paths are relative to the file, as those of all others
+            return _content(record, text_column, text, folder)
         if text_column in record.fields and (text is not None or image_column not in record.fields):
             return Record(record.id, record.where, {ITEM: text})
         return BadRecord(record.id, record.where, f"{image_column}: is empty, and there is no text")
     # Beside an image nothing is asked of a text.
     beside = None if text is None or (isinstance(text, str) and not text.strip()) else text
+    return _content(record, image_column, {"text": beside, "image": image}, folder)
+
+
+def _content(record: Record, column: str, value: Mapping[str, object], folder: Path | None) -> Record | BadRecord:
     problems: list[str] = []
-    content = read_content({image_column: {"text": beside, "image": image}}, image_column, problems, folder)
+    content = read_content({column: value}, column, problems, folder)
     if problems:
-        return BadRecord(record.id, record.where, "; ".join(p.removeprefix(f"{image_column}: ") for p in problems))
+        return BadRecord(record.id, record.where, "; ".join(p.removeprefix(f"{column}: ") for p in problems))
     return Record(record.id, record.where, {ITEM: content})
 
 

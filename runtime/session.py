@@ -209,9 +209,10 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
 
     Raises:
         UsageError: something else was given where a list belongs: a single text would be read letter by letter, a
-            mapping key by key.
+            mapping key by key, an image row by row.
     """
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+    single = isinstance(items, str | bytes | bytearray | memoryview | Mapping) or not isinstance(items, Iterable)
+    if single or (isinstance(items, np.ndarray) and items.ndim < 4 and items.dtype.kind in "biuf"):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
     return items if isinstance(items, list | tuple) else list(items)
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import click
 
 from rtx.runtime.contract import Pooling
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import ArtifactError, UsageError
 from rtx.runtime.lazy import naming_the_extra
 
 
@@ -58,10 +58,19 @@ def compose(
     """
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists; pass --overwrite to replace it")
+    folder = output.resolve()
+    for source in (text, image):
+        if folder in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise UsageError(f"{output}: holds {source}, which is to be read; choose another output")
     with naming_the_extra("train", "rtx compose"):
+        from safetensors import SafetensorError
+
         from rtx.trainer.compose import compose as put_together
 
     model = put_together(text, image, pooling=cast(Pooling | None, pooling), image_size=image_size, seed=seed)
-    model.save(output)
+    try:
+        model.save(output)
+    except (OSError, SafetensorError) as broken:
+        raise ArtifactError(f"{output}: cannot be written: {broken}") from broken
     parameters = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{output}: {model.contract.dimension} dimensions, {parameters / 1e6:,.1f} million parameters")

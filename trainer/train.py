@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from rtx.runtime.candidates import check_scored
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import TrainingError, UsageError
+from rtx.runtime.errors import DataError, TrainingError, UsageError
 from rtx.runtime.metrics import Interval, bootstrap_interval
 from rtx.trainer import losses
 from rtx.trainer.adapters import add_lora
@@ -267,7 +267,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 return
             self._watch.resume([entry["loss"] for entry in state.log_history if "loss" in entry])
         transformers.set_seed(self.arguments.seed + self.args.process_index)
-        super().train(resume_from_checkpoint=str(newest) if newest is not None else None)
+        try:
+            super().train(resume_from_checkpoint=str(newest) if newest is not None else None)
+        except DataError as wrong:
+            raise _out_of_a_worker(wrong) from None
 
     def _prepare_for_training(self, *arguments: Any) -> Any:
         found = super()._prepare_for_training(*arguments)
@@ -610,3 +613,9 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, probability)
+
+
+def _out_of_a_worker(error: DataError) -> DataError:
+    """The error itself: what a worker process raises comes with its whole traceback as the message."""
+    marker = f"{DataError.__module__}.{DataError.__qualname__}: "
+    return DataError(str(error).rpartition(marker)[2].strip()) if marker in str(error) else error

@@ -389,6 +389,7 @@ def test_how_much_is_read() -> None:
         (["empty"], 4, "empty: holds no image and no PDF; other files are given one by one"),
         (["x.docx"], 2, "x.docx: the ending tells no format that can be read"),
         (["-", "-", "--format", "jsonl"], 2, "standard input can be read once; - is there more than once"),
+        (["nowhere"], 4, "nowhere: does not exist"),
         (["1.png", "1.png"], 2, "1.png: is given more than once"),
         (["1.png", "--dpi", "5"], 2, "5 is not in the range 36<=x<=1200"),
     ],
@@ -433,3 +434,28 @@ def test_a_model_of_texts_leaves_the_images_of_records_aside(toy_bundle: Path) -
     assert errors() == {"in.jsonl:2": "has an image and no text; this model takes texts only"}
     result = invoke(toy_bundle, "in.jsonl", "-o", "out.npy", "--overwrite", "--image-column", "image")
     assert (result.exit_code, "--image-column image; " in result.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_odd_names_and_records_cost_the_others_nothing(checkpoint: Path) -> None:
+    """A link to itself, a data URL that is none, a name that is too long; paths beside the file, whatever the form."""
+    Path("folder").mkdir()
+    page(1).save("folder/1.png")
+    page(2).save("1.png")
+    Path("folder/2.png").symlink_to("2.png")
+    Path("folder/x").symlink_to("x")
+    result = invoke(checkpoint, "folder", "-o", "a.npy")
+    assert (result.exit_code, np.load("a.npy").shape[0]) == (4, 1), result.stderr
+    assert [json.loads(line)["id"] for line in Path("a.npy.errors.jsonl").read_text().splitlines()] == ["2.png"]
+    rows = [
+        {"id": "0", "image": "1.png"},
+        {"id": "1", "image": "data:image/png;base64,\u00e9"},
+        {"id": "2", "image": "a" * 300},
+        {"id": "3", "text": {"image": "1.png"}},
+    ]
+    Path("folder/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke(checkpoint, "folder/rows.jsonl", "--id-column", "id", "-o", "b.npy")
+    assert result.exit_code == 4, result.stderr
+    assert [json.loads(line)["id"] for line in Path("b.npy.errors.jsonl").read_text().splitlines()] == ["1", "2"]
+    vectors = np.load("b.npy")
+    np.testing.assert_array_equal(vectors, np.load("a.npy")[[0, 0]])

@@ -193,6 +193,12 @@ def test_a_cancelled_task_and_a_failed_batch_leave_the_others_alone(gated: tuple
 # -- closing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("single", [np.zeros((4, 4, 3), np.uint8), bytearray(b"x"), memoryview(b"x"), "x"])
+def test_a_single_item_is_no_list(model: Embedder, single: Any):
+    with pytest.raises(UsageError, match=f"got a single {type(single).__name__}; put it in a list"):
+        model.embed(single)
+
+
 def test_a_closed_model_takes_no_more_work(toy_bundle: Path):
     with Embedder.open(toy_bundle, threads=1) as model:
         asyncio.run(model.aembed(["sort"]))

@@ -299,20 +299,29 @@ def test_images_of_rows_are_paths_data_urls_or_base64(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    sources = [encoded, f"data:image/png;base64,{encoded}", "https://example.org/1.png", "none.png"]
+    sources = [encoded, f"DATA:image/png;base64,{encoded}", "HTTPS://example.org/1.png", "none.png", "a" * 300]
     train = tmp_path / "train.jsonl"
     train.write_text(
         "".join(json.dumps({"query": f"q{i}", "positive": {"image": s}}) + "\n" for i, s in enumerate(sources))
     )
     assert len(encoded) > 4096  # more than a file's name may be long
     assert findings_of(check_data([train]))["bad_rows"] == (
-        2,
+        3,
         [
-            f"{train}:3: positive: image: URLs are not fetched here, got 'https://example.org/1.png'; "
+            f"{train}:3: positive: image: URLs are not fetched here, got 'HTTPS://example.org/1.png'; "
             "expected a path, a data URL or base64",
             f"{train}:4: positive: image: {tmp_path / 'none.png'} does not exist",
+            f"{train}:5: positive: image: '{'a' * 60}…' is no path: File name too long",
         ],
     )
+
+
+def test_a_blank_image_is_none(tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text(
+        '{"query": "q", "positive": {"image": ""}}\n{"query": "q", "positive": {"image": "", "text": "a"}}\n'
+    )
+    assert findings_of(check_data([train]))["bad_rows"] == (1, [f"{train}:1: positive: is empty"])
 
 
 def test_a_document_leaks_with_and_without_its_title(tmp_path):

@@ -214,6 +214,14 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(main, ["compose", *map(str, arguments)])
 
 
+def test_an_output_that_is_read_stays(tiny_checkpoint: Tiny, dinov2: Path, tmp_path: Path) -> None:
+    text = shutil.copytree(tiny_checkpoint("bert"), tmp_path / "in" / "text")
+    for output in (text, tmp_path / "in"):
+        result = run("--text", text, "--image", dinov2, "--output", output, "--overwrite")
+        assert (result.exit_code, f"{output}: holds {text}, which is to be read" in result.stderr) == (2, True)
+    assert RetrievalModel.load(text).contract.takes_images is False
+
+
 def test_the_command(tiny_checkpoint: Tiny, dinov2: Path, tmp_path: Path) -> None:
     text, output = tiny_checkpoint("bert"), tmp_path / "pages"
     options = ("--text", text, "--image", dinov2, "--output", output)
