@@ -237,7 +237,8 @@ def report(data: Path, out: Path, stages: Sequence[str], *, with_export: bool, b
         found = {name: measure(model, pages) for name, model in models.items()}
         for name, evaluation in found.items():
             _add(results, name, pages, evaluation)
-        for earlier, later in pairwise(stages):
+        # Each against the one before it, and the last against the first.
+        for earlier, later in dict.fromkeys([*pairwise(stages), (stages[0], stages[-1])]):
             change = compare(found[earlier], found[later], pages.evalset)
             _say_change(f"{later} against {earlier}", change.difference, change.interval)
             results.append(
