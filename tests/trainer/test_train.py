@@ -16,12 +16,13 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from torch._utils import ExceptionWrapper
 
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import ArtifactError, CheckpointError, TrainingError, UsageError
+from rtx.runtime.errors import ArtifactError, CheckpointError, DataError, TrainingError, UsageError
 from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.reranker import Reranker
-from rtx.trainer import losses
+from rtx.trainer import losses, train
 from rtx.trainer.batches import Collator
 from rtx.trainer.config import TrainingArguments
 from rtx.trainer.data import Example, TrainingData
@@ -688,3 +689,16 @@ def test_reading_has_a_bar_of_rows():
     # The bars are free for the training then.
     with progress:
         pass
+
+
+def test_an_error_out_of_a_worker_is_the_error_itself():
+    try:
+        raise DataError("training data: image 1.png: damaged")
+    except DataError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 1")
+    with pytest.raises(DataError) as caught:
+        wrapped.reraise()
+    assert "Traceback" in str(caught.value)
+    assert str(train._out_of_a_worker(caught.value)) == "training data: image 1.png: damaged"
+    plain = DataError("training data: empty")
+    assert train._out_of_a_worker(plain) is plain
