@@ -16,7 +16,7 @@ demo: $(READY)   ## finetune, export, rerank and measure a real model on real da
 demo-pages: $(READY)   ## find pages of manuals by what they show: towers put together, finetuned, exported, measured
 	$(BIN)/python benchmarks/vdr/build.py --out demo-pages/data --small
 	$(BIN)/python benchmarks/vdr/router.py --data demo-pages/data --out demo-pages --brief \
-		--image-size 224x168 --passages 1 --epochs 2
+		--epochs 2 --batch-size 32
 
 # One thread a worker: two of them share two cores, and threads that wait for each other are slower than one.
 test: $(READY)   ## all tests
