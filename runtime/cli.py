@@ -42,6 +42,10 @@ _COMMANDS = {
 }
 
 
+# No space, a file larger than is allowed, a quota: libraries that write tell of them without the file's name.
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 class _LazyGroup(click.Group):
     """Shows help without importing a command, and turns RtxError into one line and its exit code."""
 
@@ -74,9 +78,9 @@ class _LazyGroup(click.Group):
             ctx.exit(error.exit_code)
         except OSError as broken:
             # A name that is too long, a full disk behind standard output. Click ends quietly after EPIPE.
-            if broken.filename is None and broken.errno != errno.ENOSPC:
+            if broken.filename is None and broken.errno not in _FULL:
                 raise
-            item = "standard output" if broken.filename is None else broken.filename
+            item = "standard output or a file" if broken.filename is None else broken.filename
             click.echo(f"error: {item}: cannot be read or written: {broken.strerror}", err=True)
             ctx.exit(ArtifactError.exit_code)
         except KeyboardInterrupt:

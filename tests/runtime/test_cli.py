@@ -175,5 +175,5 @@ def test_a_full_disk_behind_standard_output_is_one_line():
     code = "from rtx.runtime.cli import main; main()"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", code, "info"], stdout=full, stderr=subprocess.PIPE, check=False)
-    assert done.stderr == b"error: standard output: cannot be read or written: No space left on device\n"
+    assert done.stderr == b"error: standard output or a file: cannot be read or written: No space left on device\n"
     assert done.returncode == 5
