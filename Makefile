@@ -34,7 +34,7 @@ format: $(READY)   ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Without that of a 2B model, which needs 18 GiB of memory: benchmarks/bench_qwen3_vl.py.
+# Without that of a 2B model, which needs 16 GiB of memory: benchmarks/bench_qwen3_vl.py.
 bench: $(READY)   ## every benchmark of benchmarks/ that fits into a small machine
 	for script in $(filter-out %/bench_qwen3_vl.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
 

@@ -2,8 +2,8 @@
 
 The configuration is the published one, the weights are random. A checkpoint is written, PyTorch gives the reference,
 the graphs are exported and derived, and each variant is opened and held against PyTorch. Every stage is a process of
-its own, whose memory is watched from outside. Needs 24 GiB of memory and 25 GB of disk, and takes a quarter of an hour
-on two cores.
+its own, whose memory is watched from outside. Needs 16 GiB of memory and 25 GB of disk, and takes ten minutes on two
+cores.
 
     python benchmarks/bench_qwen3_vl.py
     python benchmarks/bench_qwen3_vl.py --size tiny --page-pixels 16384

@@ -185,12 +185,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             UsageError: it asks, and accelerate does not do it here, or the model takes images: a process whose chunk
                 has none would not gather the layers that another waits for.
         """
+        wanted = self.is_fsdp_enabled or is_wanted(os.environ)
+        if wanted and self._whole.contract.takes_images:
+            raise UsageError("FSDP: models that take images are not sharded; start with torchrun, without FSDP")
         if not self.is_fsdp_enabled:
-            if is_wanted(os.environ):
+            if wanted:
                 raise UsageError("FSDP: accelerate has it for GPUs only, and there is none; start with torchrun")
             return False
-        if self._whole.contract.takes_images:
-            raise UsageError("FSDP: models that take images are not sharded; start with torchrun, without FSDP")
         self.model = self.model_wrapped = copy_to_shard(self._whole)
         # Gradients that wait for the last batch of a step would wait unsharded.
         self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

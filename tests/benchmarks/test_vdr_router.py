@@ -45,12 +45,14 @@ def test_passages_are_those_of_training_pages_and_of_their_masked_images(data: P
     router = load_router()
     rows = router.rows_of(data)
     assert rows[0]["positive"] == {"image": str(data / "masked" / "a" / "0001.webp")}
-    passages = router.passages_of(data, rows, 5)
+    pages = list(router.training_pages(data, rows))
+    passages = router.passages_of(pages, 5)
     # From every fortieth word on, where enough are left.
     assert sorted(row["query"].split()[0] for row in passages) == ["w0", "w40", "w80"]
     assert {row["positive"]["image"] for row in passages} == {str(data / "masked" / "a" / "0001.webp")}
-    assert len(router.passages_of(data, rows, 2)) == 2
-    assert router.passages_of(data, rows, 2) == router.passages_of(data, rows, 2)
+    assert len(router.passages_of(pages, 2)) == 2
+    assert router.passages_of(pages, 2) == router.passages_of(pages, 2)
+    assert router.passages_of(pages, 0) == []
 
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:

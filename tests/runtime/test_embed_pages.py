@@ -184,7 +184,8 @@ def test_images_of_records(checkpoint: Path, model: Embedder) -> None:
     assert ids() == [1, 2, 3, 4, 5]
     assert errors() == {
         "data/rows.jsonl:6": "image: data/pages/gone.png does not exist",
-        "data/rows.jsonl:7": "image: URLs are not allowed here; expected a path, bytes or base64",
+        "data/rows.jsonl:7": "image: URLs are not fetched here, got 'http://localhost/x.png'; "
+        "expected a path, a data URL or base64",
         "data/rows.jsonl:8": "image: is empty, and there is no text",
         "data/rows.jsonl:9": "text: expected a text (str), got int",
         "data/rows.jsonl:10": "has no column 'text' (its columns: title)",
@@ -389,7 +390,7 @@ def test_how_much_is_read() -> None:
         (["empty"], 4, "empty: holds no image and no PDF; other files are given one by one"),
         (["x.docx"], 2, "x.docx: the ending tells no format that can be read"),
         (["-", "-", "--format", "jsonl"], 2, "standard input can be read once; - is there more than once"),
-        (["nowhere"], 4, "nowhere: does not exist"),
+        (["nowhere"], 4, "nowhere: cannot be read: No such file or directory"),
         (["1.png", "1.png"], 2, "1.png: is given more than once"),
         (["1.png", "--dpi", "5"], 2, "5 is not in the range 36<=x<=1200"),
     ],

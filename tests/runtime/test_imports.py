@@ -33,6 +33,7 @@ PUBLIC = [
     "EngineError",
     "ExportError",
     "GateError",
+    "ImageLimits",
     "InvalidItemsError",
     "ItemError",
     "MissingExtraError",

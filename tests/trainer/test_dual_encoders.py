@@ -127,6 +127,9 @@ def test_a_length_that_they_were_told(tiny: Tiny, tmp_path: Path) -> None:
     np.testing.assert_allclose(encode(theirs_of(tmp_path / "ours")), embed(model), atol=TOLERANCE)
     with pytest.raises(UsageError, match="max_tokens: expected at most 16, the model's positions; got 17"):
         model.configure(max_tokens=17)
+    # Shorter would be lost when it is saved: what it is filled to is all that a tokenizer keeps.
+    with pytest.raises(UsageError, match=r"^max_tokens: this model's texts are filled to \d+ tokens; expected \d+$"):
+        model.configure(max_tokens=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

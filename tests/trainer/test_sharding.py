@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,6 +61,16 @@ def test_fsdp_without_a_gpu_is_refused_and_not_left_out(tiny_checkpoint, tmp_pat
     model, rows = RetrievalModel.load(tiny_checkpoint("bert")), [{"query": "how", "positive": "so"}]
     with pytest.raises(UsageError, match=r"^FSDP: accelerate has it for GPUs only"):
         Trainer(model, TrainingArguments(output=str(tmp_path)), train_dataset=rows)
+
+
+def test_fsdp_of_a_model_that_takes_images_is_refused(tmp_path, monkeypatch):
+    """A process whose chunk has no image would not gather the vision layers that another waits for."""
+    runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))["write_tiny_clip"](tmp_path / "clip")
+    for name, value in FITTING.items():
+        monkeypatch.setenv(name, value)
+    model, rows = RetrievalModel.load(tmp_path / "clip"), [{"query": "how", "positive": "so"}]
+    with pytest.raises(UsageError, match=r"^FSDP: models that take images are not sharded"):
+        Trainer(model, TrainingArguments(output=str(tmp_path / "out")), train_dataset=rows)
 
 
 def test_a_copy_to_shard_lies_in_the_same_memory_until_it_is_moved(tiny_checkpoint):
