@@ -29,6 +29,20 @@ def test_a_layer_is_the_reference(inputs, out, bias):
     assert np.abs(found - int4_linear(x, quantize_weight(weight), b)).max() < 1e-4
 
 
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"beta": 0.5}, {"transA": 1}])
+@pytest.mark.parametrize(("variant", "quantize"), [("int4", quantize_int4), ("int8", quantize_int8)])
+def test_a_gemm_that_does_more_is_refused(given, variant, quantize):
+    weight = ir.tensor(np.ones((32, 8), dtype=np.float32), name="w")
+    x = ir.Value(name="x", shape=ir.Shape([32, 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    value = ir.Value(name="w", shape=ir.Shape([32, 8]), type=ir.TensorType(weight.dtype), const_value=weight)
+    node = ir.node("Gemm", [x, value], attributes=given, name="product")
+    node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", "model", "model.backbone", "op"])
+    node.metadata_props["pkg.torch.onnx.class_hierarchy"] = repr(["M", "M", "M", "op"])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 20}, name="by hand")
+    with pytest.raises(ExportError, match=f"^{variant}: .*a Gemm that scales or transposes its input"):
+        quantize(ir.Model(graph, ir_version=10))
+
+
 def run(weight, x, bias):
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20}, name="by hand")
     given = ir.Value(name="x", shape=ir.Shape(["a", "b", x.shape[-1]]), type=ir.TensorType(ir.DataType.FLOAT))

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from rtx.runtime import bench as bench_module
+from rtx.runtime import bundle as bundle_module
 from rtx.runtime import subjects as subjects_module
 from rtx.runtime.bench import BenchOptions, BenchResult, Judgements, Texts, bench
 from rtx.runtime.bench_page import bench_page, conditions, headline, result_rows
@@ -28,6 +30,7 @@ from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import BundleError, CheckpointError, UsageError
 from rtx.runtime.evalset import EvalSet, write_evalset
 from rtx.runtime.evaluation import Evaluation, evaluate_embedder
+from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
 from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, Manifest
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.schema import parse
@@ -428,3 +431,18 @@ def test_size_of_a_checkpoint_counts_its_weights_once(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
     assert checkpoint_bytes(tmp_path) == 115
+
+
+def test_what_was_made_of_images_is_not_kept_between_rounds(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    opened = bundle_module.open_graphs
+
+    def open_graphs(*arguments: Any, **settings: Any) -> Any:
+        asked.append(settings["cache_bytes"])
+        return opened(*arguments, **settings)
+
+    monkeypatch.setattr(bundle_module, "open_graphs", open_graphs)
+    with ExitStack() as models:
+        subjects_module.open_variants(Bundle.open(toy_bundle), ["fp32"], threads=1, models=models)
+    Bundle.open(toy_bundle).engine("fp32", threads=1).close()
+    assert asked == [0, DEFAULT_CACHE_BYTES]
