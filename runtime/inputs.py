@@ -13,7 +13,6 @@ However many files and pages there are, no list of them is held.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import importlib
 import os
@@ -208,8 +207,6 @@ class Inputs:
         """Add to the totals; whether this input is made of images."""
         path = Path(given)
         if given == STDIN or not (path.is_dir() or _is_page_file(path)):
-            if given != STDIN and not os.path.lexists(path):
-                raise DataError(f"{given}: cannot be read: {os.strerror(errno.ENOENT)}")
             self._total += 1
             return False
         before, others = self._total, 0

@@ -14,6 +14,7 @@ a BadRecord at its place; only what makes the whole input unreadable is raised.
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -102,6 +103,8 @@ class Input:
         number_ids: bool = True,
     ) -> None:
         self.name = "stdin" if path == STDIN else path
+        if path != STDIN and not os.path.lexists(path):  # before its name is asked for a format
+            raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
         self.format = file_format or _format_of(path)
         self._id_column = id_column
         self._number_ids = number_ids

@@ -27,6 +27,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 OnInvalid = Literal["raise", "nan"]
+Check = Callable[[int, object], object]
 Encode = Callable[[Sequence[object]], "list[Encoded | ItemError]"]
 
 # Items prepared at a time, the next ones while the model runs: bounds the memory that tokens and images take, whatever
@@ -123,7 +124,7 @@ class Session:
         self,
         items: Sequence[object],
         encode: Encode,
-        check: Callable[[int, object], object],
+        check: Check,
         on_invalid: OnInvalid,
     ) -> NDArray[np.float32]:
         """Items through the model, in the caller's thread.
@@ -161,7 +162,7 @@ class Session:
         self,
         items: Sequence[object],
         encode: Encode,
-        check: Callable[[int, object], object],
+        check: Check,
         on_invalid: OnInvalid,
     ) -> NDArray[np.float32]:
         """As `_run`, in common batches with all other requests that wait at the time."""
@@ -217,7 +218,7 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
     return items if isinstance(items, list | tuple) else list(items)
 
 
-def _invalid(items: Sequence[object], check: Callable[[int, object], object]) -> list[ItemError]:
+def _invalid(items: Sequence[object], check: Check) -> list[ItemError]:
     return [found for index, item in enumerate(items) if isinstance(found := check(index, item), ItemError)]
 
 

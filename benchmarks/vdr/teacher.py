@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import DataError, UsageError
+from rtx.runtime.metrics import ndcg_at_k
 from rtx.trainer.model import RetrievalModel
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -111,5 +112,5 @@ def _solve(images: NDArray[np.float64], texts: NDArray[np.float64], strength: fl
 def _ndcg(predicted: NDArray[np.float64], texts: NDArray[np.float64]) -> float:
     """NDCG@10 of finding each page, by its image, with its own text."""
     scores = texts @ (predicted / np.linalg.norm(predicted, axis=1, keepdims=True)).T
-    ranks = (scores > scores.diagonal()[:, None]).sum(axis=1)
-    return float(np.where(ranks < _DEPTH, 1 / np.log2(ranks + 2), 0.0).mean())
+    own = (-scores).argsort(axis=1, kind="stable") == np.arange(len(texts))[:, np.newaxis]
+    return float(ndcg_at_k(own.astype(np.int64), np.ones((len(texts), 1), dtype=np.int64), _DEPTH).mean())

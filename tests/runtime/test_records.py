@@ -167,6 +167,8 @@ def test_an_input_that_cannot_be_used_at_all(path: str, content: bytes, message:
 def test_missing_inputs_and_columns() -> None:
     with pytest.raises(DataError, match=r"^nix\.jsonl: cannot be read: No such file or directory$"):
         read("nix.jsonl")
+    with pytest.raises(DataError, match=r"^nix: cannot be read: No such file or directory$"):
+        read("nix")
     pq.write_table(pa.table({"text": ["a"]}), "a.parquet")
     with pytest.raises(DataError, match=r"^a\.parquet: has no column 'key' \(known: text\)$"):
         read("a.parquet", id_column="key")
@@ -183,6 +185,7 @@ def test_missing_inputs_and_columns() -> None:
 )
 def test_arguments_that_do_not_fit(path: str, options: dict[str, Any], message: str) -> None:
     write("a.txt", b"a\n")
+    write("a.dat", b"a\n")
     with pytest.raises(UsageError) as raised:
         read(path, **options)
     assert str(raised.value).startswith(message)
