@@ -15,9 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ItemError
 from rtx.runtime.images import BadImage, load_image, looks_like_base64
-from rtx.runtime.items import Content, check_text, describe, is_image
+from rtx.runtime.items import Content, check_text, describe, is_image, read_item
 
 Row = Mapping[str, object]
 
@@ -62,7 +63,9 @@ def read_text(row: Row, name: str, problems: list[str]) -> str:
     return value
 
 
-def read_content(row: Row, name: str, problems: list[str], folder: Path | None = None) -> str:
+def read_content(
+    row: Row, name: str, problems: list[str], folder: Path | None = None, contract: Contract | None = None
+) -> str:
     """A text that is not empty, or a text with images as a `Content`; what comes with a problem is not to be used.
 
     Images come as `{"image": path or data URL or a list of them, "text": ...}`, or as datasets has them: a PIL image,
@@ -71,6 +74,7 @@ def read_content(row: Row, name: str, problems: list[str], folder: Path | None =
     Args:
         row, name, problems: as for `read_text`.
         folder: what relative paths are relative to; None for the working directory.
+        contract: of the model that is to take it: what it never takes is a problem too. None for any model.
     """
     value = row.get(name)
     if not isinstance(value, Mapping) and not is_image(value):
@@ -89,7 +93,11 @@ def read_content(row: Row, name: str, problems: list[str], folder: Path | None =
     images = [_image_source(f"{name}: image", image, problems, folder) for image in several]
     if len(problems) == before and not (images or text):
         problems.append(f"{name}: is empty")
-    return Content.of(text, images)
+    content = Content.of(text, images)
+    if contract is not None and len(problems) == before:
+        fitting = read_item(0, content, contract)
+        problems += [f"{name}: {fitting.message}"] if isinstance(fitting, ItemError) else []
+    return content
 
 
 def _image_source(name: str, given: object, problems: list[str], folder: Path | None) -> str:
@@ -134,7 +142,11 @@ def single_negatives(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_negatives(
-    row: Row, single: tuple[str, ...], problems: list[str], folder: Path | None = None
+    row: Row,
+    single: tuple[str, ...],
+    problems: list[str],
+    folder: Path | None = None,
+    contract: Contract | None = None,
 ) -> tuple[str, ...]:
     """All negatives of a row, from `negative`, `negative_1` … (`single`) and then `negatives`, a list.
 
@@ -143,7 +155,7 @@ def read_negatives(
     found = [(name, row[name]) for name in single if not is_blank(row.get(name))]
     if not is_blank(row.get("negatives")):
         found += read_items(row, "negatives", "texts", problems)
-    return tuple(read_content({name: value}, name, problems, folder) for name, value in found)
+    return tuple(read_content({name: value}, name, problems, folder, contract) for name, value in found)
 
 
 def read_items(row: Row, name: str, kind: str, problems: list[str]) -> list[tuple[str, object]]:

@@ -14,7 +14,6 @@ import io
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,6 @@ _NOT_IMAGES = (
 _SNIFFED_BYTES = 1024
 # The shortest text that is taken for base64: an image of one pixel has about as many characters.
 _SHORTEST_BASE64 = 32
-_FETCHED_BYTES = 1 << 16
 
 # One image may be given twice and decoded by two threads; one that is not decoded yet shares its file with itself.
 _loading = [threading.Lock() for _ in range(16)]
@@ -69,7 +67,7 @@ class ImageLimits:
         allow_urls: whether http:// and https:// are fetched. Whoever names a URL reaches what this machine reaches.
         allow_paths: whether a text may name a file. A server that takes texts from strangers says no.
         base_folder: what relative paths are relative to; None for the working directory.
-        timeout_s: of a fetch as a whole.
+        timeout_s: of a fetch as a whole (see `rtx.runtime.fetching.fetch`).
     """
 
     max_bytes: int = 64 << 20
@@ -189,48 +187,20 @@ def _from_url(url: str, limits: ImageLimits) -> Image.Image:
     import http.client
     import urllib.error
 
+    from rtx.runtime.fetching import FetchError, fetch
+
     try:
         # What may stand in a query, a signature for instance, does not belong in a log.
         where = _shown(url.partition("?")[0].partition("#")[0])
-        return _from_bytes(_fetched(url, limits), limits)
-    except BadImage as wrong:
+        content = fetch(url, check_bytes=lambda count: _check_bytes(count, limits), timeout_s=limits.timeout_s)
+        return _from_bytes(content, limits)
+    except (BadImage, FetchError) as wrong:
         raise BadImage(f"{where}: {wrong}") from wrong
     except urllib.error.HTTPError as wrong:
         wrong.close()
         raise BadImage(f"{where}: the server answers {wrong.code} ({wrong.reason})") from wrong
     except (OSError, ValueError, http.client.HTTPException) as wrong:
         raise BadImage(f"{where}: cannot be fetched ({wrong})") from wrong
-
-
-def _fetched(url: str, limits: ImageLimits) -> bytes:
-    import urllib.request
-
-    deadline = time.monotonic() + limits.timeout_s
-    # urllib's own opener would also read file:// and follow to ftp://.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    request = urllib.request.Request(url, headers={"User-Agent": "rtx", "Accept": "image/*"})
-    content = bytearray()
-    with opener.open(request, timeout=limits.timeout_s) as answer:
-        declared = answer.length
-        _check_bytes(declared or 0, limits)
-        while piece := answer.read1(_FETCHED_BYTES):
-            content += piece
-            _check_bytes(len(content), limits)
-            if time.monotonic() > deadline:
-                raise BadImage(f"not fetched whole within {limits.timeout_s:g} s (timeout_s)")
-    if declared is not None and len(content) < declared:
-        raise BadImage(f"the answer is truncated after {len(content):,} of {declared:,} bytes")
-    return bytes(content)
 
 
 # -- files and bytes -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rtx.runtime.atomic import atomic_file
+from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ItemError, UsageError
 from rtx.runtime.fields import is_blank, read_content, read_negatives, single_negatives
 from rtx.runtime.items import Content, check_text
@@ -20,10 +21,19 @@ Fewer = Literal["keep", "drop"]
 
 
 def read_rows(
-    source: Input, *, query_column: str = "query", positive_column: str = "positive"
+    source: Input,
+    *,
+    query_column: str = "query",
+    positive_column: str = "positive",
+    contract: Contract | None = None,
 ) -> Iterator[Relevant | BadRecord]:
     """Training rows: a query and a positive each, and maybe `negative`, `negatives` and `negative_1` ..., as
     `rtx finetune` reads them: texts, or `{"image": ...}` with paths from the file's own folder.
+
+    Args:
+        source: the rows.
+        query_column, positive_column: their names there.
+        contract: of the model that is to take them, or None; a row with something that it never takes is a bad record.
 
     Raises:
         DataError: the input is damaged from some place on.
@@ -35,9 +45,10 @@ def read_rows(
             continue
         problems: list[str] = []
         query, positive = (
-            read_content(record.fields, name, problems, source.folder) for name in (query_column, positive_column)
+            read_content(record.fields, name, problems, source.folder, contract)
+            for name in (query_column, positive_column)
         )
-        negatives = read_negatives(record.fields, single_negatives(record.fields), problems, source.folder)
+        negatives = read_negatives(record.fields, single_negatives(record.fields), problems, source.folder, contract)
         if problems:
             yield BadRecord(record.id, record.where, "; ".join(problems))
         else:
@@ -45,7 +56,12 @@ def read_rows(
 
 
 def read_corpus(
-    source: Input, *, text_column: str = "text", title_column: str = "title", image_column: str = ""
+    source: Input,
+    *,
+    text_column: str = "text",
+    title_column: str = "title",
+    image_column: str = "",
+    contract: Contract | None = None,
 ) -> Iterator[str | BadRecord]:
     """Texts to mine from: title and text joined by a space and stripped, as `load_evalset` reads a BEIR corpus.
 
@@ -53,6 +69,7 @@ def read_corpus(
         source: the corpus.
         text_column, title_column: "" for no title.
         image_column: where a record has an image, it is that, with a text of its own, as a `Content`; "" for none.
+        contract: as `read_rows` has it.
 
     Raises:
         DataError: no record has the text column, or the input is damaged from some place on.
@@ -65,7 +82,7 @@ def read_corpus(
         if image_column and not is_blank(image := record.fields.get(image_column)):
             problems: list[str] = []
             given = {"text": record.fields.get(text_column), "image": image}
-            content = read_content({image_column: given}, image_column, problems, source.folder)
+            content = read_content({image_column: given}, image_column, problems, source.folder, contract)
             yield BadRecord(record.id, record.where, "; ".join(problems)) if problems else content
             continue
         if text_column not in record.fields:

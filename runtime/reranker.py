@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.errors import ItemError, UsageError
+from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.items import Item, read_pair
 from rtx.runtime.session import OnInvalid, Session, items_of
 
@@ -123,12 +124,14 @@ class Reranker(Session):
             The best `top_k`, best first; equal scores keep the order of `documents`.
 
         Raises:
-            InvalidItemsError: lists every document that cannot be scored; a bad query makes all of them so.
+            DataError: the query cannot be used.
+            InvalidItemsError: lists every document that cannot be scored.
             UsageError: `top_k` is less than 1, or as in `score`.
         """
         _check_top_k(top_k)
         pairs = [(query, document) for document in items_of(documents, "documents")]
-        return _best(self.score(pairs, first_stage=first_stage), top_k)
+        with _naming_the_query():
+            return _best(self.score(pairs, first_stage=first_stage), top_k)
 
     async def arank(
         self,
@@ -141,7 +144,8 @@ class Reranker(Session):
         """As `rank`, in common batches with all other requests that wait at the time."""
         _check_top_k(top_k)
         pairs = [(query, document) for document in items_of(documents, "documents")]
-        return _best(await self.ascore(pairs, first_stage=first_stage), top_k)
+        with _naming_the_query():
+            return _best(await self.ascore(pairs, first_stage=first_stage), top_k)
 
     def _read(self, index: int, pair: object) -> tuple[Item, Item] | ItemError:
         return read_pair(index, pair, self.contract)
@@ -175,6 +179,18 @@ class Reranker(Session):
 def _check_top_k(top_k: int | None) -> None:
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k: expected at least 1, got {top_k}")
+
+
+@contextmanager
+def _naming_the_query() -> Iterator[None]:
+    """Where the one query of many pairs is bad, say so once and not of each pair."""
+    try:
+        yield
+    except InvalidItemsError as invalid:
+        of_query = [error.message for error in invalid.items if error.message.startswith("query: ")]
+        if of_query:
+            raise DataError(of_query[0]) from None
+        raise
 
 
 def _best(scores: NDArray[np.float32], top_k: int | None) -> list[Ranked]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -122,16 +122,20 @@ class Collator:
     Args:
         preprocessor: the model's.
         task: "embed" for queries and documents apart, "rerank" for pairs.
+        where: names a row in messages, as `TrainingData.where` does.
     """
 
-    def __init__(self, preprocessor: Preprocessor, *, task: Task) -> None:
+    def __init__(
+        self, preprocessor: Preprocessor, *, task: Task, where: Callable[[int], str] = "row {}".format
+    ) -> None:
         self._preprocessor = preprocessor
         self._task = task
+        self._where = where
 
     def __call__(self, rows: Sequence[Numbered]) -> Batch:
         """
         Raises:
-            DataError: names every text that gives no token at all, and every image that cannot be read.
+            DataError: names every row whose text gives no token at all, or whose image cannot be read.
         """
         examples = [example for _, example in rows]
         targets = Targets.of([example.labels for example in examples], [example.first_stage for example in examples])
@@ -139,20 +143,26 @@ class Collator:
             queries = [example.query for example in examples]
             documents = [text for example in examples for text in example.documents]
             sides = (
-                _checked(queries, self._preprocessor.encode(queries, prompt="query")),
-                _checked(documents, self._preprocessor.encode(documents, prompt="document")),
+                self._checked(rows, queries, self._preprocessor.encode(queries, prompt="query")),
+                self._checked(rows, documents, self._preprocessor.encode(documents, prompt="document")),
             )
             return Batch(tuple(rows), sides, targets)
         pairs = [(example.query, text) for example in examples for text in example.documents]
-        return Batch(tuple(rows), (_checked(pairs, self._preprocessor.encode_pairs(pairs)),), targets)
+        encoded = self._preprocessor.encode_pairs(pairs)
+        return Batch(tuple(rows), (self._checked(rows, pairs, encoded),), targets)
 
-
-def _checked(texts: Sequence[object], encoded: Sequence[Encoded | ItemError]) -> list[Encoded]:
-    bad = [
-        f"{describe(text)}: {item.message}"
-        for text, item in zip(texts, encoded, strict=True)
-        if isinstance(item, ItemError)
-    ]
-    if bad:
-        raise DataError("training data: " + "; ".join(bad))
-    return cast(list[Encoded], list(encoded))
+    def _checked(
+        self, rows: Sequence[Numbered], items: Sequence[object], encoded: Sequence[Encoded | ItemError]
+    ) -> list[Encoded]:
+        """What was made of all items, of which each row has one, or one for each of its documents."""
+        if any(isinstance(made, ItemError) for made in encoded):
+            owners = [
+                row for row, example in rows for _ in range(1 if len(items) == len(rows) else len(example.documents))
+            ]
+            bad = (
+                f"{self._where(row)}: {describe(item)}: {made.message}"
+                for row, item, made in zip(owners, items, encoded, strict=True)
+                if isinstance(made, ItemError)
+            )
+            raise DataError("training data: " + "; ".join(bad))
+        return cast(list[Encoded], list(encoded))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.records import BadRecord
 from rtx.trainer.data import Report, read_rows
@@ -112,6 +113,7 @@ def check_data(
     *,
     needs: Needs | None = None,
     with_first_stage: bool = False,
+    contract: Contract | None = None,
     evalset: EvalSet | None = None,
     measure: Measure | None = None,
     max_tokens: int | None = None,
@@ -123,6 +125,7 @@ def check_data(
         paths: as TrainingData.read has them.
         needs: what the loss needs of a row; None takes rows of any form.
         with_first_stage: whether a row needs scores of a first stage.
+        contract: as TrainingData.read has it.
         evalset: look for its queries and documents in the data.
         measure: how long texts are; None for words and characters.
         max_tokens: the limit of the model that `measure` counts for.
@@ -131,7 +134,8 @@ def check_data(
     Raises:
         DataError, UsageError, MissingExtraError: a file as a whole cannot be read.
     """
-    check = _Check(RowChecker(needs, with_first_stage=with_first_stage), evalset, measure or _words_and_characters)
+    checker = RowChecker(needs, with_first_stage=with_first_stage, contract=contract)
+    check = _Check(checker, evalset, measure or _words_and_characters)
     for path in map(Path, paths):
         check.read(path, report)
     findings = [check.bad] if check.bad.count else []

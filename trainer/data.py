@@ -20,6 +20,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.errors import DataError, MissingExtraError
 from rtx.runtime.evalset import Problems
 from rtx.runtime.hashing import sha256_of
@@ -113,6 +114,7 @@ class TrainingData(Sequence[Example]):
         *,
         needs: Needs,
         with_first_stage: bool = False,
+        contract: Contract | None = None,
         folder: str | Path | None = None,
         memory_bytes: int = _MEMORY_BYTES,
         report: Report | None = None,
@@ -124,6 +126,7 @@ class TrainingData(Sequence[Example]):
                 that `datasets` saved to disk.
             needs: what the loss needs of a row.
             with_first_stage: whether a reranker on top of a first stage needs its scores.
+            contract: of the model that is trained: a row with what it never takes cannot be used. None for any model.
             folder: where the checked rows of large data are kept for as long as this object lives; None for the
                 system's folder of temporary files.
             memory_bytes: smaller data is kept in memory.
@@ -136,7 +139,9 @@ class TrainingData(Sequence[Example]):
             MissingExtraError: pyarrow or datasets is needed and not installed.
             ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(needs, with_first_stage, folder, memory_bytes)
+        builder = _Builder(
+            RowChecker(needs, with_first_stage=with_first_stage, contract=contract), needs, folder, memory_bytes
+        )
         with builder:
             for path in map(Path, paths):
                 builder.read(path, report)
@@ -149,6 +154,7 @@ class TrainingData(Sequence[Example]):
         *,
         needs: Needs,
         with_first_stage: bool = False,
+        contract: Contract | None = None,
         name: str = "rows",
         folder: str | Path | None = None,
         memory_bytes: int = _MEMORY_BYTES,
@@ -157,14 +163,16 @@ class TrainingData(Sequence[Example]):
 
         Args:
             rows: read once, from front to back.
-            needs, with_first_stage, folder, memory_bytes: as `read` has them.
+            needs, with_first_stage, contract, folder, memory_bytes: as `read` has them.
             name: what messages call them.
 
         Raises:
             DataError: a row cannot be used, or there is none.
             ArtifactError: there is no room for the checked rows.
         """
-        builder = _Builder(needs, with_first_stage, folder, memory_bytes)
+        builder = _Builder(
+            RowChecker(needs, with_first_stage=with_first_stage, contract=contract), needs, folder, memory_bytes
+        )
         with builder:
             builder.take(name, rows)
             return builder.build()
@@ -179,10 +187,9 @@ class TrainingData(Sequence[Example]):
 class _Builder:
     """Collects examples and problems over all files, so that one pass names every bad row."""
 
-    def __init__(self, needs: Needs, with_first_stage: bool, folder: str | Path | None, memory_bytes: int) -> None:
-        self._needs = needs
-        self._with_first_stage = with_first_stage
-        self._checker = RowChecker(needs, with_first_stage=with_first_stage)
+    def __init__(self, checker: RowChecker, needs: Needs, folder: str | Path | None, memory_bytes: int) -> None:
+        self._checker = checker
+        self._needs: Needs = needs
         self._writer = ExampleWriter(folder=None if folder is None else Path(folder), memory_bytes=memory_bytes)
         self._problems = Problems("training data")
         self._sources: list[Source] = []
@@ -220,7 +227,7 @@ class _Builder:
             self._writer.finish(),
             tuple(self._sources),
             needs=self._needs,
-            with_first_stage=self._with_first_stage,
+            with_first_stage=self._checker.with_first_stage,
             paths=self._paths,
             documents=self._documents,
         )

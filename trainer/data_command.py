@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtx.runtime.commands.progress import Progress
-from rtx.runtime.contract import Task
+from rtx.runtime.contract import Contract, Task
 from rtx.runtime.errors import DataError, UsageError, nearest
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.lazy import naming_the_extra
@@ -36,7 +36,9 @@ def data() -> None:
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Hold the rows against this task's default loss.")
 @click.option("--loss", help="Hold the rows against what this loss needs.  [default: any form of row]")
 @click.option("--first-stage", is_flag=True, help="Rows need first_stage, the scores of a first stage.")
-@click.option("--model", metavar="CHECKPOINT", help="Count its tokens, with prompts, instead of words and characters.")
+@click.option(
+    "--model", metavar="CHECKPOINT", help="Count its tokens, not words and characters; name rows that it does not take."
+)
 @click.option("--strict", is_flag=True, help="Fail if the files have evaluation queries or documents that answer them.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def check(
@@ -58,7 +60,7 @@ def check(
     """
     needs = _needs(task, loss)
     loaded = None if evalset is None else load_evalset(evalset)
-    measure, max_tokens = (None, None) if model is None else _token_lengths(model, task)
+    measure, contract = (None, None) if model is None else _token_lengths(model, task)
     with _reporting(len(files)) as report:
         found = check_data(
             files,
@@ -66,7 +68,8 @@ def check(
             with_first_stage=first_stage,
             evalset=loaded,
             measure=measure,
-            max_tokens=max_tokens,
+            contract=contract,
+            max_tokens=None if contract is None else contract.max_tokens,
             report=report,
         )
     if as_json:
@@ -94,14 +97,14 @@ def _needs(task: Task | None, loss: str | None) -> Needs | None:
     return known[loss].needs
 
 
-def _token_lengths(checkpoint: str, task: Task | None) -> tuple[Measure, int]:
+def _token_lengths(checkpoint: str, task: Task | None) -> tuple[Measure, Contract]:
     with naming_the_extra("train", "--model"):
         from rtx.trainer.model import RetrievalModel
     from rtx.trainer.tokens import token_lengths
 
     model = RetrievalModel.load(checkpoint, task=task)
     preprocessor: Preprocessor = model.preprocessor
-    return token_lengths(preprocessor), preprocessor.contract.max_tokens
+    return token_lengths(preprocessor), preprocessor.contract
 
 
 @contextmanager

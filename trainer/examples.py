@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.fields import (
     LARGEST_FLOAT32,
     NUMBERED_NEGATIVE,
@@ -115,11 +116,15 @@ class RowChecker:
     Args:
         needs: what the loss needs; None takes whatever a row has.
         with_first_stage: whether a row needs scores of a first stage; where it does not, they are left aside.
+        contract: of the model that is to take the rows, which then hold nothing that it never takes; None for any.
     """
 
-    def __init__(self, needs: Needs | None, *, with_first_stage: bool = False) -> None:
+    def __init__(
+        self, needs: Needs | None, *, with_first_stage: bool = False, contract: Contract | None = None
+    ) -> None:
         self.needs = needs
         self.with_first_stage = with_first_stage
+        self._contract = contract
         # Where no scores are needed, a column `score` has a meaning of its own.
         scores = ("scores",) if needs == "scores" else ()
         extra = {*scores, *(("first_stage",) if with_first_stage else ())}
@@ -168,21 +173,21 @@ class RowChecker:
     def _example(
         self, row: Row, form: Form, negatives: tuple[str, ...], problems: list[str], folder: Path | None
     ) -> Example:
-        query = read_content(row, "query", problems, folder)
+        query = read_content(row, "query", problems, folder, self._contract)
         if form == "positive":
-            positive = read_content(row, "positive", problems, folder)
-            documents = (positive, *read_negatives(row, negatives, problems, folder))
+            positive = read_content(row, "positive", problems, folder, self._contract)
+            documents = (positive, *read_negatives(row, negatives, problems, folder, self._contract))
             labels: tuple[float, ...] = (1.0,) + (0.0,) * (len(documents) - 1)
             if not is_blank(row.get("scores")):
                 labels = self._numbers(row, "scores", len(documents), problems)
             elif self.needs == "scores":
                 problems.append(missing(row, "scores"))
         elif form == "document":
-            documents = (read_content(row, "document", problems, folder),)
+            documents = (read_content(row, "document", problems, folder, self._contract),)
             labels = (self._number("label", row.get("label"), problems),)
         else:
             documents = tuple(
-                read_content({name: value}, name, problems, folder)
+                read_content({name: value}, name, problems, folder, self._contract)
                 for name, value in read_items(row, "documents", "texts", problems)
             )
             labels = self._numbers(row, "labels", len(documents), problems)

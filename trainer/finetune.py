@@ -151,6 +151,7 @@ def build_trainer(config: FinetuneConfig, progress: Progress) -> Trainer:
             config.train,
             needs=config.loss_spec.needs,
             with_first_stage=model.contract.first_stage_weight > 0,
+            contract=model.contract,
             report=report,
         )
     return Trainer(

@@ -139,7 +139,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise UsageError(f"loss {describe_loss(self.loss)}: needs a guide, a second embedder")
         needs = spec.needs if spec is not None else "positives" if model.task == "embed" else "labels"
         if not isinstance(train_dataset, TrainingData):
-            train_dataset = TrainingData.from_rows(train_dataset, needs=needs, with_first_stage=weight > 0)
+            train_dataset = TrainingData.from_rows(
+                train_dataset, needs=needs, with_first_stage=weight > 0, contract=model.contract
+            )
         elif spec is not None and train_dataset.needs not in SUFFICES[needs]:
             raise UsageError(
                 f"loss {describe_loss(self.loss)}: needs rows with {needs}; the data was read for {train_dataset.needs}"
@@ -176,7 +178,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         )
         on_cpu = self.args.device.type == "cpu"
         self._chunk_tokens = arguments.chunk_tokens or (_CHUNK_TOKENS_CPU if on_cpu else _CHUNK_TOKENS)
-        self.data_collator = Collator(model.preprocessor, task=model.task)
+        self.data_collator = Collator(model.preprocessor, task=model.task, where=train_dataset.where)
 
     def _prepare_to_shard(self) -> bool:
         """Whether the launcher asks for it; then a copy of the model is what trains.

@@ -160,12 +160,14 @@ def _run(given: _Arguments) -> int:
         if not isinstance(reranker, Reranker | None):
             raise UsageError(f"--rescore: {given.rescore} is an embedder; expected a reranker")
         columns = {"query_column": given.query_column, "positive_column": given.positive_column}
-        rows = list(log.usable(read_rows(source, **columns)))
+        rows = list(log.usable(read_rows(source, **columns, contract=model.contract)))
         if not rows:
             log.raise_all(source)
         columns = {"text_column": given.text_column, "title_column": given.title_column}
         columns["image_column"] = _image_column(given, model)
-        corpus = [text for file in corpora for text in log.usable(read_corpus(file, **columns))]
+        corpus = [
+            text for file in corpora for text in log.usable(read_corpus(file, **columns, contract=model.contract))
+        ]
         log.check()
         if reranker is not None and not reranker.contract.takes_images:
             documents = [*corpus, *(document for row in rows for document in (row.query, row.positive, *row.negatives))]

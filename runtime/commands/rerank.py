@@ -243,6 +243,8 @@ def _rank_list(
     except InvalidItemsError as invalid:
         problems = [f"{given.documents_column}[{error.index}]: {error.message}" for error in invalid.items]
         return BadRecord(record.id, record.where, _joined(problems))
+    except DataError as wrong:  # of the query
+        return BadRecord(record.id, record.where, str(wrong))
     if not all(math.isfinite(ranked.score) for ranked in ranking):
         return BadRecord(record.id, record.where, _NOT_FINITE)
     lines = [

@@ -4,8 +4,10 @@ import base64
 import contextlib
 import io
 import os
+import socket
 import struct
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -561,6 +563,10 @@ class Pages(BaseHTTPRequestHandler):
             for byte in content[:40]:
                 self.wfile.write(bytes([byte]))
                 threading.Event().wait(0.05)
+        elif path == "/headers":
+            for byte in b"HTTP/1.0 200 OK\r\nX-Header: " + b"x" * 20:
+                self.wfile.write(bytes([byte]))
+                threading.Event().wait(0.05)
         elif path == "/web":
             self.answer(200, b"<html>", {"Content-Length": "6"})
         elif path == "/loop":
@@ -628,9 +634,34 @@ def test_no_more_bytes_are_read_than_allowed(server: str):
     assert "an image of 1,000,000,000,000 bytes; expected at most 100,000" in refusal(server + "/large", small)
 
 
-def test_a_server_that_drips_is_not_waited_for(server: str):
-    hurried = ImageLimits(allow_urls=True, timeout_s=0.3)
-    assert refusal(server + "/slow", hurried).endswith("not fetched whole within 0.3 s (timeout_s)")
+HURRIED = ImageLimits(allow_urls=True, timeout_s=0.3)
+
+
+@pytest.mark.parametrize("path", ["/slow", "/headers"])
+def test_a_server_that_drips_is_not_waited_for(server: str, path: str):
+    begun = time.monotonic()
+    assert refusal(server + path, HURRIED) == f"'{server}{path}': not fetched whole within 0.3 s (timeout_s)"
+    assert time.monotonic() - begun < 1.5
+
+
+def test_a_handshake_that_drips_is_not_waited_for():
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listening.accept()
+            with connection:
+                # A record of TLS, of which the end does not come.
+                for byte in b"\x16\x03\x03\x40\x00" + bytes(35):
+                    connection.sendall(bytes([byte]))
+                    threading.Event().wait(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}/page.png"
+        begun = time.monotonic()
+        assert refusal(url, HURRIED) == f"'{url}': not fetched whole within 0.3 s (timeout_s)"
+        assert time.monotonic() - begun < 1.5
+        thread.join()
 
 
 def test_servers_that_are_not_there():

@@ -161,7 +161,7 @@ def test_damaged_pages_are_named(checkpoint: Path) -> None:
 def test_models_of_texts_are_not_given_pages_to_mine(toy_bundle: Path, checkpoint: Path, toy_reranker_bundle: Path):
     result = run("mine", toy_bundle, "train.jsonl", "-o", "mined.jsonl")
     assert result.exit_code == 4
-    assert "item 0: positive: expected a text, got an image; this model takes no images" in result.stderr
+    assert "train.jsonl:1: positive: expected a text, got an image; this model takes no images" in result.stderr
     result = run("mine", checkpoint, "train.jsonl", "-o", "mined.jsonl", "--rescore", toy_reranker_bundle)
     assert (result.exit_code, "takes texts only, and there are images" in result.stderr) == (2, True)
     assert not list(Path().glob("mined*"))
@@ -170,6 +170,25 @@ def test_models_of_texts_are_not_given_pages_to_mine(toy_bundle: Path, checkpoin
     write("corpus.jsonl", [{"text": "sort the list", "image": "gone.png"}, {"text": "clean it", "image": "gone.png"}])
     assert run("mine", toy_bundle, "train.jsonl", "-o", "mined.jsonl", "--corpus", "corpus.jsonl").exit_code == 0
     assert set(lines("mined.jsonl")[0]["negatives"]) == {"sort the list", "clean it"}
+
+
+def test_what_the_model_never_takes_is_listed_and_the_rest_is_mined(toy_bundle: Path) -> None:
+    rows = [
+        {"query": "reset", "positive": "reset the device"},
+        {"query": "sort", "positive": {"image": "pages/0.png"}},
+        {"query": "clean", "positive": "clean it", "negatives": ["wipe it", {"image": "pages/1.png"}]},
+        {"query": "order", "positive": "sort the list"},
+    ]
+    write("train.jsonl", rows)
+    result = run("mine", toy_bundle, "train.jsonl", "-o", "mined.jsonl")
+    assert result.exit_code == 4, result.output
+    wrong = "expected a text, got an image; this model takes no images"
+    assert [(line["where"], line["error"]) for line in lines("mined.jsonl.errors.jsonl")] == [
+        ("train.jsonl:2", f"positive: {wrong}"),
+        ("train.jsonl:3", f"negatives[1]: {wrong}"),
+    ]
+    assert [row["query"] for row in lines("mined.jsonl")] == ["reset", "order"]
+    assert lines("mined.jsonl")[0]["negatives"] == ["sort the list"]
 
 
 def test_a_call_has_a_bounded_number_of_pages(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +218,7 @@ def test_pages_are_ordered_for_a_query(judge: Path) -> None:
         {"id": "one of them", "query": "dark", "documents": ["a", {"image": "pages/5.png"}, {"image": "x.png"}, 5]},
         {"id": "key", "query": "dark", "document": {"picture": "pages/0.png"}},
         {"id": "fine", "query": "dark", "document": "a text"},
+        {"id": "query", "query": {"image": "pages/5.png"}, "documents": ["a", "b", {"image": "pages/0.png"}]},
     ]
     write("in.jsonl", rows)
     assert run("rerank", judge, "in.jsonl", "-o", "out.jsonl", "--with-text").exit_code == 4
@@ -220,6 +240,8 @@ def test_pages_are_ordered_for_a_query(judge: Path) -> None:
     assert "pages/5.png': no image that can be read (7 bytes)" in errors["cut"]
     assert errors["gone"] == "document: image: pages/gone.png does not exist"
     assert errors["one of them"] == "documents[2]: image: x.png does not exist"
+    assert errors["query"].startswith("query: image: '")
+    assert errors["query"].count("pages/5.png': no image that can be read (7 bytes)") == 1
     assert errors["key"] == "document: expected a text, or the keys image and text; got picture"
 
 

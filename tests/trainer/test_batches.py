@@ -56,7 +56,7 @@ def test_pairs_of_a_reranker():
 
 
 def test_a_text_without_tokens_is_named():
-    with pytest.raises(DataError, match=r"training data: '\\t': gives no token; expected at least one"):
+    with pytest.raises(DataError, match=r"training data: row 0: '\\t': gives no token; expected at least one"):
         collate(preprocessor(), [Example("alpha", ("\t",), (1.0,))])
 
 

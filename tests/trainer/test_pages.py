@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rtx.runtime.errors import DataError, ItemError, UsageError
 from rtx.runtime.items import Content
 from rtx.trainer import losses
 from rtx.trainer.batches import Collator, plan_chunks
+from rtx.trainer.check import check_data
 from rtx.trainer.compose import compose
 from rtx.trainer.config import FinetuneConfig
 from rtx.trainer.data import TrainingData
@@ -126,6 +128,26 @@ def test_a_text_never_turns_into_an_image(text: str) -> None:
     assert Content.stored(Content.storable(content)) == content
 
 
+def test_rows_that_the_model_never_takes_are_named_before_anything_is_trained(
+    folder: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    contract = RetrievalModel.load(tiny_checkpoint("bert")).contract
+    rows = [
+        {"query": "the lid", "positive": "a text"},
+        {"query": "the lid", "positive": {"image": str(folder / "pages" / "1.png")}},
+        {"query": "q", "positive": "a", "negatives": ["b", {"text": "c", "image": str(folder / "pages" / "2.png")}]},
+    ]
+    write_lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        TrainingData.read([tmp_path / "x.jsonl"], needs="positives", contract=contract)
+    wrong = "expected a text, got an image; this model takes no images"
+    assert f"x.jsonl:2: positive: {wrong}\n" in str(caught.value)
+    assert f"x.jsonl:3: negatives[1]: {wrong}" in str(caught.value)
+    with pytest.raises(DataError, match=f"rows:2: positive: {wrong}"):
+        TrainingData.from_rows(rows, needs="positives", contract=contract)
+    assert check_data([tmp_path / "x.jsonl"], contract=contract).bad_rows == 2
+
+
 # -- batches -------------------------------------------------------------------------------------------------------
 
 
@@ -154,8 +176,8 @@ def test_a_page_that_turns_out_to_be_damaged_names_its_file(folder: Path, checkp
     (tmp_path / "cut.png").write_bytes((folder / "pages" / "1.png").read_bytes()[:90])
     model = RetrievalModel.load(checkpoint)
     bad = Example("q", (Content.of("", [str(tmp_path / "cut.png")]),), (1.0,))
-    with pytest.raises(DataError, match=r"cut\.png.*truncated"):
-        Collator(model.preprocessor, task="embed")([(0, bad)])
+    with pytest.raises(DataError, match=r"training data: x\.jsonl:8: image .*cut\.png.*truncated"):
+        Collator(model.preprocessor, task="embed", where="x.jsonl:{}".format)([(3, examples(folder)[0]), (8, bad)])
 
 
 @pytest.mark.parametrize("activation_tokens", [0, 150])
