@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rtx.runtime.errors import ArtifactError, UsageError
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""No space, a file larger than is allowed, a quota: libraries that write tell of them without the file's name."""
 
 
 def check_target(path: str | os.PathLike[str], *, source: str | None = None) -> None:

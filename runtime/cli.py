@@ -5,14 +5,15 @@ This is the one place in the runtime that names the rooms `trainer` and `export`
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from rtx.runtime.atomic import FULL
 from rtx.runtime.errors import INTERRUPTED, ArtifactError, BundleError, RtxError, UsageError, nearest
 from rtx.runtime.lazy import naming_the_extra
 
@@ -40,10 +41,6 @@ _COMMANDS = {
     "eval": _Command("rtx.runtime.commands.eval:evaluate", "Measure ranking quality on an evaluation set."),
     "bench": _Command("rtx.runtime.commands.bench:bench", "Measure latency, throughput and parity; write a report."),
 }
-
-
-# No space, a file larger than is allowed, a quota: libraries that write tell of them without the file's name.
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class _LazyGroup(click.Group):
@@ -78,7 +75,7 @@ class _LazyGroup(click.Group):
             ctx.exit(error.exit_code)
         except OSError as broken:
             # A name that is too long, a full disk behind standard output. Click ends quietly after EPIPE.
-            if broken.filename is None and broken.errno not in _FULL:
+            if broken.filename is None and broken.errno not in FULL:
                 raise
             item = "standard output or a file" if broken.filename is None else broken.filename
             click.echo(f"error: {item}: cannot be read or written: {broken.strerror}", err=True)
@@ -106,6 +103,8 @@ def main() -> None:
     \b
     rtx finetune → a checkpoint → rtx export → a bundle → rtx embed, rerank, bench
     """
+    # What Pillow says of damaged metadata is of no use to who has thousands of images, none of them named.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_model(

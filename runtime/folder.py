@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rtx.runtime.atomic import sync
-from rtx.runtime.errors import UsageError
+from rtx.runtime.atomic import FULL, sync
+from rtx.runtime.errors import ArtifactError, UsageError
 
 
 @contextlib.contextmanager
@@ -23,6 +23,7 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
 
     Raises:
         UsageError: something else is in the way.
+        ArtifactError: there is no room for it.
     """
     target = target.absolute()
     if target.exists() and not _may_replace(target, marker):
@@ -38,6 +39,10 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
             sync(path)
         _swap(written, target)
         sync(target.parent)
+    except OSError as broken:
+        if broken.errno not in FULL:
+            raise
+        raise ArtifactError(f"{target}: cannot be written: {broken.strerror}; nothing was changed there") from broken
     finally:
         shutil.rmtree(written, ignore_errors=True)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer
 
 from rtx.export.golden import golden_items, make_golden
@@ -14,6 +16,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ExportError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Golden
+from rtx.runtime.items import Content
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.trainer.model import RetrievalModel
 
@@ -45,6 +48,21 @@ def test_a_small_evaluation_set_is_taken_whole():
     small = EvalSet("small", {"q": "one"}, {"d": "two"}, {"q": {"d": 1}})
     items, _ = golden_items(CONTRACT, small)
     assert items[-2:] == ["one", "two"]
+
+
+def test_pages_come_as_files_and_those_that_cannot_be_read_are_left_out(tmp_path: Path):
+    for number in range(6):
+        Image.new("RGB", (4, 5), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    files = [(tmp_path / f"{number}.png").read_bytes() for number in range(6)]
+    names = [str(tmp_path / "gone.png"), "data:image/*;base64,iVBORw0KGgo=", str(tmp_path / "0.png")]
+    pages = {name: Content.of("fig.", [name]) for name in names}
+    items, _ = golden_items(CONTRACT, EvalSet("damaged", {"q": "one"}, pages, {"q": {names[-1]: 1}}))
+    assert items[-2:] == ["one", {"text": "fig.", "image": files[:1]}]
+    pages = {str(number): Content.of("", [str(tmp_path / f"{number}.png")]) for number in range(6)}
+    items, _ = golden_items(CONTRACT, EvalSet("many", {"q": "one"}, pages, {"q": {"0": 1}}))
+    found = items[items.index("one") + 1 :]
+    assert len(found) == 4
+    assert all(item["text"] == "" and item["image"][0] in files for item in found)
 
 
 def test_a_reranker_gets_pairs():

@@ -177,3 +177,10 @@ def test_a_full_disk_behind_standard_output_is_one_line():
         done = subprocess.run([sys.executable, "-c", code, "info"], stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.stderr == b"error: standard output or a file: cannot be read or written: No space left on device\n"
     assert done.returncode == 5
+
+
+def test_warnings_of_pillow_are_not_shown_to_who_runs_a_command():
+    warn = "warnings.warn_explicit('Corrupt EXIF data', UserWarning, 'TiffImagePlugin.py', 1, module='PIL.Tiff')"
+    code = f"import warnings; from rtx.runtime.cli import main; main.callback(); {warn}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from rtx.runtime.errors import UsageError
+from rtx.runtime.errors import ArtifactError, UsageError
 from rtx.runtime.folder import replace_folder
 
 
@@ -77,3 +79,19 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
             pass
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "thesis"]
+
+
+def test_a_full_disk_is_named_by_what_was_to_be_there(tmp_path: Path) -> None:
+    """Libraries that write a part of it do not say which."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+
+    def fill_the_disk() -> None:
+        with replace_folder(tmp_path / "model") as folder:
+            (folder / "config.json").write_text("new")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(ArtifactError, match=r"/model: cannot be written: No space left on device; nothing was changed"):
+        fill_the_disk()
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
