@@ -14,6 +14,7 @@ from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
 from rtx.export.variants import VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
+from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
 
@@ -30,6 +31,7 @@ from rtx.runtime.evalset import load_evalset
     show_default=True,
     help="Variant to export; may be given several times.",
 )
+@click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), help="Limit on length, special tokens included; default: the model's."
@@ -61,6 +63,7 @@ def export(
     checkpoint: str,
     output: Path,
     variants: tuple[str, ...],
+    task: Task | None,
     dimensions: int | None,
     max_tokens: int | None,
     eval_dir: Path | None,
@@ -82,6 +85,7 @@ def export(
     evalset = load_evalset(eval_dir, split=split) if eval_dir is not None else None
     options = ExportOptions(
         variants=tuple(cast(VariantName, name) for name in dict.fromkeys(variants)),
+        task=task,
         dimensions=dimensions,
         max_tokens=max_tokens,
         evalset=evalset,

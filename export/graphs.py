@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from rtx.export.graph import export_graph, export_image_graph
-from rtx.export.visual import export_text, export_vision
+from rtx.export.visual import export_text, export_vision, visual_rules
 from rtx.runtime.manifest import CONTRACT_KEY
 from rtx.trainer.model import RetrievalModel
 
@@ -29,6 +29,15 @@ class Graphs(NamedTuple):
 
     tokens: ir.Model
     image: ir.Model | None = None
+
+
+def check_exportable(model: RetrievalModel) -> None:
+    """
+    Raises:
+        ExportError: no graph can be made of this architecture, which is known before any work is done.
+    """
+    if model.contract.visual is not None:
+        visual_rules(model.backbone.config)
 
 
 def export_graphs(model: RetrievalModel) -> Graphs:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
-from rtx.export.graphs import export_graphs
+from rtx.export.graphs import check_exportable, export_graphs
 from rtx.export.variants import (
     VARIANTS,
     Files,
@@ -33,6 +33,7 @@ from rtx.export.variants import (
 from rtx.export.write import write_bundle
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.candidates import Candidates
+from rtx.runtime.contract import Task
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import EngineError, ExportError, GateError, UsageError
 from rtx.runtime.evalset import EvalSet
@@ -59,6 +60,7 @@ class ExportOptions:
 
     Attributes:
         variants: names, of VARIANTS.
+        task: what a checkpoint is that does not say so itself; None to tell it by what is in it.
         dimensions: keep the first so many of an embedder's (Matryoshka); None for the checkpoint's own.
         max_tokens: limit on length, special tokens included; None for the checkpoint's own.
         evalset: where ranking quality is measured; None leaves that check out.
@@ -75,6 +77,7 @@ class ExportOptions:
     """
 
     variants: tuple[VariantName, ...] = ("fp32",)
+    task: Task | None = None
     dimensions: int | None = None
     max_tokens: int | None = None
     evalset: EvalSet | None = None
@@ -181,7 +184,8 @@ def choose_default(seconds: Mapping[VariantName, float]) -> VariantName:
 def _load(source: str, options: ExportOptions) -> RetrievalModel:
     if (Path(source) / MANIFEST_FILE).is_file():
         raise UsageError(f"{source}: is a bundle already; expected the checkpoint that it was made of")
-    model = RetrievalModel.load(source)
+    model = RetrievalModel.load(source, task=options.task)
+    check_exportable(model)
     if model.task == "rerank" and options.dimensions is not None:
         raise UsageError(f"dimensions: {source} is a reranker, which gives scores and no vectors")
     if model.task == "rerank" and options.evalset is not None and options.candidates is None:

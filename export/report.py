@@ -65,6 +65,8 @@ def _gate(report: Mapping[str, Any]) -> Html:
         state = Cell("passed", tone="good") if verdict["passed"] else Cell("failed", tone="bad")
         if verdict["passed"] and seconds is None:
             state = Cell("passed", note="not asked for, not written")
+        elif variant == report["default_variant"]:
+            state = Cell("passed", note="default", tone="good")
         rows.append(
             [
                 Cell(variant),

@@ -76,6 +76,7 @@ def write_bundle(
         "reference": gate.reference.to_dict() if gate.reference is not None else None,
         "max_ndcg_drop": gate.max_ndcg_drop,
         "seconds": dict(seconds),
+        "default_variant": default_variant,
         "bytes": {variant: _bytes(folder, found) for variant, found in variants.items()},
     }
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from rtx.runtime.images import ImageLimits
+    from rtx.runtime.pdf import PdfPages
     from rtx.runtime.reranker import Ranked, Reranker
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "InvalidItemsError",
     "ItemError",
     "MissingExtraError",
+    "PdfPages",
     "Ranked",
     "Reranker",
     "RtxError",
@@ -64,6 +66,7 @@ _MODULE_OF = {
     "Embedder": "embedder",
     "Engine": "engine",
     "ImageLimits": "images",
+    "PdfPages": "pdf",
     "Ranked": "reranker",
     "Reranker": "reranker",
 }

@@ -22,6 +22,7 @@ from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation
+from rtx.runtime.items import count_images
 from rtx.runtime.machine import Machine, describe_machine
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.rounds import Block, Note, Stat, fitting_count, rotate, run_rounds, summarize
@@ -134,6 +135,7 @@ class WorkloadInfo:
         call_tokens: mean length of an item of a call.
         calls: of them in a round.
         items: of the mix in a round.
+        images: in those.
         mix_tokens: mean length of an item of the mix.
         lengths: the lengths of which throughput was measured.
     """
@@ -143,6 +145,7 @@ class WorkloadInfo:
     call_tokens: float
     calls: int
     items: int
+    images: int
     mix_tokens: float
     lengths: tuple[int, ...]
 
@@ -287,7 +290,8 @@ class _Throughput:
         if self.tokens is not None:
             return {f"throughput_per_s_at_{self.tokens}_tokens": self.count / elapsed_s}
         spent = dataclasses.asdict(subject.clock)
-        spent["rest"] = elapsed_s - sum(spent.values())
+        # Items of a long call are prepared while others run: together the stages can take longer than the call.
+        spent["rest"] = max(0.0, elapsed_s - sum(spent.values()))
         stages = {f"stage_{name}_ms": 1000 * spent[name] / self.count for name in STAGES}
         return {"throughput_per_s": self.count / elapsed_s, **stages}
 
@@ -329,6 +333,7 @@ class _Plan:
             call_tokens=float(np.mean(called)),
             calls=self.latency.count,
             items=self.mix.count,
+            images=sum(map(count_images, islice(cycle(workload.mix), self.mix.count))),
             mix_tokens=float(np.mean(workload.mix_tokens)),
             lengths=tuple(workload.by_length),
         )

@@ -298,7 +298,9 @@ def _chosen(result: BenchResult) -> SubjectResult:
 
 
 def _items(result: BenchResult) -> str:
-    return "texts" if result.task == "embed" else "pairs"
+    if result.task == "rerank":
+        return "pairs"
+    return "items" if result.workload.images else "texts"
 
 
 def _at(tokens: int) -> str:

@@ -18,6 +18,7 @@ from rtx.runtime.errors import INTERRUPTED, ArtifactError, BundleError, RtxError
 from rtx.runtime.lazy import naming_the_extra
 
 if TYPE_CHECKING:
+    from rtx.runtime.contract import Task
     from rtx.runtime.embedder import Embedder
     from rtx.runtime.reranker import Reranker
 
@@ -108,9 +109,19 @@ def main() -> None:
 
 
 def open_model(
-    path: str | os.PathLike[str], *, variant: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    threads: int | None = None,
+    task: Task | None = None,
 ) -> Embedder | Reranker:
     """A bundle on its engine, or a checkpoint on PyTorch: what measures models takes both.
+
+    Args:
+        path: the folder.
+        variant: of a bundle.
+        threads: of one run; None for all cores.
+        task: what a checkpoint is that does not say so itself; None to tell it by what is in it.
 
     Raises:
         BundleError, CheckpointError: the folder is neither, or is damaged.
@@ -140,6 +151,6 @@ def open_model(
 
         check_threads(threads)
         torch.set_num_threads(threads)
-    model = RetrievalModel.load(path)
+    model = RetrievalModel.load(path, task=task)
     kind = Embedder if model.contract.task == "embed" else Reranker
     return kind(model.preprocessor, model.engine())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from rtx.runtime.errors import EngineError
+from rtx.runtime.items import Content
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ def measure(
         path: a bundle, or a checkpoint for PyTorch.
         variant: of the bundle; None for a checkpoint, or for the bundle's default.
         threads: of one run; None for all cores.
-        first: the first call's items, texts or pairs of them.
+        first: the first call's items: texts, images as `Content`, or pairs of these.
         further: items that are run afterwards, for the peak of memory under load.
 
     Raises:
         EngineError: the process failed; with the last lines that it wrote.
     """
-    request = {"path": path, "variant": variant, "threads": threads, "first": first}
+    request = {"path": path, "variant": variant, "threads": threads, "first": _plain(first)}
     # -P: what lies in the working directory is not importable by the process, as in any installed program.
     command = [sys.executable, "-P", "-m", "rtx.runtime.first_result"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -65,7 +66,7 @@ def measure(
                 _send(process.stdin, request)
                 answer = process.stdout.readline()
                 elapsed_s = time.monotonic() - start
-                _send(process.stdin, further)
+                _send(process.stdin, _plain(further))
                 process.stdin.close()
                 last = process.stdout.readline()
             except BrokenPipeError:
@@ -76,6 +77,18 @@ def measure(
             log.seek(0)
             raise EngineError(f"{path}: a process that opens it failed:\n{log.read()[-2000:].strip()}")
         return Start(elapsed_s, json.loads(last)["peak_rss_bytes"])
+
+
+def _plain(items: Sequence[Any]) -> list[Any]:
+    """Items as JSON has them; a `Content` would come out of it as a text."""
+    return [
+        {"text": item.item.text, "image": list(item.item.images)}
+        if isinstance(item, Content)
+        else item
+        if isinstance(item, str)
+        else _plain(item)
+        for item in items
+    ]
 
 
 def _send(stream: IO[str], message: object) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ItemError
 from rtx.runtime.images import BadImage, load_image, looks_like_base64
-from rtx.runtime.items import Content, check_text, describe, is_image, read_item
+from rtx.runtime.items import Content, check_text, describe, is_image, read_item, unsupported
 
 Row = Mapping[str, object]
 
@@ -83,7 +83,9 @@ def read_content(
     given, text = value, ""
     if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
         if unknown := sorted(map(str, set(value) - {"text", "image"})):
-            problems.append(f"{name}: expected a text, or the keys image and text; got {', '.join(unknown)}")
+            problems.append(
+                f"{name}: expected a text, or the keys image and text; got {', '.join(unknown)}{unsupported(unknown)}"
+            )
         given = value.get("image")
         # Beside an image a text that is blank is none.
         blank = is_blank(value.get("text")) or (isinstance(value["text"], str) and not value["text"].strip())

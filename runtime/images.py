@@ -38,7 +38,7 @@ _UPRIGHT = {
 }
 # What is met where an image is expected, by what it begins with.
 _NOT_IMAGES = (
-    (rb"%PDF-", "a PDF document; expected an image: open it with PdfPages"),
+    (rb"%PDF-", "a PDF document; expected an image: rtx.runtime.PdfPages makes one of each page"),
     (rb"(<\?xml.*)?(<!--.*-->)?\s*(<!DOCTYPE\s+svg.*)?<svg\b", "an SVG drawing; expected pixels: render it to a PNG"),
     (rb"<(!doctype\s+)?html\b", "a web page; expected an image"),
     (rb"version https://git-lfs", "a pointer of Git LFS; expected the image itself: git lfs pull brings it"),

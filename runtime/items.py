@@ -12,7 +12,7 @@ Free of any model: whether it takes images, and both in one item, is said by its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ def _hint(value: object) -> str:
 
 def _read_mapping(index: int, value: Mapping[object, object], contract: Contract) -> Item | ItemError:
     if unknown := [str(key) for key in value if key not in _KEYS]:
-        return ItemError(index, f"expected the keys text and image, got {', '.join(unknown)}")
+        return ItemError(index, f"expected the keys text and image, got {', '.join(unknown)}{unsupported(unknown)}")
     text = value.get("text")
     checked = check_text(index, text) if text is not None else ""
     if isinstance(checked, ItemError):
@@ -107,6 +107,12 @@ def _read_mapping(index: int, value: Mapping[object, object], contract: Contract
     if text is None and not images:
         return ItemError(index, "expected a text or an image under the keys text and image, got neither")
     return _fitting(index, Item(checked, images), contract)
+
+
+def unsupported(keys: Iterable[str]) -> str:
+    """What is to be said of keys that name what no model is given here, as the end of a sentence; "" for others."""
+    found = [key for key in keys if key in ("video", "audio")]
+    return f"; {' and '.join(found)} is not supported" if found else ""
 
 
 def _fitting(index: int, item: Item, contract: Contract) -> Item | ItemError:

@@ -40,9 +40,9 @@ _SUFFIXES: dict[str, Format] = {
     ".txt": "txt",
     ".parquet": "parquet",
 }
-# The column whose values are ids where the caller names none and the record has it.
 _NOTHING_ELSE: Mapping[str, str] = {}
-_DEFAULT_ID_COLUMN = "id"
+# Columns whose values are ids where the caller names none and the record has one; BEIR's corpora have the second.
+_DEFAULT_ID_COLUMNS = ("id", "_id")
 # Bounds the memory that one line can take: in a file without line ends, or behind a quote that is never closed.
 _MAX_LINE_BYTES = 64 * 2**20
 _PARQUET_BATCH_ROWS = 256
@@ -84,8 +84,8 @@ class Input:
     Args:
         path: the file; "-" for standard input.
         file_format: None to tell it by the ending of the name.
-        id_column: column that holds the ids, which every record then has to have; None for "id" where a record has it,
-            and the number of the line (parquet: of the row) otherwise.
+        id_column: column that holds the ids, which every record then has to have; None for "id" or "_id" where a record
+            has it, and the number of the line (parquet: of the row) otherwise.
         number_ids: False for "corpus.jsonl:17" instead of that number, which tells records of several inputs apart.
 
     Raises:
@@ -107,6 +107,7 @@ class Input:
             raise DataError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
         self.format = file_format or _format_of(path)
         self._id_column = id_column
+        self._id_columns = _DEFAULT_ID_COLUMNS if id_column is None else (id_column,)
         self._number_ids = number_ids
         if self.format == "parquet" and path == STDIN:
             raise UsageError("standard input cannot be parquet, which is not readable from front to back")
@@ -263,7 +264,7 @@ class Input:
         schema = self._parquet.schema_arrow
         present = schema.names
         self._check_columns(present, _needed(required, instead, present))
-        wanted = {*required, *(present if optional is None else optional), self._id_column or _DEFAULT_ID_COLUMN}
+        wanted = {*required, *(present if optional is None else optional), *self._id_columns}
         columns = [name for name in present if name in wanted]
         files = any("binary" in str(schema.field(name).type) for name in columns)
         rows = _PARQUET_BATCH_FILES if files else _PARQUET_BATCH_ROWS
@@ -286,7 +287,7 @@ class Input:
     def _record(
         self, number: int, where: str, row: Mapping[str, Any], required: Sequence[str], optional: Sequence[str]
     ) -> Record | BadRecord:
-        column = self._id_column or _DEFAULT_ID_COLUMN
+        column = next((name for name in self._id_columns if row.get(name) is not None), self._id_columns[0])
         identifier = row.get(column)
         if identifier is None and self._id_column is None:
             identifier = number if self._number_ids else where

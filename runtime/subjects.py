@@ -12,7 +12,7 @@ from rtx.runtime.cli import open_model
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget, Engine
-from rtx.runtime.errors import BundleError, CheckpointError, UsageError
+from rtx.runtime.errors import BundleError, CheckpointError, ItemError, UsageError
 from rtx.runtime.golden import Deviation, Golden
 from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
@@ -143,7 +143,8 @@ def _subject(name: str, origin: Origin, preprocessor: Preprocessor, engine: Engi
 def _problem(subject: Subject, golden: Golden, tolerance: Tolerance) -> str | None:
     """What is wrong with a subject's tokens or outputs, or None."""
     tokens = golden.tokenize(subject.model.preprocessor)
-    different = [index for index, (now, then) in enumerate(zip(tokens, golden.tokens, strict=True)) if now != then]
+    pairs = enumerate(zip(tokens, golden.tokens, strict=True))
+    different = [index for index, (now, then) in pairs if isinstance(now, ItemError) or not now.same_as(then)]
     if different:
         return f"golden item {different[0]} is tokenised otherwise ({len(different)} of {len(tokens)} are)"
     found = subject.deviation

@@ -18,7 +18,7 @@ from rtx.runtime.errors import ItemError
 from rtx.runtime.items import check_text
 from rtx.runtime.preprocessor import Preprocessor
 
-Item = Any  # a text (str), or for a reranker a (query, document) pair of them
+Item = Any  # a text (str) or images (Content), or for a reranker a (query, document) pair of them
 
 LENGTH_BUCKETS = (16, 64, 128, 256, 512)
 DOCUMENTS_PER_QUERY = 10
@@ -64,8 +64,8 @@ def make_workload(
 
     Args:
         preprocessor: of the model; its tokenizer gives words where there are no documents, and counts tokens.
-        documents: texts to take the mix from; without any, texts of one-token words whose lengths are log-uniform
-            between 16 and 256 tokens (87 on average).
+        documents: texts, or images as `Content`, to take the mix from; without any, texts of one-token words whose
+            lengths are log-uniform between 16 and 256 tokens (87 on average).
         queries: texts whose latency is measured; without any, the first words of documents, or made like those.
         source: where documents and queries come from.
         seed: of the choice.

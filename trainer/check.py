@@ -8,6 +8,7 @@ Both passes stream. What is held grows with the evaluation set and with the numb
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from rtx.runtime.contract import Contract
 from rtx.runtime.evalset import EvalSet
+from rtx.runtime.items import Content
 from rtx.runtime.records import BadRecord
 from rtx.trainer.data import Report, read_rows
 from rtx.trainer.examples import FORMS, CheckedRow, Example, Form, Needs, RowChecker
@@ -41,6 +43,7 @@ Measure = Callable[[Example, Sequence[Role]], Iterable[Length]]
 # Labels and scores are counted so finely, and one by one where there are so few different ones.
 _LABEL_DIGITS = 2
 _FEW_VALUES = 10
+_IMAGE_PATH = re.compile(r"[^\s\0]{1,250}\.(png|jpe?g|webp|gif|tiff?|bmp|avif|jp2|pdf)", re.IGNORECASE)
 
 
 @dataclass
@@ -138,7 +141,7 @@ def check_data(
     check = _Check(checker, evalset, measure or _words_and_characters)
     for path in map(Path, paths):
         check.read(path, report)
-    findings = [check.bad] if check.bad.count else []
+    findings = [finding for finding in (check.bad, check.paths) if finding.count]
     findings += _repeats(check.pairs.repeats(), check.rows_at)
     if check.leaks is not None:
         findings += check.leaks.findings()
@@ -159,6 +162,7 @@ class _Check:
         self.lengths: dict[tuple[str, str], Counter[float]] = {}
         self.labels: dict[str, Counter[float]] = {}
         self.bad = Finding("bad_rows", "rows that cannot be used")
+        self.paths = Finding("image_paths", 'texts that look like the path of an image, which is {"image": PATH}')
         self.pairs = PairSpool(shown=SHOWN)
         self.leaks = None if evalset is None else Leaks(evalset)
         self._checker = checker
@@ -205,6 +209,9 @@ class _Check:
         if form != "positive" or scored:
             values = self.labels.setdefault("scores" if form == "positive" else "labels", Counter())
             values.update(round(label, _LABEL_DIGITS) for label in example.labels)
+        for text in (example.query, *example.documents):
+            if not isinstance(text, Content) and _IMAGE_PATH.fullmatch(text):
+                self.paths.add(f"{where}: {quoted(text)}")
         answers = [role == "positive" for role in _roles(example, form)]
         if form != "positive":
             answers = [label > 0 for label in example.labels]
@@ -221,6 +228,11 @@ def _roles(example: Example, form: Form) -> list[Role]:
 
 def _words_and_characters(example: Example, roles: Sequence[Role]) -> Iterator[Length]:
     for of, text in zip(("query", *roles), (example.query, *example.documents), strict=True):
+        if isinstance(text, Content):
+            yield Length(of, "images", len(text.item.images))
+            text = text.item.text
+            if not text:
+                continue
         yield Length(of, "words", len(text.split()))
         yield Length(of, "characters", len(text))
 

@@ -6,6 +6,7 @@ image that is prepared a little differently shows in nothing but worse vectors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -18,6 +19,8 @@ from rtx.runtime.errors import CheckpointError, UsageError, nearest
 from rtx.runtime.image_rules import CHANNELS, ImageRules, Resample
 
 _SUPPORTED = "the image processors of Qwen2-VL to Qwen3-VL, CLIP, SigLIP, DINOv2 and ViT"
+# What transformers says of a class, whatever else it says.
+_FOR_TORCHVISION = re.compile(r"(\w+) requires the Torchvision library")
 # The steps of a processor. A class that has its own does something else than its settings say.
 _STEPS = (
     "preprocess",
@@ -62,6 +65,10 @@ def load_image_processor(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as broken:
         where = "/".join(part for part in (name.rstrip("/"), subfolder) if part)
         reason = " ".join(str(broken).split())[:400]
+        if needs_torchvision := _FOR_TORCHVISION.match(reason):
+            raise CheckpointError(
+                f"{where}: {needs_torchvision[1]}: works with torchvision alone; supported are {_SUPPORTED}"
+            ) from broken
         raise CheckpointError(f"{where}: no image processor that transformers can load: {reason}") from broken
     finally:
         logging.set_verbosity(verbosity)

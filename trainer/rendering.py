@@ -146,8 +146,8 @@ def render_item(chat: Chat, *, images: bool = False) -> Rendered:
     with_prompt = chat.render(("system", prompt, 0), ("user", content, 0))
     if text.count(content) != 1 or [with_prompt.count(mark) for mark in _MARKS] != [1, 1]:
         raise ValueError(
-            "chat_template: expected the messages of the roles system and user, each once and in this order, got "
-            f"{with_prompt[:200]!r}"
+            "chat_template: expected the messages of the roles system and user, each once and in this order (of a "
+            f"reranker, query and document: its task is then 'rerank'), got {with_prompt[:200]!r}"
         )
     before, behind = text.split(content)
     start, rest = with_prompt.split(prompt)

@@ -67,7 +67,7 @@ class _Arguments:
     help="A path from the file's own folder, a data URL, bytes, or a list of these; '' for none.  "
     "[default: image, if the model takes images]",
 )
-@click.option("--id-column", help="[default: id where there is one, otherwise the line or row number]")
+@click.option("--id-column", help="[default: id or _id where there is one, otherwise the line or row number]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--dpi", type=click.IntRange(36, 1200), default=144, show_default=True, help="Of the pages of a PDF.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")

@@ -14,6 +14,7 @@ import click
 
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import open_model
+from rtx.runtime.contract import Task
 from rtx.runtime.errors import install_command
 from rtx.runtime.machine import describe_machine, installed_version
 from rtx.runtime.manifest import MANIFEST_FILE
@@ -30,8 +31,9 @@ _ONLY_FOR = {
 
 @click.command()
 @click.argument("path", metavar="[BUNDLE|CHECKPOINT]", required=False, type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def info(path: Path | None, as_json: bool) -> None:
+def info(path: Path | None, task: Task | None, as_json: bool) -> None:
     """Show what is in a bundle or a checkpoint; without either, what this machine can run.
 
     Of a bundle: its contract, its variants with their size and how closely they agree with PyTorch, the variants that
@@ -43,7 +45,7 @@ def info(path: Path | None, as_json: bool) -> None:
     elif (path / MANIFEST_FILE).exists() or not path.is_dir():
         found = describe_bundle(Bundle.open(path))
     else:
-        with open_model(path) as model:
+        with open_model(path, task=task) as model:
             found = {"kind": "checkpoint", "path": str(path), "contract": model.contract.to_dict()}
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -77,7 +77,7 @@ class _Arguments:
     show_default=True,
     help="Scores of the first stage, for a model that was trained on top of one: a list, or a number.",
 )
-@click.option("--id-column", help="[default: id where there is one, otherwise the line or row number]")
+@click.option("--id-column", help="[default: id or _id where there is one, otherwise the line or row number]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)

@@ -139,6 +139,7 @@ def test_the_report_holds_what_was_measured(done, source, evalset):
         "reference",
         "max_ndcg_drop",
         "seconds",
+        "default_variant",
         "bytes",
     }
     assert report["provenance"]["source"] == source.name

@@ -15,13 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from rtx.export.graphs import export_graphs
+from rtx.export import pipeline
+from rtx.export.graphs import check_exportable, export_graphs
 from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.export.variants import derive
 from rtx.runtime.backends.graphs import open_graphs
+from rtx.runtime.bench import BenchOptions, Judgements, Texts, bench
+from rtx.runtime.bench_page import result_rows
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.candidates import Candidate
+from rtx.runtime.cli import open_model
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import ExportError, UsageError
+from rtx.runtime.errors import CheckpointError, ExportError, UsageError
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.golden import Golden, deviation
 from rtx.runtime.reranker import Reranker
@@ -201,7 +206,7 @@ def test_what_cannot_be_had_is_refused(checkpoint: Callable[[str], Path], tiny_c
     model = RetrievalModel.load(checkpoint("qwen3-vl"))
     model.backbone.config.model_type = "qwen2_5_vl"
     with pytest.raises(ExportError, match="no graph can be made of a qwen2_5_vl model; expected qwen3_vl"):
-        export_graphs(model)
+        check_exportable(model)
     assert not (tmp_path / "x.rtx").exists()
 
 
@@ -215,3 +220,30 @@ def test_a_batch_through_pytorch_is_one_through_the_graphs(checkpoint: Callable[
         swapped = model.engine().run({**batch, "pixel_values": batch["pixel_values"][::-1].copy()})
     assert deviation(swapped, right).max_abs > 1e-3
     assert deviation(swapped[::-1], right).max_abs < FP32
+
+
+def test_the_task_of_a_bare_reranker_is_named(once: Callable[..., Path], tmp_path: Path) -> None:
+    bare = once("bare-reranker", lambda folder: TINY["write_tiny_qwen3_vl"](folder, reranker=True))
+    with pytest.raises(CheckpointError, match="its task is then 'rerank'"):
+        export_bundle(str(bare), tmp_path / "judge.rtx", ExportOptions())
+    with open_model(bare, task="rerank") as model:
+        assert isinstance(model, Reranker)
+    model = pipeline._load(str(bare), ExportOptions(task="rerank"))
+    assert model.contract.task == "rerank"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3-vl", "router", "qwen3-vl-reranker"])
+def test_pages_are_benchmarked(bundles: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    evalset = pages_to_find(tmp_path)
+    candidates = {"q": [Candidate(key) for key in evalset.corpus]} if kind == "qwen3-vl-reranker" else None
+    options = BenchOptions(rounds=1, seconds=0.001, threads=1, variants=("fp32",))
+    texts = Texts(tuple(evalset.corpus.values()), tuple(evalset.queries.values()), "pages")
+    result = bench(bundles(kind), options, texts=texts, judgements=Judgements(evalset, candidates))
+    (subject,) = result.subjects
+    assert subject.deviation.min_cosine > 0.9999
+    assert subject.quality is not None
+    assert result.workload.images == result.workload.items >= 32
+    assert subject.stats["throughput_per_s"].median > 0
+    assert subject.stats["cold_start_s"].median > 0
+    assert result_rows(result)["Throughput"][0].unit == ("items/s" if candidates is None else "pairs/s")

@@ -178,7 +178,7 @@ def test_other_things_are_refused(value: object):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"%PDF-1.7\n", "a PDF document; expected an image: open it with PdfPages"),
+        (b"%PDF-1.7\n", "a PDF document; expected an image: rtx.runtime.PdfPages makes one of each page"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing; expected pixels: render it to a PNG"),
         (b'\xef\xbb\xbf <?xml version="1.0"?>\n<!-- a -->\n<svg>', "an SVG drawing; expected pixels"),
         (b"\n<!DOCTYPE html><html>", "a web page; expected an image"),

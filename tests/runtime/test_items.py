@@ -145,6 +145,11 @@ def test_a_model_that_embeds_them_apart() -> None:
     assert read(Content.of("", ["a.png"]), APART) == Item("", ("a.png",))
 
 
+def test_what_is_no_text_and_no_image_is_not_supported() -> None:
+    assert refusal({"video": "a.mp4"}) == "expected the keys text and image, got video; video is not supported"
+    assert refusal({"picture": "a.png"}) == "expected the keys text and image, got picture"
+
+
 def test_pairs() -> None:
     assert read_pair(0, ("q", {"image": "a.png"}), TOGETHER) == (Item("q"), Item("", ("a.png",)))
     assert read_pair(0, ["q", "d"], TEXTS) == (Item("q"), Item("d"))

@@ -76,6 +76,11 @@ def test_a_named_id_column_has_to_be_in_every_record() -> None:
     ]
 
 
+def test_ids_are_found_by_the_names_that_corpora_have() -> None:
+    path = write("a.jsonl", b'{"text": "a", "_id": "beir"}\n{"text": "b", "id": "own", "_id": "x"}\n{"text": "c"}\n')
+    assert [record.id for record in read(path)] == ["beir", "own", 3]
+
+
 def test_txt_has_an_item_a_line_blank_ones_too() -> None:
     path = write("a.txt", b"one\n\n\xff\nthree \r\nlast")
     assert read(path, "anything") == [

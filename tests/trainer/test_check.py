@@ -71,6 +71,25 @@ def test_lengths_in_words_and_characters(files):
     assert all(item.over is None for item in lengths.values())
 
 
+def test_images_are_counted_apart_and_a_forgotten_one_is_pointed_at(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [
+        {"query": "the lid", "positive": {"image": "a.png"}},
+        {"query": "the valve", "positive": {"image": ["a.png", "a.png"], "text": "fig. 3"}},
+        {"query": "the pump", "positive": "pages/a.png"},
+        {"query": "what is main.py", "positive": "see a.png"},
+    ]
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check_data([path])
+    lengths = {(item.of, item.unit): (item.count, item.min, item.max) for item in report.lengths}
+    assert lengths["positive", "images"] == (2, 1, 2)
+    assert lengths["positive", "words"] == (3, 1, 2)
+    assert lengths["positive", "characters"] == (3, 6, 11)
+    (paths,) = (finding for finding in report.findings if finding.kind == "image_paths")
+    assert (paths.count, paths.examples) == (1, [f'{path}:3: "pages/a.png"'])
+
+
 def test_percentiles_are_of_the_nearest_rank(tmp_path):
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"query": "x" * n, "positive": "y"}) + "\n" for n in range(100, 0, -1)))

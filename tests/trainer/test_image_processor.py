@@ -373,3 +373,11 @@ def test_settings_that_a_processor_would_ignore_are_named():
     expected = "model: SiglipImageProcessorPil has no setting 'max_pixels' (known: crop_size"
     with pytest.raises(UsageError, match=re.escape(expected)):
         check_settings(FAMILIES["siglip"](), ["max_pixels", "size"], "model")
+
+
+def test_a_processor_for_torchvision_alone_is_refused_without_sending_for_it(tmp_path: Path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "DINOv3ViTImageProcessorFast"}')
+    with pytest.raises(
+        CheckpointError, match=r": DINOv3ViTImageProcessor: works with torchvision alone; supported are"
+    ):
+        load_image_processor(str(tmp_path))
