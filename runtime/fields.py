@@ -24,7 +24,7 @@ Row = Mapping[str, object]
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
 # What has a scheme and two slashes.
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 NUMBERED_NEGATIVE = re.compile(r"negative_\d+")
 
 
@@ -108,7 +108,7 @@ def _image_source(name: str, given: object, problems: list[str], folder: Path | 
         given = given.get("bytes") or given.get("path")
     if isinstance(given, str) and given[:5].lower() == "data:":
         return f"data:{given[5:]}"
-    if isinstance(given, str) and _URL.match(given):
+    if isinstance(given, str) and URL.match(given):
         problems.append(
             f"{name}: URLs are not fetched here, got {describe(given)}; expected a path, a data URL or base64"
         )

@@ -27,7 +27,7 @@ from typing import Any, Self
 from PIL import Image
 
 from rtx.runtime.errors import DataError, UsageError
-from rtx.runtime.fields import is_blank, read_content
+from rtx.runtime.fields import URL, is_blank, read_content
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.lazy import naming_the_extra
 from rtx.runtime.pdf import PdfPages
@@ -116,7 +116,7 @@ class Inputs:
         others: by folder, how many files in it are neither.
 
     Raises:
-        UsageError: a format is not known, an input is named twice, or as for `Input`.
+        UsageError: a format is not known, an input is named twice or is a URL, or as for `Input`.
         DataError: an input does not exist or cannot be read, or a folder has no image.
         MissingExtraError: what reads a PDF, or parquet, is not installed.
     """
@@ -133,6 +133,8 @@ class Inputs:
             raise UsageError("standard input can be read once; - is there more than once")
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise UsageError(f"{twice}: is given more than once")
+        if url := next((path for path in paths if URL.match(path)), None):
+            raise UsageError(f"{url}: is not fetched here; expected a file, a folder or -")
         self.image: Path | None = None
         self.others: dict[str, int] = {}
         self._paths = tuple(paths)

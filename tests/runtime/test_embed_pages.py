@@ -392,6 +392,11 @@ def test_how_much_is_read() -> None:
         (["-", "-", "--format", "jsonl"], 2, "standard input can be read once; - is there more than once"),
         (["nowhere"], 4, "nowhere: cannot be read: No such file or directory"),
         (["1.png", "1.png"], 2, "1.png: is given more than once"),
+        (
+            ["https://example.com/1.png"],
+            2,
+            "https://example.com/1.png: is not fetched here; expected a file, a folder or -",
+        ),
         (["1.png", "--dpi", "5"], 2, "5 is not in the range 36<=x<=1200"),
     ],
 )
