@@ -37,6 +37,7 @@ PUBLIC = [
     "InvalidItemsError",
     "ItemError",
     "MissingExtraError",
+    "PdfPages",
     "Ranked",
     "Reranker",
     "RtxError",
