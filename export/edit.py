@@ -27,7 +27,7 @@ class Editor:
         before: ir.Node,
         op_type: str,
         *inputs: ir.Value | None,
-        attributes: Mapping[str, int] | None = None,
+        attributes: Mapping[str, int | str] | None = None,
         dtype: ir.DataType = ir.DataType.FLOAT,
         shape: ir.Shape | None = None,
         domain: str = "",

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import CONTRACT_KEY
 from rtx.trainer.model import RetrievalModel
@@ -31,7 +32,7 @@ _CLASSIFICATION_MODEL = "ForSequenceClassification"
 _NOTES = "pkg.torch."
 
 
-class _Exported(nn.Module):
+class Exported(nn.Module):
     """The model as its graph: named inputs, float32 outputs."""
 
     direction: Tensor
@@ -97,6 +98,20 @@ def export_graph(model: RetrievalModel) -> ir.Model:
         ExportError: torch.onnx cannot export this architecture.
     """
     contract = model.contract
+    inputs = example_inputs(model)
+    batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
+    axes: dict[int, Any] = {0: batch_axis}
+    if not contract.fixed_tokens:
+        axes[1] = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
+    with exporting(model, model.backbone):
+        name = type(model.backbone).__name__
+        graph = to_graph(Exported(model), inputs, output_names(model), dict.fromkeys(inputs, axes), name=name)
+    return with_contract(graph, contract)
+
+
+def example_inputs(model: RetrievalModel) -> dict[str, Tensor]:
+    """Two rows for each input of the contract, [2, tokens] int64, the second with padding."""
+    contract = model.contract
     # At least two rows and columns: torch.export takes a size of one for a constant. And a tensor for each input: it
     # takes one that is given twice for one input.
     tokens = contract.fixed_tokens or max(2, min(8, contract.max_tokens))
@@ -108,16 +123,17 @@ def export_graph(model: RetrievalModel) -> ir.Model:
     inputs["input_ids"] = torch.randint(
         0, model.backbone.config.get_text_config().vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
-    batch_axis = torch.export.Dim("batch", min=1, max=1 << 20)
-    axes: dict[int, Any] = {0: batch_axis}
-    if not contract.fixed_tokens:
-        axes[1] = torch.export.Dim("tokens", min=2, max=max(contract.max_tokens, 2))
-    with_tokens = contract.task == "embed" and not model.layout.features
-    outputs = [contract.output, *(["last_hidden_state"] if with_tokens else [])]
-    with _exporting(model, model.backbone):
-        graph = to_graph(
-            _Exported(model), inputs, outputs, dict.fromkeys(inputs, axes), name=type(model.backbone).__name__
-        )
+    return inputs
+
+
+def output_names(model: RetrievalModel) -> list[str]:
+    """Of the graph of what has tokens."""
+    with_tokens = model.contract.task == "embed" and not model.layout.features
+    return [model.contract.output, *(["last_hidden_state"] if with_tokens else [])]
+
+
+def with_contract(graph: ir.Model, contract: Contract) -> ir.Model:
+    """The graph, which now holds the contract."""
     graph.metadata_props[CONTRACT_KEY] = json.dumps(contract.to_dict(), sort_keys=True)
     return graph
 
@@ -139,7 +155,7 @@ def export_image_graph(model: RetrievalModel) -> ir.Model:
     # Two images, as above.
     inputs = {"pixel_values": torch.zeros((2, 3, contract.images.height, contract.images.width))}
     axes = {"pixel_values": {0: torch.export.Dim("images", min=1, max=1 << 20)}}
-    with _exporting(model, backbone):
+    with exporting(model, backbone):
         return to_graph(_ExportedImages(model), inputs, [contract.output], axes, name=type(backbone).__name__)
 
 
@@ -268,14 +284,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exporting(model: RetrievalModel, backbone: Any) -> Iterator[None]:
-    """Evaluation mode, attention written out, no gradients."""
+def exporting(model: RetrievalModel, backbone: Any, *, attention: str = "eager") -> Iterator[None]:
+    """Evaluation mode, attention written out or of another name, no gradients."""
     # Written out it is MatMul, Softmax, MatMul; the fused form exports with a check for NaN in every layer, which costs
     # time and hides the pattern from graph optimisers.
     chosen = backbone.config._attn_implementation
     was_training = model.training
     model.eval()
-    backbone.set_attn_implementation("eager")
+    backbone.set_attn_implementation(attention)
     try:
         with quiet(), torch.no_grad():
             yield

@@ -1,0 +1,163 @@
+// Vectors as wide as the registers of an instruction set, and the functions that kernels need of them. Everything here is
+// inlined into a function that is compiled for one instruction set. Wider vectors than it has would be taken apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define RTX_INLINE static inline __attribute__((always_inline))
+// Where a function sums into registers: with what follows inlined, compilers keep the sums in memory while they grow.
+#define RTX_APART __attribute__((noinline))
+// The same holds for loops over a tile that are still loops.
+#define RTX_UNROLL _Pragma("GCC unroll 8")
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define RTX_AVX2 __attribute__((target("avx2,fma")))
+#define RTX_AVXVNNI __attribute__((target("avx2,fma,avxvnni")))
+#define RTX_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#endif
+
+namespace rtx {
+
+// What kernels put side by side: as many as the widest registers hold.
+constexpr int kLanes = 16;
+
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));
+
+template <class Floats>
+struct Vector;
+template <>
+struct Vector<Floats4> {
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(4)));
+};
+template <>
+struct Vector<Floats8> {
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
+};
+template <>
+struct Vector<Floats16> {
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+};
+template <class Floats>
+using Ints = typename Vector<Floats>::Ints;
+template <class Floats>
+constexpr int kWidth = int(sizeof(Floats) / sizeof(float));
+
+template <class Floats>
+RTX_INLINE Floats load(const float* from) {
+  Floats found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+template <class Floats>
+RTX_INLINE void store(float* to, Floats values) {
+  std::memcpy(to, &values, sizeof values);
+}
+
+template <class Floats>
+RTX_INLINE Floats select(Ints<Floats> mask, Floats yes, Floats no) {
+  return mask ? yes : no;
+}
+
+template <class Floats>
+RTX_INLINE Floats larger(Floats a, Floats b) {
+  return a > b ? a : b;
+}
+
+template <class Floats>
+RTX_INLINE Floats smaller(Floats a, Floats b) {
+  return a < b ? a : b;
+}
+
+template <class Floats>
+RTX_INLINE Floats magnitude(Floats a) {
+  return (Floats)((Ints<Floats>)a & 0x7fffffff);
+}
+
+template <class Floats>
+RTX_INLINE float sum(Floats values) {
+  float found[kWidth<Floats>];
+  store(found, values);
+  for (int width = kWidth<Floats> / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) found[lane] += found[lane + width];
+  return found[0];
+}
+
+template <class Floats>
+RTX_INLINE float largest(Floats values) {
+  float found[kWidth<Floats>];
+  store(found, values);
+  float most = found[0];
+  for (int lane = 1; lane < kWidth<Floats>; ++lane) most = found[lane] > most ? found[lane] : most;
+  return most;
+}
+
+// To the nearest whole number, ties to even, for magnitudes below 2^22.
+template <class Floats>
+RTX_INLINE Floats rounded(Floats values) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: behind it no fraction fits
+  return (values + shift) - shift;
+}
+
+// e^x with a relative error below 2e-7; 0 below -87.3 and inf above 88.7.
+template <class Floats>
+RTX_INLINE Floats exponential(Floats x) {
+  const Ints<Floats> over = x > 88.72f, under = x < -87.33f;
+  const Floats bounded = smaller(larger(x, Floats{} - 87.33f), Floats{} + 88.72f);
+  const Floats whole = rounded(bounded * 1.44269504f);
+  // ln 2 in two parts: the first has so few bits that its product with `whole` is exact.
+  const Floats rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  // Taylor's series to the 7th power: |rest| <= ln 2 / 2, so that what follows is below 6e-9.
+  Floats series = rest * (1.0f / 5040) + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  // 2^128 has no bits of its own: the exponent is applied in two halves.
+  const Ints<Floats> power = __builtin_convertvector(whole, Ints<Floats>), half = power >> 1;
+  Floats found = series * (Floats)((half + 127) << 23);
+  found = found * (Floats)((power - half + 127) << 23);
+  found = select<Floats>(under, Floats{}, found);
+  return select<Floats>(over, Floats{} + __builtin_inff(), select<Floats>(x != x, x, found));
+}
+
+// Gauss's error function, error below 4e-7: formula 7.1.26 of Abramowitz and Stegun, and near 0, where that loses its
+// relative precision, the first terms of the series.
+template <class Floats>
+RTX_INLINE Floats error_function(Floats x) {
+  const Floats size = magnitude(x);
+  const Floats t = 1.0f / (1.0f + 0.3275911f * size);
+  Floats series = 1.061405429f * t - 1.453152027f;
+  series = series * t + 1.421413741f;
+  series = series * t - 0.284496736f;
+  series = series * t + 0.254829592f;
+  const Floats far = 1.0f - series * t * exponential(-(size * size));
+  const Floats square = x * x;
+  const Floats near = x * (1.12837917f + square * (-0.37612639f + square * (0.11283792f - square * 0.02686617f)));
+  const Floats signed_far = (Floats)((Ints<Floats>)far | ((Ints<Floats>)x & (int32_t)0x80000000));
+  return select<Floats>(size < 0.25f, near, select<Floats>(x != x, x, signed_far));
+}
+
+template <class Floats>
+RTX_INLINE Floats gelu(Floats x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
+
+template <class Floats>
+RTX_INLINE Floats gelu_tanh(Floats x) {
+  // tanh(y) = 1 - 2 / (e^2y + 1)
+  const Floats y = 1.59576912f * (x + 0.044715f * x * x * x);
+  return x - x / (exponential(y) + 1.0f);
+}
+
+template <class Floats>
+RTX_INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace rtx
