@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rtx.export.graph import export_graph, export_image_graph
 from rtx.export.visual import export_text, export_vision, visual_rules
+from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import CONTRACT_KEY
 from rtx.trainer.model import RetrievalModel
 
@@ -25,10 +26,12 @@ class Graphs(NamedTuple):
     Attributes:
         tokens: what has tokens goes through; holds the contract.
         image: what images go through, first or by themselves; None for a model that takes none.
+        packed: what has tokens goes through without padding; why there is none; or None where nobody asked for it.
     """
 
     tokens: ir.Model
     image: ir.Model | None = None
+    packed: ir.Model | ExportError | None = None
 
 
 def check_exportable(model: RetrievalModel) -> None:

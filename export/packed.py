@@ -6,8 +6,8 @@
         -> back to [batch, tokens, hidden]: pooling, head and score as ever
 
 transformers asks for attention by name: one that is registered here serves every architecture that asks. The graph is
-exported with packed tokens as inputs, since torch.export cannot follow how many a mask keeps; the nodes that pack them are
-put in front afterwards.
+exported with packed tokens as inputs, since torch.export cannot follow how many a mask keeps; the nodes that pack them
+are put in front afterwards.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     shapes: dict[str, Any] = {name: {0: rows, 1: columns} for name in inputs if name.endswith("_mask")}
     shapes |= {name: {1: some} for name in inputs if name.startswith("packed_")}
     shapes |= {"offsets": {0: torch.export.Dim.AUTO}, "places": {0: torch.export.Dim.AUTO}}
-    with exporting(model, model.backbone, attention=_NAME), _packing(transformer, kind):
+    with exporting(model, model.backbone, attention=_NAME), _packing(transformer):
         graph = to_graph(
             _ExportedPacked(model),
             inputs,
@@ -176,7 +176,7 @@ def _transformer(model: RetrievalModel, kind: str) -> tuple[Any, int]:
 
 
 @contextlib.contextmanager
-def _packing(transformer: Any, kind: str) -> Iterator[None]:
+def _packing(transformer: Any) -> Iterator[None]:
     """The transformer runs on what is packed, whatever it is called with, and gives back rows with padding."""
     original = transformer.forward
     takes_types = "token_type_ids" in inspect.signature(original).parameters
@@ -249,4 +249,3 @@ def _put_packing_in_front(graph: ir.Model, names: tuple[str, ...], shift: int) -
         ir.convenience.replace_all_uses_with(inputs[name], value)
     main.inputs[:] = [plain[name] for name in names]
     editor.drop_unused()
-

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import check_exportable, export_graphs
+from rtx.export.packed import export_packed
 from rtx.export.variants import (
     VARIANTS,
     Files,
     VariantName,
     files_of,
+    is_packed,
     map_weights,
     precision_of,
     remove_unused,
@@ -31,6 +34,7 @@ from rtx.export.variants import (
     write_variant,
 )
 from rtx.export.write import write_bundle
+from rtx.kernels.library import NOT_BUILT, library_file
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Task
@@ -207,6 +211,9 @@ def _make_variants(
     images = model.contract.takes_images
     notify("exporting the graphs" if images else "exporting the graph")
     plain = export_graphs(model)
+    if any(map(is_packed, options.variants)):
+        notify("exporting the packed graph")
+        plain = plain._replace(packed=_packed(model))
     (folder / "onnx").mkdir()
     write_variant("fp32", plain, folder)
     # From here on the weights are those on disk, read as they are needed: a large model in PyTorch, its graph and
@@ -228,6 +235,16 @@ def _make_variants(
         if not verdicts["fp32"].passed:
             raise GateError(_refusal([verdicts["fp32"]]))
     return verdicts
+
+
+def _packed(model: RetrievalModel) -> ir.Model | ExportError:
+    """The packed graph, or why there is none: the other variants do without."""
+    if library_file() is None:
+        return ExportError(f"packed: {NOT_BUILT}")
+    try:
+        return export_packed(model)
+    except ExportError as refused:
+        return refused
 
 
 def release_weights(model: RetrievalModel) -> None:

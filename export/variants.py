@@ -14,10 +14,12 @@ from rtx.export.graph import strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int4 import quantize_int4
 from rtx.export.int8 import quantize_int8
+from rtx.export.int8_fused import quantize_int8_fused
+from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import Precision
 
-VariantName = Literal["fp32", "fused", "fp16", "int8", "int8-text", "int8-image", "int4"]
-Form = Literal["fp32", "fused", "fp16", "int8", "int4"]
+VariantName = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-text", "int8-image", "int4"]
+Form = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int4"]
 """What a graph is derived to."""
 
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
@@ -34,13 +36,34 @@ class Recipe(NamedTuple):
 _RECIPES: dict[VariantName, Recipe] = {
     "fp32": Recipe("fp32", "fp32"),
     "fused": Recipe("fused", "fp32"),
+    "fp32-packed": Recipe("fp32-packed", "fp32"),
     "fp16": Recipe("fp16", "fp16"),
     "int8": Recipe("int8", "int8"),
+    "int8-packed": Recipe("int8-packed", "int8"),
     "int8-text": Recipe("int8", "fp32"),
     "int8-image": Recipe("fp32", "int8"),
     "int4": Recipe("int4", "fp32"),
 }
-_ENDINGS: dict[Form, str] = {"fp32": "", "fused": "_fused", "fp16": "_fp16", "int8": "_int8", "int4": "_int4"}
+_ENDINGS: dict[Form, str] = {
+    "fp32": "",
+    "fused": "_fused",
+    "fp32-packed": "_packed",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "int8-packed": "_int8_packed",
+    "int4": "_int4",
+}
+_PRECISIONS: dict[Form, Precision] = {
+    "fp32": "fp32",
+    "fused": "fp32",
+    "fp32-packed": "fp32",
+    "fp16": "fp16",
+    "int8": "int8",
+    "int8-packed": "int8",
+    "int4": "int4",
+}
+# Variants that treat texts and images apart.
+_FOR_IMAGES: tuple[VariantName, ...] = ("int8-text", "int8-image")
 # From here on weights lie in a file of their own. A protobuf message ends at 2 GiB, and is dear long before that: it is
 # in memory three times while it is written, and copied when it is loaded, where a file is written piece by piece and
 # mapped.
@@ -56,7 +79,12 @@ class Files(NamedTuple):
 
 def variants_of(*, images: bool) -> tuple[VariantName, ...]:
     """The variants that a model can have: those that treat texts and images apart need both."""
-    return VARIANTS if images else tuple(name for name in VARIANTS if "-" not in name)
+    return VARIANTS if images else tuple(name for name in VARIANTS if name not in _FOR_IMAGES)
+
+
+def is_packed(name: VariantName) -> bool:
+    """Whether a variant is derived from the packed graph, and needs the operators of `rtx.kernels.library`."""
+    return _RECIPES[name].tokens in ("fp32-packed", "int8-packed")
 
 
 def files_of(name: VariantName, *, images: bool) -> Files:
@@ -69,8 +97,7 @@ def files_of(name: VariantName, *, images: bool) -> Files:
 def precisions_of(name: VariantName) -> tuple[Precision, Precision]:
     """Precisions of the linear layers of what has tokens, and of what has images."""
     recipe = _RECIPES[name]
-    tokens, image = ("fp32" if form == "fused" else form for form in recipe)
-    return tokens, image
+    return _PRECISIONS[recipe.tokens], _PRECISIONS[recipe.image]
 
 
 def precision_of(name: VariantName, *, images: bool) -> Precision:
@@ -92,7 +119,10 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
         ExportError: a graph does not lend itself to it.
     """
     recipe, files = _RECIPES[name], files_of(name, images=plain.image is not None)
-    pairs = [(recipe.tokens, plain.tokens, files.tokens), (recipe.image, plain.image, files.image)]
+    tokens = plain.packed if is_packed(name) else plain.tokens
+    if isinstance(tokens, ExportError):
+        raise tokens
+    pairs = [(recipe.tokens, tokens, files.tokens), (recipe.image, plain.image, files.image)]
     for form, graph, file in pairs:
         if graph is not None and file is not None and not (folder / file).exists():
             save(derive(form, graph), folder / file)
@@ -109,7 +139,7 @@ def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
         folder: of the bundle.
         files: what the graphs were written to.
     """
-    for graph, file in zip(plain, files, strict=True):
+    for graph, file in ((plain.tokens, files.tokens), (plain.image, files.image)):
         if graph is not None and file is not None:
             written = ir.load(folder / file).graph.initializers
             for name, value in graph.graph.initializers.items():
@@ -117,7 +147,7 @@ def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
 
 
 def derive(form: Form, plain: ir.Model) -> ir.Model:
-    """A plain graph in another form; it stays as it is.
+    """A plain graph in another form, or the packed one for a form of that; it stays as it is.
 
     Raises:
         ExportError: the graph does not lend itself to it.
@@ -127,6 +157,8 @@ def derive(form: Form, plain: ir.Model) -> ir.Model:
         to_fp16(variant)
     elif form == "int8":
         quantize_int8(variant)
+    elif form == "int8-packed":
+        quantize_int8_fused(variant)
     elif form == "int4":
         quantize_int4(variant)
     elif form == "fused":

@@ -13,7 +13,7 @@ from pathlib import Path
 from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
 from rtx.export.report import render_report
-from rtx.export.variants import VariantName, external_files, files_of, precisions_of
+from rtx.export.variants import VariantName, external_files, files_of, is_packed, precisions_of
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import (
     FORMAT_VERSION,
@@ -120,6 +120,7 @@ def _variant(folder: Path, name: VariantName, verdict: Verdict, *, images: bool)
         image_precision=image if images else None,
         tolerance=verdict.limits.parity,
         external=tuple(f"onnx/{path.name}" for path in beside),
+        operators=is_packed(name),
     )
 
 

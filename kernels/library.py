@@ -20,6 +20,9 @@ DOMAIN = "rtx"
 OLDEST_ONNXRUNTIME = (1, 21)
 """The first whose C interface has all that the operators ask for."""
 
+NOT_BUILT = "needs the operators of rtx, which are built where a C++ compiler is there at installation"
+"""Why a packed variant cannot be had or run, after its name."""
+
 _ENDINGS = (".so", ".pyd", ".dylib")
 
 
@@ -46,6 +49,6 @@ def load_library() -> ctypes.CDLL:
 def best_isa() -> Isa | None:
     """The instruction set that the operators use on this machine; None where there is no library that can be loaded."""
     try:
-        return ISAS[load_library().rtx_best_isa()]
+        return ISAS[int(load_library().rtx_best_isa())]
     except OSError:
         return None

@@ -2,11 +2,11 @@
 
     y[t] = sum_j softmax_j(scale * query[t] . key[j]) * value[j]      j in t's own sequence, and seen from t
 
-Which j is seen: all; with `causal` those up to t; with a `window` those at most so many tokens away. With fewer heads of
-keys than of queries, several heads of queries share one (Ainslie et al. 2023, arXiv 2305.13245).
+Which j is seen: all; with `causal` those up to t; with a `window` those at most so many tokens away. With fewer heads
+of keys than of queries, several heads of queries share one (Ainslie et al. 2023, arXiv 2305.13245).
 
-A sequence is computed by itself: what else is in the batch does not change it by a bit. In float32, with the largest score
-subtracted before the exponential, so that nothing overflows; the difference to exact arithmetic is below
+A sequence is computed by itself: what else is in the batch does not change it by a bit. In float32, with the largest
+score subtracted before the exponential, so that nothing overflows; the difference to exact arithmetic is below
 
     |difference| <= (2 * width * |scale| * max|query| * max|key| + length) * 2**-23 * max|value|
 """

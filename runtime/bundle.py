@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from rtx.kernels.library import library_file
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
@@ -59,12 +60,21 @@ class Bundle:
         Raises:
             UsageError: there is none of that name; says why, if it was exported and rejected.
         """
-        name = name or self.manifest.default_variant
+        name = name or self._default()
         if name in self.manifest.variants:
             return name, self.manifest.variants[name]
         if name in self.manifest.rejected:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
         raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
+
+    def _default(self) -> str:
+        """The default variant; where it needs operators that were not built here, the nearest that does not."""
+        variants, name = self.manifest.variants, self.manifest.default_variant
+        if not variants[name].operators or library_file() is not None:
+            return name
+        others = [other for other, variant in variants.items() if not variant.operators]
+        same = [other for other in others if variants[other].precision == variants[name].precision]
+        return next(iter([*same, *others]), name)
 
     def preprocessor(self, *, limits: ImageLimits | None = None, verify: bool = True) -> Preprocessor:
         """The tokenizer with the contract.

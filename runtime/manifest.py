@@ -60,6 +60,7 @@ class Variant:
         image_precision: of that graph's linear layers; None without one.
         tolerance: what it was held to when it was written, and is held to by `rtx verify`.
         external: further files that hold its weights.
+        operators: whether it needs the compiled operators of `rtx.kernels.library`.
     """
 
     file: str
@@ -68,6 +69,7 @@ class Variant:
     image_file: str | None = None
     image_precision: Precision | None = None
     external: tuple[str, ...] = ()
+    operators: bool = False
 
     @property
     def graphs(self) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.kernels.library import DOMAIN, NOT_BUILT, library_file
 from rtx.runtime.engine import check_threads
 from rtx.runtime.errors import EngineError, MissingExtraError
 from rtx.runtime.text import Batch
@@ -53,11 +55,15 @@ class OnnxEngine:
         self._run_options.log_severity_level = 3
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         providers = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
+        _register_operators(options)
         try:
             model = graph if isinstance(graph, bytes) else os.fspath(graph)
             self._session: Any = ort.InferenceSession(model, options, providers=providers)
         except Exception as broken:  # onnxruntime raises classes of its own that share no base but Exception
-            raise EngineError(f"{name}: ONNX Runtime {ort.__version__} cannot load the graph: {broken}") from broken
+            # What it says of an operator that it does not know begins with its domain.
+            hint = f" ({NOT_BUILT})" if f"{DOMAIN}:" in str(broken) and library_file() is None else ""
+            reason = f"ONNX Runtime {ort.__version__} cannot load the graph: {broken}{hint}"
+            raise EngineError(f"{name}: {reason}") from broken
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         outputs = [node.name for node in self._session.get_outputs()]
@@ -85,6 +91,13 @@ class OnnxEngine:
 
     def close(self) -> None:
         self._session = None
+
+
+def _register_operators(options: Any) -> None:
+    """Let a session know the operators of rtx; one that does without them is loaded also where they cannot be."""
+    if (library := library_file()) is not None:
+        with suppress(Exception):  # a library for another machine; ONNX Runtime names what a graph then misses
+            options.register_custom_ops_library(str(library))
 
 
 def usable_cores() -> int:
