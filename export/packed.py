@@ -22,7 +22,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rtx.export.edit import Editor
@@ -33,6 +32,7 @@ from rtx.trainer.model import RetrievalModel
 
 PACKED_ATTENTION = "PackedAttention"
 _NAME = "rtx_packed"
+_KEPT = "kept"
 
 
 @dataclass
@@ -51,7 +51,29 @@ class _Packed:
     positions: Tensor
     offsets: Tensor
     places: Tensor
-    types: Tensor | None = None
+    types: Tensor | None
+
+    @classmethod
+    def of(cls, kept: Tensor, first: int, ids: Tensor, mask: Tensor, types: Tensor | None) -> _Packed:
+        """Pack rows with padding.
+
+        Args:
+            kept: [kept] int64, the places in the flattened rows that the mask keeps.
+            first: position of a row's first token.
+            ids, mask, types: [batch, tokens] int64 each.
+        """
+
+        def packed(rows: Tensor) -> Tensor:
+            return rows.flatten().index_select(0, kept).unsqueeze(0)
+
+        ends = mask.sum(dim=1).cumsum(0)
+        return cls(
+            ids=packed(ids),
+            positions=packed(mask.cumsum(1) + (first - 1)),
+            offsets=torch.cat([torch.zeros_like(ends[:1]), ends]),
+            places=(mask.flatten().cumsum(0) - 1).clamp(min=0),
+            types=None if types is None else packed(types),
+        )
 
 
 _packed: list[_Packed] = []
@@ -94,21 +116,21 @@ ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
 class _ExportedPacked(Exported):
     """The model as its packed graph."""
 
+    def __init__(self, model: RetrievalModel, first: int) -> None:
+        super().__init__(model)
+        self._first = first
+
     def forward(  # type: ignore[override]
         self,
-        packed_ids: Tensor,
-        packed_positions: Tensor,
-        offsets: Tensor,
-        places: Tensor,
+        kept: Tensor,
+        input_ids: Tensor,
         attention_mask: Tensor,
-        packed_types: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         pooling_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        _packed.append(_Packed(packed_ids, packed_positions, offsets, places, packed_types))
+        _packed.append(_Packed.of(kept, self._first, input_ids, attention_mask, token_type_ids))
         try:
-            # In place of the padded tokens stands something of their shape: nothing reads them.
-            types = None if packed_types is None else attention_mask
-            return super().forward(attention_mask, attention_mask, types, pooling_mask)
+            return super().forward(input_ids, attention_mask, token_type_ids, pooling_mask)
         finally:
             _packed.pop()
 
@@ -126,36 +148,16 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     kind = type(model.backbone).__name__
     if contract.visual is not None or contract.fixed_tokens or "attention_mask" not in contract.inputs:
         raise ExportError(f"packed: {kind} cannot be packed: its rows have one length, or images among their tokens")
-    transformer, shift = _transformer(model, kind)
-    padded = example_inputs(model)
-    batch, tokens = padded["input_ids"].shape
-    kept = batch * tokens
-    inputs = {
-        "packed_ids": padded["input_ids"].reshape(1, -1),
-        "packed_positions": torch.arange(tokens).repeat(1, batch) + shift,
-        "offsets": torch.arange(0, kept + 1, tokens),
-        "places": torch.arange(kept),
-        "attention_mask": torch.ones_like(padded["input_ids"]),
-    }
-    if "token_type_ids" in contract.inputs:
-        inputs["packed_types"] = torch.zeros((1, kept), dtype=torch.int64)
-    if "pooling_mask" in contract.inputs:
-        inputs["pooling_mask"] = torch.ones_like(padded["input_ids"])
-    rows, columns = torch.export.Dim("batch", min=2, max=1 << 20), torch.export.Dim("tokens", min=2, max=1 << 20)
-    some = torch.export.Dim("kept", min=2, max=1 << 30)
-    shapes: dict[str, Any] = {name: {0: rows, 1: columns} for name in inputs if name.endswith("_mask")}
-    shapes |= {name: {1: some} for name in inputs if name.startswith("packed_")}
-    shapes |= {"offsets": {0: torch.export.Dim.AUTO}, "places": {0: torch.export.Dim.AUTO}}
+    transformer, first = _transformer(model, kind)
+    inputs = example_inputs(model)
+    rows, columns = torch.export.Dim("batch", min=1, max=1 << 20), torch.export.Dim("tokens", min=2, max=1 << 20)
+    shapes: dict[str, Any] = {name: {0: rows, 1: columns} for name in inputs}
+    inputs = {_KEPT: inputs["attention_mask"].flatten().nonzero().flatten(), **inputs}
+    shapes = {_KEPT: {0: torch.export.Dim("kept", min=2, max=1 << 30)}, **shapes}
     with exporting(model, model.backbone, attention=_NAME), _packing(transformer):
-        graph = to_graph(
-            _ExportedPacked(model),
-            inputs,
-            output_names(model),
-            {name: shapes[name] for name in inputs},
-            name=kind,
-        )
+        graph = to_graph(_ExportedPacked(model, first), inputs, output_names(model), shapes, name=kind)
     _refuse_other_attention(graph, kind)
-    _put_packing_in_front(graph, contract.inputs, shift)
+    _compute_kept(graph)
     return with_contract(graph, contract)
 
 
@@ -184,12 +186,12 @@ def _packing(transformer: Any) -> Iterator[None]:
     def forward(*_: Any, **given: Any) -> Any:
         packed, mask = _packed[-1], given["attention_mask"]
         types = {"token_type_ids": packed.types} if takes_types and packed.types is not None else {}
-        found = original(input_ids=packed.ids, position_ids=packed.positions, **types).last_hidden_state
-        hidden = found[0].index_select(0, packed.places).reshape(*mask.shape, -1)
-        pooler = getattr(transformer, "pooler", None)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)
-        )
+        found = original(input_ids=packed.ids, position_ids=packed.positions, **types)
+        hidden = found.last_hidden_state[0].index_select(0, packed.places).reshape(*mask.shape, -1)
+        found.last_hidden_state = hidden
+        if (pooler := getattr(transformer, "pooler", None)) is not None:
+            found.pooler_output = pooler(hidden)
+        return found
 
     transformer.forward = forward
     try:
@@ -205,47 +207,12 @@ def _refuse_other_attention(graph: ir.Model, kind: str) -> None:
         raise ExportError(f"packed: {kind} does not ask transformers for its attention, but has one of its own")
 
 
-def _put_packing_in_front(graph: ir.Model, names: tuple[str, ...], shift: int) -> None:
-    """Let the packed inputs be computed from those of the plain graph."""
+def _compute_kept(graph: ir.Model) -> None:
+    """Let the places that the mask keeps be computed from it."""
     main = graph.graph
-    inputs = {value.name: value for value in main.inputs}
-    editor = Editor(main, "pack")
-    first = main[0]
-    mask = inputs["attention_mask"]
-    int64 = ir.DataType.INT64
-
-    def insert(op_type: str, *given: ir.Value | None, **attributes: int) -> ir.Value:
-        return editor.insert(first, op_type, *given, attributes=attributes, dtype=int64)
-
-    def constant(name: str, *numbers: int) -> ir.Value:
-        return editor.constant(f"pack_{name}", np.array(numbers, dtype=np.int64))
-
-    flat, row_axis, front = constant("flat", -1), constant("row_axis", 1), constant("front", 0)
-    # A scalar where the operators want one.
-    axis_0, axis_1 = (editor.constant(f"pack_axis_{at}", np.array(at, dtype=np.int64)) for at in (0, 1))
-    one, zero = constant("one", 1), constant("zero", 0)
-    flat_mask = insert("Reshape", mask, flat)
-    kept = insert("Reshape", insert("NonZero", flat_mask), flat)
-
-    def packed(value: ir.Value) -> ir.Value:
-        return insert("Unsqueeze", insert("Gather", insert("Reshape", value, flat), kept, axis=0), front)
-
-    made: dict[str, ir.Value] = {}
-    plain: dict[str, ir.Value] = {"attention_mask": mask}
-    for name in names:
-        if name in inputs:
-            plain[name] = inputs[name]
-            continue
-        plain[name] = ir.Input(name, shape=mask.shape, type=ir.TensorType(int64))
-        made["packed_ids" if name == "input_ids" else "packed_types"] = packed(plain[name])
-    within = insert("CumSum", mask, axis_1)
-    if shift != 1:
-        within = insert("Add", within, constant("shift", shift - 1))
-    made["packed_positions"] = packed(within)
-    lengths = insert("ReduceSum", mask, row_axis, keepdims=0)
-    made["offsets"] = insert("Concat", zero, insert("CumSum", lengths, axis_0), axis=0)
-    made["places"] = insert("Max", insert("Sub", insert("CumSum", flat_mask, axis_0), one), zero)
-    for name, value in made.items():
-        ir.convenience.replace_all_uses_with(inputs[name], value)
-    main.inputs[:] = [plain[name] for name in names]
-    editor.drop_unused()
+    kept, mask = (next(value for value in main.inputs if value.name == name) for name in (_KEPT, "attention_mask"))
+    editor, first, int64 = Editor(main, "pack"), main[0], ir.DataType.INT64
+    flat = editor.constant("pack_flat", np.array([-1], dtype=np.int64))
+    found = editor.insert(first, "NonZero", editor.insert(first, "Reshape", mask, flat, dtype=int64), dtype=int64)
+    ir.convenience.replace_all_uses_with(kept, editor.insert(first, "Reshape", found, flat, dtype=int64))
+    main.inputs.remove(kept)

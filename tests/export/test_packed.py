@@ -1,0 +1,156 @@
+"""The packed graph: the plain one's numbers without its padding, for every architecture that asks for its attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from rtx.export.graph import export_graph
+from rtx.export.int8_fused import quantize_int8_fused
+from rtx.export.packed import export_packed
+from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.export.variants import derive
+from rtx.kernels import library
+from rtx.runtime import bundle as bundle_module
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget, run_items
+from rtx.runtime.errors import ExportError
+from rtx.runtime.verification import verify_bundle
+from rtx.trainer.model import RetrievalModel
+
+pytestmark = pytest.mark.skipif(library.library_file() is None, reason=f"packed: {library.NOT_BUILT}")
+
+TEXTS = ["sort the list", "a", "how do i reset the device and parse the file of the code " * 3, "x y", "the query"]
+PACKED = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert", "qwen3")
+
+
+def engine(graph: ir.Model, model: RetrievalModel) -> OnnxEngine:
+    content = ir.to_proto(graph).SerializeToString()
+    return OnnxEngine(content, output=model.contract.output, threads=1)
+
+
+def encoded(model: RetrievalModel) -> list[Any]:
+    if model.task == "embed":
+        return model.preprocessor.encode(TEXTS, prompt="query")
+    return model.preprocessor.encode_pairs([(text, TEXTS[0]) for text in TEXTS])
+
+
+def held(model: RetrievalModel) -> None:
+    """Packed against plain, together and alone, and int8 against the same arithmetic in standard operators."""
+    items, plain_graph, packed_graph = encoded(model), export_graph(model), export_packed(model)
+    assert [value.name for value in packed_graph.graph.inputs] == list(model.contract.inputs)
+    assert [value.name for value in packed_graph.graph.outputs] == [v.name for v in plain_graph.graph.outputs]
+    plain, packed = engine(plain_graph, model), engine(packed_graph, model)
+    whole, each = Budget(max_batch_items=64, max_batch_tokens=1 << 20), Budget(max_batch_items=1)
+    expected = run_items(plain, model.preprocessor, items, whole)
+    np.testing.assert_allclose(run_items(packed, model.preprocessor, items, whole), expected, atol=2e-6)
+    np.testing.assert_allclose(run_items(packed, model.preprocessor, items, each), expected, atol=2e-6)
+    assert quantize_int8_fused(packed_graph)
+    kinds = [node.op_type for node in packed_graph.graph]
+    assert "MatMul" not in kinds[: max(place for place, kind in enumerate(kinds) if kind == "PackedAttention")]
+    int8, standard = engine(packed_graph, model), engine(derive("int8", plain_graph), model)
+    found = run_items(int8, model.preprocessor, items, whole)
+    rounded = run_items(standard, model.preprocessor, items, whole)
+    # A number at the edge of a step may fall on either side of it.
+    assert np.abs(found - rounded).max() < 0.25 * np.abs(expected - rounded).max() + 1e-3
+    assert np.abs(found - expected).max() > 1e-5
+    # What else is in the batch changes nothing.
+    np.testing.assert_allclose(run_items(int8, model.preprocessor, items, each), found, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", PACKED)
+def test_embedders(tiny_checkpoint: Callable[..., Path], architecture: str) -> None:
+    held(RetrievalModel.load(tiny_checkpoint(architecture, prompts={"query": "find: "}, include_prompt=False)))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta", "modernbert", "qwen3", "qwen3-chat"])
+def test_rerankers(tiny_checkpoint: Callable[..., Path], architecture: str) -> None:
+    held(RetrievalModel.load(tiny_checkpoint(architecture, "rerank")))
+
+
+@pytest.mark.parametrize("architecture", ["mpnet", "deberta-v2"])
+def test_attention_of_its_own_is_refused(tiny_checkpoint: Callable[..., Path], architecture: str) -> None:
+    model = RetrievalModel.load(tiny_checkpoint(architecture))
+    before = model.backbone.config._attn_implementation
+    with pytest.raises(ExportError, match=r"^packed: \w+ does not ask transformers for its attention"):
+        export_packed(model)
+    assert model.backbone.config._attn_implementation == before
+    assert "forward" not in vars(model.backbone)
+
+
+def test_rows_of_one_length_are_not_packed(tiny_checkpoint: Callable[..., Path]) -> None:
+    model = RetrievalModel.load(tiny_checkpoint("bert"))
+    model.contract = dataclasses.replace(model.contract, fixed_tokens=model.contract.max_tokens)
+    with pytest.raises(ExportError, match="cannot be packed: its rows have one length"):
+        export_packed(model)
+
+
+def test_padding_on_either_side(tiny_checkpoint: Callable[..., Path]) -> None:
+    model = RetrievalModel.load(tiny_checkpoint("qwen3"))
+    packed = engine(export_packed(model), model)
+    items = [item for item in encoded(model) if hasattr(item, "ids")]
+    batch = model.preprocessor.collate(items)
+    assert batch["attention_mask"][:, 0].all()  # on the right
+    flipped = {name: np.zeros_like(array) for name, array in batch.items()}
+    for row, item in enumerate(items):
+        for name, array in batch.items():
+            flipped[name][row, -len(item.ids) :] = array[row, : len(item.ids)]
+    right, left = (packed.fetch(("last_hidden_state",), some)[0] for some in (batch, flipped))
+    for row, item in enumerate(items):
+        np.testing.assert_allclose(left[row, -len(item.ids) :], right[row, : len(item.ids)], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("packed") / "tiny.rtx"
+    variants: Any = ("fp32", "int8", "int8-packed")
+    export_bundle(str(tiny_checkpoint("bert")), target, ExportOptions(variants=variants, threads=1))
+    return target
+
+
+def test_a_bundle_says_which_variants_need_operators(bundle: Path) -> None:
+    variants = Bundle.open(bundle).manifest.variants
+    assert {name: variant.operators for name, variant in variants.items()} == {
+        "fp32": False,
+        "int8": False,
+        "int8-packed": True,
+    }
+    assert variants["int8-packed"].precision == "int8"
+    assert all(finding.ok for finding in verify_bundle(bundle))
+
+
+def test_without_operators_the_plain_kin_serves(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle)
+    manifest = dataclasses.replace(opened.manifest, default_variant="int8-packed")
+    opened = Bundle(bundle, manifest)
+    assert opened.variant()[0] == "int8-packed"
+    monkeypatch.setattr(bundle_module, "library_file", lambda: None)
+    assert opened.variant()[0] == "int8"
+    only = {name: variant for name, variant in manifest.variants.items() if name != "int8"}
+    assert Bundle(bundle, dataclasses.replace(manifest, variants=only)).variant()[0] == "fp32"
+
+
+def test_without_operators_a_packed_variant_is_left_out(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtx.export.pipeline.library_file", lambda: None)
+    variants: Any = ("fp32", "fp32-packed")
+    outcome = export_bundle(str(tiny_checkpoint("bert")), tmp_path / "x.rtx", ExportOptions(variants=variants))
+    assert list(outcome.manifest.variants) == ["fp32"]
+    assert outcome.manifest.rejected["fp32-packed"].endswith(library.NOT_BUILT)
+
+
+def test_the_embedder_is_the_same_one(bundle: Path) -> None:
+    texts = [*TEXTS, "", "?"]
+    with Embedder.open(bundle, variant="int8-packed", threads=1) as packed:
+        found = packed.embed(texts)
+    with Embedder.open(bundle, variant="int8", threads=1) as int8:
+        assert (found * int8.embed(texts)).sum(axis=1).min() > 0.9999
