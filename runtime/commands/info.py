@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from rtx.kernels.library import best_isa
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import open_model
 from rtx.runtime.contract import Task
@@ -104,6 +105,7 @@ def describe_installation() -> dict[str, Any]:
         "kind": "machine",
         "rtx": installed_version(_DISTRIBUTION),
         "machine": dataclasses.asdict(describe_machine()),
+        "operators": best_isa(),
         "engines": {
             "onnx": {"runs": "bundles", "package": "onnxruntime", "version": onnxruntime, "extra": "cpu"},
             "torch": {"runs": "checkpoints", "package": "torch", "version": torch, "extra": "train"},
@@ -223,6 +225,9 @@ def _show_machine(found: Mapping[str, Any]) -> None:
             "CPU": machine["cpu"],
             "cores": f"{machine['cores']} that this process may use",
             "instructions": ", ".join(machine["instruction_sets"]) or "none that matter here",
+            "operators": f"built, {found['operators']}"
+            if found["operators"]
+            else "not built: packed variants cannot run",
             "memory": _size(memory) if memory is not None else "unknown",
             "system": machine["system"],
             "Python": machine["versions"]["python"],
