@@ -12,11 +12,13 @@ import click
 
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
-from rtx.export.variants import VARIANTS, VariantName
+from rtx.export.variants import ON_CPU, VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
+
+_AUTO = "auto"
 
 
 @click.command()
@@ -25,11 +27,11 @@ from rtx.runtime.evalset import load_evalset
 @click.option(
     "--precision",
     "variants",
-    type=click.Choice(VARIANTS),
+    type=click.Choice([_AUTO, *VARIANTS]),
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Variant to export; may be given several times.",
+    help="Variant to export; may be given several times. auto: fp32 and int8, plain and packed, the fastest first.",
 )
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")
@@ -84,7 +86,7 @@ def export(
         raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
     evalset = load_evalset(eval_dir, split=split) if eval_dir is not None else None
     options = ExportOptions(
-        variants=tuple(cast(VariantName, name) for name in dict.fromkeys(variants)),
+        variants=_expanded(variants),
         task=task,
         dimensions=dimensions,
         max_tokens=max_tokens,
@@ -98,6 +100,15 @@ def export(
     )
     outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
     _print(outcome, output)
+
+
+def _expanded(names: Sequence[str]) -> tuple[VariantName, ...]:
+    """The variants that are asked for, each once."""
+    return tuple(dict.fromkeys(found for name in names for found in (ON_CPU if name == _AUTO else (_name(name),))))
+
+
+def _name(name: str) -> VariantName:
+    return cast(VariantName, name)
 
 
 def _without_folders(arguments: Sequence[str]) -> list[str]:
@@ -127,6 +138,7 @@ def _print(outcome: Outcome, output: Path) -> None:
         headings += ["NDCG@10", "change", "95 % interval", "top 10\nkept"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("speed", justify="right", no_wrap=True)
     table.add_column("gate", no_wrap=True)
     if outcome.reference is not None:
         table.add_row("PyTorch", "", "", "", f"{outcome.reference.metrics['ndcg@10']:.4f}")
@@ -138,12 +150,18 @@ def _print(outcome: Outcome, output: Path) -> None:
             cells.append(f"{ranking.overlap:.3f}")
         elif outcome.reference is not None:
             cells += ["–"] * 4
-        table.add_row(name, *cells, _gate(name, outcome))
+        table.add_row(name, *cells, _speed(name, outcome), _gate(name, outcome))
     Console().print(table)
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
+
+
+def _speed(name: VariantName, outcome: Outcome) -> str:
+    """To the slowest, by one short measurement."""
+    seconds = outcome.seconds
+    return f"{max(seconds.values()) / seconds[name]:.2f}×" if name in seconds else ""
 
 
 def _gate(name: VariantName, outcome: Outcome) -> str:

@@ -111,11 +111,13 @@ class Outcome:
         manifest: of the bundle.
         verdicts: of all variants that were asked for, and of the plain graph.
         reference: PyTorch's own ranking; None without an evaluation set.
+        seconds: of one pass over some golden items, for each variant that is in the bundle.
     """
 
     manifest: Manifest
     verdicts: dict[VariantName, Verdict]
     reference: Evaluation | None
+    seconds: dict[VariantName, float]
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
@@ -166,7 +168,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             seconds=seconds,
             default_variant=choose_default(seconds),
         )
-    return Outcome(manifest, verdicts, gate.reference)
+    return Outcome(manifest, verdicts, gate.reference, seconds)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

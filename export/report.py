@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rtx.runtime.plots import Mark, Span, svg_dots
+from rtx.runtime.plots import Mark, Point, Span, svg_dots, svg_scatter
 from rtx.runtime.report import (
     Cell,
     Column,
@@ -35,7 +35,7 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
     ranked = {variant: found["ranking"] for variant, found in verdicts.items() if found["ranking"] is not None}
     parts = [_gate(report), _parity(verdicts)]
     if ranked:
-        parts += [_ranking(ranked, colors), _worst(ranked)]
+        parts += [_ranking(ranked, report["seconds"], colors), _worst(ranked)]
     provenance = report["provenance"]
     return render(
         name,
@@ -120,7 +120,7 @@ def _parity(verdicts: Mapping[str, Any]) -> Html:
     return section("Parity and invariance", shown, note=note)
 
 
-def _ranking(ranked: Mapping[str, Any], colors: Mapping[str, int]) -> Html:
+def _ranking(ranked: Mapping[str, Any], seconds: Mapping[str, float], colors: Mapping[str, int]) -> Html:
     first = next(iter(ranked.values()))
     k, queries = first["k"], first["queries"]
     rows = [["PyTorch", number(first["reference"], digits=4), "–", "–", "–", number(first["ties_reference"], digits=2)]]
@@ -162,8 +162,20 @@ def _ranking(ranked: Mapping[str, Any], colors: Mapping[str, int]) -> Html:
     ]
     plot = svg_dots(spans, title=f"Change of NDCG@{k} by variant", x_label=f"change of NDCG@{k}", reference=0.0)
     title = f"Change of NDCG@{k} against PyTorch"
-    drawn = figures(figure(plot, title=title, note="with its 95 % interval"))
+    plots = [figure(plot, title=title, note="with its 95 % interval")]
+    if len(known := [variant for variant in ranked if variant in seconds]) > 1:
+        plots.append(_frontier(ranked, {variant: seconds[variant] for variant in known}, colors, k))
+    drawn = figures(*plots)
     return section("Ranking quality", shown, drawn, note=f"{first['evalset']}, {queries:,} queries.")
+
+
+def _frontier(ranked: Mapping[str, Any], seconds: Mapping[str, float], colors: Mapping[str, int], k: int) -> Html:
+    """Quality against speed, of the variants in the bundle."""
+    slowest = max(seconds.values())
+    points = [Point(name, slowest / taken, ranked[name]["other"], colors[name]) for name, taken in seconds.items()]
+    title = f"NDCG@{k} against speed"
+    svg = svg_scatter(points, title=title, x_label="× the slowest", y_label=f"NDCG@{k}", y_max=1.0)
+    return figure(svg, title=title, note="Up and right is better. Speed is a rough order; rtx bench measures it.")
 
 
 def _worst(ranked: Mapping[str, Any]) -> Html:

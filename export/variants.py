@@ -26,6 +26,10 @@ VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
 """In the order of closeness to PyTorch."""
 
 
+ON_CPU: tuple[VariantName, ...] = ("fp32", "fp32-packed", "int8", "int8-packed")
+"""What is worth trying where a CPU serves and ONNX Runtime is what loads the graphs."""
+
+
 class Recipe(NamedTuple):
     """What the graphs of a variant are derived to; `image` is of no consequence where there is no such graph."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 from rtx.export.graph import export_graph
 from rtx.export.int8_fused import quantize_int8_fused
@@ -20,9 +22,11 @@ from rtx.kernels import library
 from rtx.runtime import bundle as bundle_module
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import main
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import ExportError
+from rtx.runtime.evalset import EvalSet, write_evalset
 from rtx.runtime.verification import verify_bundle
 from rtx.trainer.model import RetrievalModel
 
@@ -154,3 +158,22 @@ def test_the_embedder_is_the_same_one(bundle: Path) -> None:
         found = packed.embed(texts)
     with Embedder.open(bundle, variant="int8", threads=1) as int8:
         assert (found * int8.embed(texts)).sum(axis=1).min() > 0.9999
+
+
+def test_auto_tries_what_a_cpu_runs_and_opens_the_fastest(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    texts = {f"d{number}": text for number, text in enumerate(TEXTS)}
+    evalset = EvalSet("small", {"q": "sort a list", "r": "the code"}, texts, {"q": {"d0": 1}, "r": {"d2": 1}})
+    write_evalset(evalset, tmp_path / "eval")
+    command = ["export", str(tiny_checkpoint("bert")), "-o", str(tmp_path / "x.rtx"), "--precision", "auto"]
+    command += ["--eval", str(tmp_path / "eval"), "--max-ndcg-drop", "1", "--min-cosine", "0.5", "--threads", "1"]
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(main, command)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "x.rtx" / "report.json").read_text())
+    assert set(report["seconds"]) == {"fp32", "fp32-packed", "int8", "int8-packed"}
+    fastest = min(report["seconds"].values())
+    assert report["seconds"][report["default_variant"]] <= 1.05 * fastest
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.startswith(("fp32", "int8"))}
+    slowest = max(report["seconds"].values())
+    for name, seconds in report["seconds"].items():
+        assert f" {slowest / seconds:.2f}× " in lines[name]
+    assert "NDCG@10 against speed" in (tmp_path / "x.rtx" / "report.html").read_text()
