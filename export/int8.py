@@ -1,7 +1,7 @@
 """int8 variant: linear layers with one activation scale per token, in standard ONNX operators.
 
     ReduceMax, ReduceMin -> centre, scale                      one range a token
-    Sub, Div, QuantizeLinear                                   x to uint8
+    Sub, Reciprocal, Mul, QuantizeLinear                       x to uint8
     MatMulInteger(x, W, 128, 128)                              exact product in int32
     Cast, Mul(scale_w), Mul(scale_x), Add(centre * column_sum) back to float32
 
@@ -113,7 +113,7 @@ class _Quantizer:
             centre = insert(node, "Mul", insert(node, "Add", high, low), constant("half", np.float32(0.5)))
             width = insert(node, "Mul", insert(node, "Sub", high, low), constant("half_step", np.float32(0.5 / LEVELS)))
             scale = insert(node, "Max", width, constant("smallest_scale", np.float32(SMALLEST_SCALE)))
-            steps = insert(node, "Div", insert(node, "Sub", x, centre), scale)
+            steps = insert(node, "Mul", insert(node, "Sub", x, centre), insert(node, "Reciprocal", scale))
             # With a scale of 1 it rounds half to even, adds the zero point and saturates.
             one = constant("one", np.float32(1.0))
             values = insert(node, "QuantizeLinear", steps, one, self._zero_point(), dtype=ir.DataType.UINT8)

@@ -9,6 +9,9 @@ x @ W + b only by the two roundings, and by those of a few float32 operations:
 
     |difference| <= sum_in (|x| * scale_w / 2 + |W| * scale_x / 2 + scale_x * scale_w / 4)
 
+xq is rint((x - centre) * (1 / scale_x)): one division a token, as divisions take longer than the product does on short
+rows. That moves a number by 1e-5 of a step at most before it is rounded.
+
 Every token is quantised by its own range: what else is in the batch does not change it. The centre makes use of all 255
 steps where a token's values lie off zero. Its share of the product is a multiple of the column sums of the *rounded*
 weight: with those of the weight before rounding, the rounding errors would meet x - centre instead of x, and where an
@@ -113,7 +116,7 @@ def int8_linear(
     high, low = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
     centre = (high + low) * np.float32(0.5)
     scale = np.maximum((high - low) * np.float32(0.5 / LEVELS), np.float32(SMALLEST_SCALE))
-    steps = np.clip(np.rint((x - centre) / scale), -LEVELS - 1, LEVELS).astype(np.int64)
+    steps = np.clip(np.rint((x - centre) * (np.float32(1) / scale)), -LEVELS - 1, LEVELS).astype(np.int64)
     product = steps @ (weight.values.astype(np.int64) - ZERO_POINT)
     y: NDArray[np.float32] = product.astype(np.float32) * weight.scale * scale + centre * weight.column_sum
     return y if bias is None else y + bias

@@ -45,6 +45,7 @@ RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint
   }
   const float middle = (most + least) * 0.5f;
   const float step = std::max((most - least) * (0.5f / kLevels), kSmallestScale);
+  const float inverse = 1.0f / step;
   *centre = middle + poison;
   *scale = step;
   const Floats lowest = Floats{} - kLevels - 1.0f, highest = Floats{} + kLevels;
@@ -54,7 +55,7 @@ RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint
     if (!all) std::copy(x + k, x + in, some);
     const Floats values = load<Floats>(all ? x + k : some);
     // A NaN compares with nothing and may come out as any number; its row is poisoned by the centre.
-    const Floats steps = smaller(larger(rounded((values - middle) / step), lowest), highest);
+    const Floats steps = smaller(larger(rounded((values - middle) * inverse), lowest), highest);
     const auto bytes = __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + 128,
                                                typename Vector<Floats>::Bytes);
     std::memcpy(to + k, &bytes, all ? size_t(kWide) : size_t(in - k));

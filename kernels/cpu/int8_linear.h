@@ -10,6 +10,9 @@ namespace rtx {
 
 enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
 
+// Bytes up to 255 by weights up to 127, so often that the sum fits into 32 bits.
+constexpr int64_t kMostInputs = 65536;
+
 // A weight as the kernels read it: panels of 16 columns, four rows of each together.
 struct PackedWeight {
   int64_t in = 0, out = 0, padded_in = 0, padded_out = 0;

@@ -124,6 +124,12 @@ class Int8Linear {
     const ort::Value* values = constant(check, info, 1);
     const std::vector<int64_t> shape = shape_of(check, values);
     if (shape.size() != 2) throw std::invalid_argument("values: expected a matrix [in, out]");
+    if (shape[0] > kMostInputs)
+      throw std::invalid_argument("values: expected at most " + std::to_string(kMostInputs) + " rows");
+    // A magnitude of 128 has no opposite in 8 bits.
+    const uint8_t* first = data_of<uint8_t>(check, values);
+    if (std::memchr(first, 0, size_t(shape[0] * shape[1])) != nullptr)
+      throw std::invalid_argument("values: expected bytes from 1 to 255, which are 127 to either side of 128");
     const float* numbers[3] = {nullptr, nullptr, nullptr};
     for (size_t index = 0; index < 3; ++index) {
       if (index == 2 && !has_bias(info)) break;

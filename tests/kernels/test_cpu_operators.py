@@ -303,6 +303,10 @@ def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
 
     with pytest.raises(Exception, match="activation: expected gelu, gelu_tanh or silu, got tanh"):
         session(node(activation="tanh"), inputs, constants)
+    with pytest.raises(Exception, match="values: expected bytes from 1 to 255"):
+        session(node(activation=""), inputs, {**constants, "w": np.zeros((8, 8), dtype=np.uint8)})
+    with pytest.raises(Exception, match="values: expected at most 65536 rows"):
+        session(node(activation=""), inputs, {**constants, "w": np.ones((65537, 8), dtype=np.uint8)})
     with pytest.raises(Exception, match="one number for each of 8 columns"):
         session(node(activation=""), inputs, {**constants, "s": weight.scale[:3]})
     some = {name: array for name, array in constants.items() if name != "w"}
