@@ -31,7 +31,7 @@ _AUTO = "auto"
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Variant to export; may be given several times. auto: fp32 and int8, plain and packed, the fastest first.",
+    help="Variant to export; may be given several times. auto: fp32 and int8, also packed; the fastest is opened.",
 )
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")

@@ -5,9 +5,9 @@
         -> the transformer, whose linear layers see [kept, hidden] and whose attention is `rtx::PackedAttention`
         -> back to [batch, tokens, hidden]: pooling, head and score as ever
 
-transformers asks for attention by name: one that is registered here serves every architecture that asks. The graph is
-exported with packed tokens as inputs, since torch.export cannot follow how many a mask keeps; the nodes that pack them
-are put in front afterwards.
+transformers asks for attention by name: one that is registered here serves every architecture that asks. The places of
+the kept tokens are an input while the graph is exported, since torch.export cannot follow how many a mask keeps;
+afterwards they are computed from the mask.
 """
 
 from __future__ import annotations

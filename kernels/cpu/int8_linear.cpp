@@ -1,8 +1,6 @@
 #include "int8_linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <limits>
 
 #include "simd.h"
 
