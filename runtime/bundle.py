@@ -132,7 +132,14 @@ class Bundle:
         else:
             graphs = [self.read(file, verify=verify) for file in chosen.graphs]
         name = f"{self.path.name}:{name}"
-        return open_graphs(self.manifest.contract, *graphs, threads=threads, name=name, cache_bytes=cache_bytes)
+        return open_graphs(
+            self.manifest.contract,
+            *graphs,
+            threads=threads,
+            name=name,
+            packed=chosen.operators,  # the operators of rtx are those of the packed graph
+            cache_bytes=cache_bytes,
+        )
 
     def read(self, file: str, *, verify: bool = True) -> bytes:
         """A file's content.

@@ -31,9 +31,16 @@ def check_threads(threads: int | None) -> None:
 
 
 class Engine(Protocol):
-    """Runs a model. Safe to call from several threads at once."""
+    """Runs a model. Safe to call from several threads at once.
+
+    Attributes:
+        name: what error messages call it.
+        packed: whether it leaves out the padding of what has tokens: a batch then costs the sum of its lengths, and it
+            is of no use to put items of similar length together.
+    """
 
     name: str
+    packed: bool
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """One padded batch through the model.
@@ -57,8 +64,8 @@ class Budget:
     """How much goes through the engine at once.
 
     Attributes:
-        max_batch_tokens: limit on rows * longest row, padding included. On a CPU small batches are the fast ones: they
-            stay in the cache (docs/benchmarks.md).
+        max_batch_tokens: limit on rows * longest row, padding included, or for an engine that packs on the sum of the
+            lengths. On a CPU small batches are the fast ones: they stay in the cache (docs/benchmarks.md).
         max_batch_items: limit on the rows.
     """
 
@@ -74,9 +81,10 @@ class Budget:
 def run_items(
     engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded], budget: Budget
 ) -> NDArray[np.float32]:
-    """Items through the engine in batches of similar length, results in the order of `items`.
+    """Items through the engine in batches within the budget, results in the order of `items`.
 
-    Images that become vectors by themselves run apart from what has tokens.
+    Batches are of similar length, or in the order of `items` if the engine packs. Images that become vectors by
+    themselves run apart from what has tokens.
 
     Returns:
         [len(items), dimension] or [len(items)] float32; of length 0 along the first axis if there are no items.
@@ -84,6 +92,8 @@ def run_items(
     Raises:
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
+    if len(items) == 1:  # a single query: nothing to plan, and nothing to put in order
+        return run_batch(engine, preprocessor, items)
     results = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
     for kind in (True, False):
         places = [place for place, item in enumerate(items) if bool(item.ids) == kind]
@@ -91,6 +101,7 @@ def run_items(
             [items[place].length for place in places],
             max_batch_tokens=budget.max_batch_tokens,
             max_batch_items=budget.max_batch_items,
+            packed=engine.packed,
         )
         for batch in batches:
             rows = [places[index] for index in batch]

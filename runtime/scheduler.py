@@ -36,11 +36,16 @@ class Scheduler:
     Args:
         run: a batch of items to results, [n, dimension] or [n] float32.
         budget: limits of one batch.
+        packed: whether what runs it leaves padding out (`Engine.packed`): batches then hold what has waited longest,
+            whatever its length.
     """
 
-    def __init__(self, run: Callable[[Sequence[Encoded]], NDArray[np.float32]], budget: Budget) -> None:
+    def __init__(
+        self, run: Callable[[Sequence[Encoded]], NDArray[np.float32]], budget: Budget, *, packed: bool = False
+    ) -> None:
         self._run = run
         self._budget = budget
+        self._packed = packed
         self._waiting: deque[tuple[Encoded, _Request, int]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -114,6 +119,7 @@ class Scheduler:
                 [entries[place][0].length for place in alike],
                 max_batch_tokens=self._budget.max_batch_tokens,
                 max_batch_items=self._budget.max_batch_items,
+                packed=self._packed,
             )
             chosen = [alike[index] for index in batch]
             left = set(range(len(entries))) - set(chosen)

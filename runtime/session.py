@@ -195,7 +195,7 @@ class Session:
             # A fork has the scheduler of the process it is a copy of, but not its thread.
             if self._scheduler is None or self._scheduler_process != os.getpid():
                 self._scheduler_process = os.getpid()
-                self._scheduler = Scheduler(self._run_batch, self.budget)
+                self._scheduler = Scheduler(self._run_batch, self.budget, packed=self.engine.packed)
             return self._scheduler
 
     def _run_batch(self, items: Sequence[Encoded]) -> NDArray[np.float32]:

@@ -65,6 +65,7 @@ class TimedEngine:
 
     def __init__(self, engine: Engine, clock: StageClock) -> None:
         self.name = engine.name
+        self.packed = engine.packed
         self._engine = engine
         self._clock = clock
 

@@ -33,6 +33,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    packed = False
 
     def __init__(self, model: RetrievalModel) -> None:
         self.model = model

@@ -23,6 +23,7 @@ def open_graphs(
     *,
     threads: int | None = None,
     name: str = "onnx",
+    packed: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> GraphEngine:
     """Open what a model of this contract needs.
@@ -33,6 +34,7 @@ def open_graphs(
         image_graph: what images go through, likewise; None for a model that takes none.
         threads: threads of one run; None for the cores that this process may use.
         name: what error messages call the model.
+        packed: whether the graph for what has tokens leaves out padding; none does that has images among them.
         cache_bytes: what is made of images and kept may take; 0 keeps none.
 
     Raises:
@@ -41,10 +43,16 @@ def open_graphs(
         EngineError: a graph cannot be loaded.
     """
     if image_graph is None:
-        return OnnxEngine(graph, output=contract.output, threads=threads, name=name)
+        return OnnxEngine(graph, output=contract.output, threads=threads, name=name, packed=packed)
     if contract.visual is None:
         return OnnxTowersEngine(
-            image_graph, graph, output=contract.output, threads=threads, name=name, cache_bytes=cache_bytes
+            image_graph,
+            graph,
+            output=contract.output,
+            threads=threads,
+            name=name,
+            packed=packed,
+            cache_bytes=cache_bytes,
         )
     return OnnxVisualEngine(
         image_graph,

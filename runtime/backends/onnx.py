@@ -25,6 +25,7 @@ class OnnxEngine:
         output: name of the output to fetch; others are never computed into a copy.
         threads: threads of one run; None for the cores that this process may use.
         name: what error messages call the graph.
+        packed: whether the graph leaves out padding.
 
     Attributes:
         input_names: of the graph.
@@ -36,13 +37,22 @@ class OnnxEngine:
         EngineError: the graph cannot be loaded.
     """
 
-    def __init__(self, graph: bytes | Path, *, output: str, threads: int | None = None, name: str = "onnx") -> None:
+    def __init__(
+        self,
+        graph: bytes | Path,
+        *,
+        output: str,
+        threads: int | None = None,
+        name: str = "onnx",
+        packed: bool = False,
+    ) -> None:
         check_threads(threads)
         try:
             import onnxruntime as ort
         except ImportError as missing:
             raise MissingExtraError("onnxruntime", "cpu", "running an ONNX graph") from missing
         self.name = name
+        self.packed = packed
         self._output = output
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()

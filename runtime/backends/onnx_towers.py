@@ -22,6 +22,7 @@ class OnnxTowersEngine:
         output: name of the output of both.
         threads: threads of one run of either; None for the cores that this process may use.
         name: what error messages call the model.
+        packed: whether the texts' graph leaves out padding; images have none.
         cache_bytes: what the vectors of images that are kept may take; 0 keeps none.
 
     Attributes:
@@ -42,9 +43,11 @@ class OnnxTowersEngine:
         output: str,
         threads: int | None = None,
         name: str = "onnx",
+        packed: bool = False,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.name = name
+        self.packed = packed
         self._cache: ImageCache[bytes] = ImageCache(cache_bytes)
         self._image = OnnxEngine(image, output=output, threads=threads, name=f"{name} (images)")
         self._text = OnnxEngine(text, output=output, threads=threads, name=name)

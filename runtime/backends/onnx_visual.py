@@ -55,6 +55,8 @@ class OnnxVisualEngine:
         EngineError: a graph cannot be loaded.
     """
 
+    packed = False
+
     def __init__(
         self,
         vision: bytes | Path,

@@ -216,6 +216,7 @@ class _Batches:
 
     def __init__(self, engine: Engine, progress: Progress) -> None:
         self.name = engine.name
+        self.packed = engine.packed
         self._engine = engine
         self._progress = progress
         self._told = 0

@@ -148,6 +148,7 @@ class Wrong:
     """PyTorch with one thing wrong."""
 
     name = "wrong"
+    packed = False
 
     def __init__(self, model, break_batch=None, break_output=None):
         self.engine = model.engine()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +46,34 @@ def test_equal_lengths_keep_their_order(lengths: list[int], tokens: int, items: 
     plan = plan_batches(lengths, max_batch_tokens=tokens, max_batch_items=items)
     order = [(-lengths[index], index) for batch in plan for index in batch]
     assert order == sorted(order)
+
+
+def test_a_packed_plan_by_hand():
+    # In order: 3 + 9 + 1 fill 13 to the token; 20 is longer than the budget and alone; the last three are few enough.
+    plan = plan_batches([3, 9, 1, 20, 2, 4, 5, 1], max_batch_tokens=13, max_batch_items=3, packed=True)
+    assert plan == [[0, 1, 2], [3], [4, 5, 6], [7]]
+    assert plan_batches([], max_batch_tokens=13, max_batch_items=3, packed=True) == []
+
+
+@given(LENGTHS, TOKENS, ITEMS)
+def test_a_packed_plan_goes_through_the_items_in_order_within_the_budget(lengths: list[int], tokens: int, items: int):
+    plan = plan_batches(lengths, max_batch_tokens=tokens, max_batch_items=items, packed=True)
+    assert [index for batch in plan for index in batch] == list(range(len(lengths)))
+    for batch in plan:
+        cut = [lengths[index] for index in batch]
+        assert 1 <= len(batch) <= items
+        assert len(batch) == 1 or sum(cut) <= tokens
+        # What bounds the token ids, which are padded all the same.
+        assert len(batch) * max(cut) <= max(items * tokens, *cut)
+    for batch, following in pairwise(plan):  # none could have taken the first item of the next one
+        assert len(batch) == items or sum(lengths[index] for index in batch) + lengths[following[0]] > tokens
+
+
+@given(LENGTHS.filter(bool), TOKENS, ITEMS)
+def test_the_next_packed_batch_is_the_first_of_a_plan(lengths: list[int], tokens: int, items: int):
+    """So what has waited longest runs first, and nothing overtakes."""
+    plan = plan_batches(lengths, max_batch_tokens=tokens, max_batch_items=items, packed=True)
+    assert next_batch(lengths, max_batch_tokens=tokens, max_batch_items=items, packed=True) == plan[0]
 
 
 def test_the_next_batch_by_hand():

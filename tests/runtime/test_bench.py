@@ -316,6 +316,7 @@ class _Shifted:
     """The engine of another model."""
 
     name = "other"
+    packed = False
 
     def __init__(self, bundle: Bundle) -> None:
         self._engine = bundle.engine("fp32", threads=1)

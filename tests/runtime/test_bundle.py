@@ -38,6 +38,16 @@ def replace_file(folder: Path, file: str, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(changed.to_bytes())
 
 
+def test_an_engine_knows_from_the_manifest_that_it_packs(copy: Path):
+    manifest = Bundle.open(copy).manifest
+    int8 = dataclasses.replace(manifest.variants["int8"], operators=True)
+    changed = dataclasses.replace(manifest, variants={**manifest.variants, "int8": int8})
+    (copy / "manifest.json").write_bytes(changed.to_bytes())
+    for name in ("fp32", "int8"):
+        with Embedder.open(copy, variant=name, threads=1) as model:
+            assert model.engine.packed == (name == "int8")
+
+
 def test_a_whole_bundle_has_no_damage(toy_bundle: Path, toy_reranker_bundle: Path):
     for path in (toy_bundle, toy_reranker_bundle):
         assert sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()) == FILES

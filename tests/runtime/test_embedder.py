@@ -41,6 +41,7 @@ class FixedEngine:
     """Gives every item the same vector, and counts batches."""
 
     name = "fixed"
+    packed = False
 
     def __init__(self, vector: list[float]) -> None:
         self.vector = np.array(vector, dtype=np.float32)

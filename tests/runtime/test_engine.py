@@ -19,6 +19,7 @@ class CountingEngine:
     """Embeds an item as (its first token, its number of tokens) and keeps the shapes of all batches."""
 
     name = "counting"
+    packed = False
 
     def __init__(self, change: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda rows: rows) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -48,6 +49,14 @@ def test_items_run_by_length_and_come_back_in_order(preprocessor: Preprocessor):
     assert results.tolist() == [[1, 2], [2, 9], [3, 3], [4, 9], [5, 1]]
     assert results.dtype == np.float32
     assert engine.shapes == [(2, 9), (3, 3)]
+
+
+def test_an_engine_that_packs_is_given_items_in_their_order(preprocessor: Preprocessor):
+    engine = CountingEngine()
+    engine.packed = True
+    results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1), Budget(max_batch_tokens=18, max_batch_items=9))
+    assert results.tolist() == [[1, 2], [2, 9], [3, 3], [4, 9], [5, 1]]
+    assert engine.shapes == [(3, 9), (2, 9)]  # 14 and 10 tokens
 
 
 def test_no_items_run_nothing(preprocessor: Preprocessor, rerank_contract: Contract, toy_tokenizer: str):

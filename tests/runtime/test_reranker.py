@@ -41,6 +41,7 @@ class LengthEngine:
     """Scores a pair by the number of its tokens."""
 
     name = "length"
+    packed = False
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         return batch["attention_mask"].sum(axis=1).astype(np.float32)

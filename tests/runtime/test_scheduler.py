@@ -84,6 +84,19 @@ def test_the_oldest_is_always_in_the_next_batch(scheduler: Scheduler, gate: Gate
     assert gate.batches == [[1], [2], [3, 5, 6], [4]]
 
 
+def test_what_is_packed_runs_in_the_order_of_arrival(gate: Gate):
+    scheduler = Scheduler(gate, Budget(max_batch_tokens=12, max_batch_items=4), packed=True)
+    first = scheduler.submit([item(1)])
+    gate.wait_until_running()
+    futures = [scheduler.submit([item(value, length)]) for value, length in ((2, 9), (3, 3), (4, 20), (5, 1), (6, 2))]
+    gate.let(4)
+    for future in (first, *futures):
+        future.result(timeout=TIMEOUT_S)
+    # 2 and 3 have 12 tokens together, however different they are; 4 is longer than the budget and runs alone.
+    assert gate.batches == [[1], [2, 3], [4], [5, 6]]
+    scheduler.close()
+
+
 def test_many_requests_get_their_own_rows_in_order():
     def run(items: Sequence[Encoded]) -> NDArray[np.float32]:
         return np.array([(item.ids[0], len(item.ids)) for item in items], dtype=np.float32)

@@ -36,6 +36,7 @@ class GatedEngine:
     """Runs a batch when it is told to; items whose first token is `bad` fail."""
 
     name = "gated"
+    packed = False
 
     def __init__(self, bad: int | None = None) -> None:
         self.bad = bad
