@@ -1,0 +1,80 @@
+"""Which peers there are, which environment and script each runs in, and which models each is run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.peers.checkpoints import CheckpointName
+from benchmarks.peers.environments import OWN
+
+ModelName = Literal["minilm", "base", "qwen3"]
+
+_SMALL: tuple[CheckpointName, ...] = ("minilm", "pairs")
+_ENCODERS: tuple[CheckpointName, ...] = (*_SMALL, "base")
+_ALL: tuple[CheckpointName, ...] = (*_ENCODERS, "qwen3")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of running a model.
+
+    Attributes:
+        name: as tables show it.
+        environment: requirements/ENVIRONMENT.txt, or "rtx" for the one that the driver runs in.
+        form: what its script's `load` is told.
+        checkpoints: that it is run with.
+        artifact: environment whose `prepare` makes the files that it opens; None where it opens the checkpoint.
+    """
+
+    name: str
+    environment: str
+    form: str
+    checkpoints: tuple[CheckpointName, ...]
+    artifact: str | None = None
+
+    @property
+    def script(self) -> str:
+        return script_of(self.environment)
+
+
+def script_of(environment: str) -> str:
+    return f"with_{environment}.py"
+
+
+BASELINE = "sentence-transformers, torch"
+
+_ONNX, _OPENVINO = "sentence_transformers_onnx", "sentence_transformers_openvino"
+# Not all at every size: FastEmbed and Infinity run ONNX Runtime and PyTorch, which stand for them with larger models;
+# fp32 through ONNX Runtime is there as plain ONNX Runtime.
+PEERS = (
+    Peer(BASELINE, "sentence_transformers", "torch", _ALL),
+    Peer("sentence-transformers, torch int8", "sentence_transformers", "torch-int8", _ALL),
+    Peer("sentence-transformers, ONNX O3", _ONNX, "onnx-o3", _SMALL, _ONNX),
+    Peer("sentence-transformers, ONNX int8", _ONNX, "onnx-int8", _ALL, _ONNX),
+    Peer("sentence-transformers, OpenVINO", _OPENVINO, "openvino", _SMALL, _OPENVINO),
+    Peer("sentence-transformers, OpenVINO int8", _OPENVINO, "openvino-int8", _ALL, _OPENVINO),
+    Peer("FastEmbed", "fastembed", "fp32", _SMALL, _ONNX),
+    Peer("FastEmbed, int8", "fastembed", "int8", _SMALL, _ONNX),
+    Peer("Infinity, torch", "infinity", "torch", _SMALL),
+    Peer("CTranslate2, int8", "ctranslate2", "int8", _ENCODERS, "ctranslate2"),
+    Peer("plain ONNX Runtime, fused", "onnxruntime", "fp32", _ENCODERS, "onnxruntime"),
+    Peer("plain ONNX Runtime, fused int8", "onnxruntime", "int8", _ENCODERS, "onnxruntime"),
+    Peer("rtx, fp32", OWN, "fp32", _ALL, OWN),
+    Peer("rtx, fp32-packed", OWN, "fp32-packed", _ALL, OWN),
+    Peer("rtx, int8-packed", OWN, "int8-packed", _ALL, OWN),
+)
+CHECKPOINTS: dict[ModelName, tuple[CheckpointName, ...]] = {
+    "minilm": ("minilm", "pairs"),
+    "base": ("base",),
+    "qwen3": ("qwen3",),
+}
+
+
+def chosen(words: tuple[str, ...]) -> list[Peer]:
+    """The baseline, and the peers whose names have one of the words in them; all where there are no words."""
+    return [
+        peer
+        for peer in PEERS
+        if peer.name == BASELINE or not words or any(word.lower() in peer.name.lower() for word in words)
+    ]

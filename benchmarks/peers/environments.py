@@ -1,0 +1,53 @@
+"""Each peer's virtual environment, below .venvs/peers and kept between runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from rtx.runtime.errors import EngineError
+
+_HERE = Path(__file__).parent
+CHECKOUT = _HERE.parents[1]
+REQUIREMENTS = _HERE / "requirements"
+OWN = "rtx"
+"""The environment that the driver itself runs in."""
+
+
+def ensure_environment(name: str, folder: Path = CHECKOUT / ".venvs" / "peers") -> tuple[Path, str]:
+    """Python of an environment with the packages of requirements/NAME.txt, made anew when these change.
+
+    Packages of requirements/NAME.no_deps.txt come without what they ask for.
+
+    Returns:
+        The interpreter, and the requirements.
+
+    Raises:
+        EngineError: a package could not be installed.
+    """
+    if name == OWN:
+        return Path(sys.executable), ""
+    constraints, listed = REQUIREMENTS / "constraints.txt", REQUIREMENTS / f"{name}.txt"
+    alone = REQUIREMENTS / f"{name}.no_deps.txt"
+    wanted = "".join(file.read_text(encoding="utf-8") for file in (constraints, listed, alone) if file.exists())
+    place = folder / name
+    ready, python = place / ".ready", place / "bin" / "python"
+    if not ready.exists() or ready.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(place, ignore_errors=True)
+        venv.create(place, with_pip=True)
+        _install(python, ["-c", str(constraints), "-r", str(listed)])
+        if alone.exists():
+            _install(python, ["--no-deps", "-r", str(alone)])
+        ready.write_text(wanted, encoding="utf-8")
+    return python, wanted
+
+
+def _install(python: Path, arguments: list[str]) -> None:
+    command = [str(python), "-m", "pip", "install", "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise EngineError(f"pip: {errors[-1] if errors else f'exit code {done.returncode}'}")

@@ -1,0 +1,149 @@
+"""What was measured, as Markdown tables and as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.peers.catalogue import BASELINE
+from benchmarks.peers.quality import Agreement, Quality
+from benchmarks.peers.stage import Rounds
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of a peer over the rounds.
+
+    Attributes:
+        median, low, high: over rounds; low and high are the least and the largest.
+        ratio, ratio_low, ratio_high: the same of the ratio to the baseline in the same round; None where there is none.
+        rounds: as measured.
+    """
+
+    median: float
+    low: float
+    high: float
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a model.
+
+    Attributes:
+        name: of the model.
+        figures: by title of the measurement, by peer, by name of the number.
+        quality: by peer.
+        batch_sizes: by peer, that it was run with.
+        tuned: by peer, items a second at each batch size that was tried.
+        counts: by title of the measurement, how many items it has.
+        versions: by peer, of the packages that it runs on.
+        failed: by peer, why it is not measured, or not all of it.
+    """
+
+    name: str
+    figures: dict[str, dict[str, dict[str, Figure]]]
+    quality: dict[str, Quality | Agreement]
+    batch_sizes: dict[str, int]
+    tuned: dict[str, dict[int, float]]
+    counts: dict[str, int]
+    versions: dict[str, dict[str, str]]
+    failed: dict[str, str]
+
+
+def figures(rounds: Rounds) -> dict[str, dict[str, Figure]]:
+    """Values by round to medians with their spread, and ratios to the baseline; a peer without any is left out."""
+    return {
+        name: {
+            key: figure(values, rounds.get(BASELINE, {}).get(key, ()) if name != BASELINE else ())
+            for key, values in numbers.items()
+        }
+        for name, numbers in rounds.items()
+        if numbers
+    }
+
+
+def figure(values: Sequence[float], baseline: Sequence[float]) -> Figure:
+    """One number, with its ratio to the baseline in the rounds that both have."""
+    ratios = [value / base for value, base in zip(values, baseline, strict=False) if base]
+    return Figure(
+        median(values),
+        min(values),
+        max(values),
+        ratio=median(ratios) if ratios else None,
+        ratio_low=min(ratios, default=None),
+        ratio_high=max(ratios, default=None),
+        rounds=tuple(values),
+    )
+
+
+def tables(result: Result) -> Iterator[str]:
+    """Markdown: a table a measurement, one of quality, and a sentence for each peer that is missing."""
+    for title, rows in result.figures.items():
+        count = result.counts.get(title)
+        yield f"\n### {result.name}: {title}" + (f", {count} a round" if count else "") + "\n"
+        yield from _measured(rows, result.batch_sizes)
+    if result.quality:
+        yield f"\n### {result.name}: against {BASELINE}\n"
+        yield from _qualities(result.quality)
+    if result.failed:
+        yield ""
+        yield from (f"- {result.name}, {name}: left out: {reason}" for name, reason in result.failed.items())
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """For JSON."""
+    return dataclasses.asdict(result)
+
+
+_HEADINGS = {
+    "per_s": "a second",
+    "p50_ms": "p50, ms",
+    "p95_ms": "p95, ms",
+    "cold_start_s": "start to first result, s",
+    "peak_rss_mb": "peak memory, MB",
+}
+
+
+def _measured(rows: Mapping[str, Mapping[str, Figure]], batch_sizes: Mapping[str, int]) -> Iterator[str]:
+    keys = list(dict.fromkeys(key for numbers in rows.values() for key in numbers))
+    head = ["", "batch"]
+    for key in keys:
+        head += [_HEADINGS[key], "ratio (least–most)"]
+    yield from _table(
+        head,
+        (
+            [name, str(batch_sizes[name]), *(cell for key in keys for cell in _cells(numbers.get(key)))]
+            for name, numbers in rows.items()
+        ),
+    )
+
+
+def _cells(found: Figure | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    ratio = "1" if found.ratio is None else f"{found.ratio:.2f} ({found.ratio_low:.2f}–{found.ratio_high:.2f})"
+    return f"{found.median:.3g}", ratio
+
+
+def _qualities(quality: Mapping[str, Quality | Agreement]) -> Iterator[str]:
+    kind = type(next(iter(quality.values())))
+    head = [item.name.replace("_", " ") for item in dataclasses.fields(kind)]
+    rows = ([name, *map(_digits, dataclasses.astuple(found))] for name, found in quality.items())
+    yield from _table(["", *head], rows)
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    yield from (f"| {' | '.join(row)} |" for row in rows)

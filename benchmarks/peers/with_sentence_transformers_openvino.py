@@ -1,0 +1,61 @@
+"""sentence-transformers on OpenVINO, by its own static quantisation: `openvino-int8`; `openvino` is fp32."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.peers.sentence_transformers_models import open_model, running
+from benchmarks.peers.worker import Run, Source, attempt, serve
+
+FILES = {"openvino": "openvino_model.xml", "openvino-int8": "openvino_model_qint8_quantized.xml"}
+# Each is padded to 384 tokens; its default of 300 texts takes minutes and moves the cosine in the fourth digit.
+_CALIBRATION_TEXTS = 64
+
+
+def load(source: Source, form: str, threads: int) -> Run:
+    model = open_model(
+        source.artifact,
+        source.task,
+        backend="openvino",
+        file_name=FILES[form],
+        subfolder="openvino",
+        export=False,
+        ov_config={"INFERENCE_NUM_THREADS": threads},
+    )
+    return running(model, source.task)
+
+
+def prepare(source: Source) -> Mapping[str, str]:
+    from optimum.intel import OVQuantizationConfig  # type: ignore[import-not-found]
+    from sentence_transformers.backend import export_static_quantized_openvino_model
+
+    model = open_model(source.checkpoint, source.task, backend="openvino", export=True)
+    model.save_pretrained(str(source.artifact))
+    failed: dict[str, str] = {}
+    with attempt("openvino-int8", failed):
+        assert source.calibration is not None
+        texts = json.loads(source.calibration.read_text(encoding="utf-8"))[:_CALIBRATION_TEXTS]
+        folder = source.artifact / "calibration"
+        folder.mkdir()
+        rows = (json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+        export_static_quantized_openvino_model(
+            model,
+            OVQuantizationConfig(num_samples=_CALIBRATION_TEXTS),
+            str(source.artifact),
+            dataset_name=str(folder),
+            dataset_config_name="default",
+            dataset_split="train",
+            column_name="text",
+        )
+    return failed
+
+
+if __name__ == "__main__":
+    packages = ("sentence-transformers", "transformers", "optimum-intel", "openvino", "nncf")
+    serve(load=load, prepare=prepare, packages=packages)
