@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,20 +27,37 @@ class Editor:
         before: ir.Node,
         op_type: str,
         *inputs: ir.Value | None,
-        attributes: Mapping[str, int | str] | None = None,
+        attributes: Mapping[str, int | float | str] | None = None,
         dtype: ir.DataType = ir.DataType.FLOAT,
         shape: ir.Shape | None = None,
         domain: str = "",
     ) -> ir.Value:
         """Put a node with one output of `dtype` before another, whose origin it takes over."""
+        (output,) = self.insert_many(
+            before, op_type, *inputs, outputs=1, attributes=attributes, dtype=dtype, domain=domain
+        )
+        output.shape = shape
+        return output
+
+    def insert_many(
+        self,
+        before: ir.Node,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        attributes: Mapping[str, int | float | str] | None = None,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        domain: str = "",
+    ) -> Sequence[ir.Value]:
+        """As `insert`, with several outputs."""
         self._nodes += 1
         name = f"{self._prefix}_{self._nodes}_{op_type}"
-        node = ir.node(op_type, list(inputs), dict(attributes or {}), name=name, domain=domain)
+        node = ir.node(op_type, list(inputs), dict(attributes or {}), name=name, domain=domain, num_outputs=outputs)
         node.metadata_props.update(before.metadata_props)
-        output = node.outputs[0]
-        output.name, output.type, output.shape = name, ir.TensorType(dtype), shape
+        for place, output in enumerate(node.outputs):
+            output.name, output.type = f"{name}_{place}" if place else name, ir.TensorType(dtype)
         self.graph.insert_before(before, node)
-        return output
+        return node.outputs
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` take the place of a node's only output, and remove the node."""
@@ -58,8 +75,13 @@ class Editor:
         self.graph.register_initializer(value)
         return value
 
-    def drop_unused(self) -> None:
-        """Remove initializers that nothing reads any more."""
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses() and value not in self.graph.outputs:
-                del self.graph.initializers[name]
+
+def drop_dead(graph: ir.Graph) -> None:
+    """Remove nodes that nothing reads any more, and then initializers."""
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in outputs:
+            del graph.initializers[name]

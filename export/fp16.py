@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rtx.export.edit import Editor
+from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import constant_matrix, is_norm, is_scoring
 
 # A mask is the most negative float32, or -inf: in fp16 it would be -inf, and a row that is masked all over NaN.
@@ -35,7 +35,7 @@ def to_fp16(model: ir.Model) -> None:
     converter = _Converter(Editor(model.graph, "fp16"))
     for node in list(model.graph):
         converter.convert(node)
-    converter.editor.drop_unused()
+    drop_dead(converter.editor.graph)
 
 
 class _Converter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rtx.export.edit import Editor
+from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import constant_matrix, is_scoring, module_of
 from rtx.export.int8 import check_gemm, content_of, refuse_left_out, replace_embedding
 from rtx.kernels.int4_linear import BLOCK, pack, quantize_weight
@@ -47,7 +47,7 @@ def quantize_int4(model: ir.Model) -> list[str]:
         else:
             continue
         done[module_of(node)] = None
-    editor.drop_unused()
+    drop_dead(editor.graph)
     refuse_left_out(model.graph, "int4")
     return list(done)
 

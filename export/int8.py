@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rtx.export.edit import Editor
+from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import constant_matrix, is_scoring, module_of
 from rtx.kernels.int8_linear import LEVELS, SMALLEST_SCALE, ZERO_POINT, quantize_rows, quantize_weight
 from rtx.runtime.errors import ExportError
@@ -56,7 +56,7 @@ def quantize_int8(model: ir.Model) -> list[str]:
         else:
             continue
         done[module_of(node)] = None
-    quantizer.editor.drop_unused()
+    drop_dead(quantizer.editor.graph)
     refuse_left_out(model.graph, "int8")
     return list(done)
 

@@ -1,9 +1,9 @@
-"""The packed graph: the same inputs and outputs as the plain one, and between them no padding.
+"""The packed graph: the same inputs and the same result as the plain one, and between them no padding.
 
     input_ids, attention_mask [batch, tokens]
         -> the tokens that the mask keeps, one row behind the other: [1, kept]
         -> the transformer, whose linear layers see [kept, hidden] and whose attention is `rtx::PackedAttention`
-        -> back to [batch, tokens, hidden]: pooling, head and score as ever
+        -> `rtx::PackedPool`: [batch, hidden]; head and score as ever
 
 transformers asks for attention by name: one that is registered here serves every architecture that asks. The places of
 the kept tokens are an input while the graph is exported, since torch.export cannot follow how many a mask keeps;
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rtx.export.edit import Editor
-from rtx.export.graph import Exported, example_inputs, exporting, is_scoring, output_names, to_graph, with_contract
+from rtx.export.edit import Editor, drop_dead
+from rtx.export.graph import Exported, example_inputs, exporting, is_scoring, to_graph, with_contract
 from rtx.kernels.library import DOMAIN
+from rtx.kernels.norm import rms_norm
 from rtx.runtime.errors import ExportError
+from rtx.trainer import logit_score
 from rtx.trainer.model import RetrievalModel
 
-PACKED_ATTENTION = "PackedAttention"
+PACKED_ATTENTION, PACKED_POOL, RMS_NORM = "PackedAttention", "PackedPool", "RMSNorm"
 _NAME = "rtx_packed"
 _KEPT = "kept"
 
@@ -45,6 +47,7 @@ class _Packed:
         offsets: [batch + 1] int64, where each row begins among the kept.
         places: [batch * tokens] int64, of each place the kept token that stands there; anything where none does.
         types: [1, kept] int64, or None.
+        pooled: [1, kept] int64, 0 for a token that pooling leaves out; or None.
     """
 
     ids: Tensor
@@ -52,15 +55,18 @@ class _Packed:
     offsets: Tensor
     places: Tensor
     types: Tensor | None
+    pooled: Tensor | None
 
     @classmethod
-    def of(cls, kept: Tensor, first: int, ids: Tensor, mask: Tensor, types: Tensor | None) -> _Packed:
+    def of(
+        cls, kept: Tensor, first: int, ids: Tensor, mask: Tensor, types: Tensor | None, pooled: Tensor | None
+    ) -> _Packed:
         """Pack rows with padding.
 
         Args:
             kept: [kept] int64, the places in the flattened rows that the mask keeps.
             first: position of a row's first token.
-            ids, mask, types: [batch, tokens] int64 each.
+            ids, mask, types, pooled: [batch, tokens] int64 each.
         """
 
         def packed(rows: Tensor) -> Tensor:
@@ -73,6 +79,7 @@ class _Packed:
             offsets=torch.cat([torch.zeros_like(ends[:1]), ends]),
             places=(mask.flatten().cumsum(0) - 1).clamp(min=0),
             types=None if types is None else packed(types),
+            pooled=None if pooled is None else packed(pooled),
         )
 
 
@@ -94,20 +101,31 @@ def _attention(
     if unknown := [name for name in ("softcap", "s_aux") if options.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     # Turned back at once: behind each other, both turns vanish from the graph.
-    sides = [side.transpose(1, 2).flatten(0, 1) for side in (query, key, value)]
+    sides = [side.transpose(1, 2).flatten(2) for side in (query, key, value)]
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     # transformers counts a token itself among those that a window shows on one side.
     window = -1 if sliding_window is None else sliding_window - 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads = {"heads": query.shape[1], "key_heads": key.shape[1]}
+    seen = {"scale": float(scale), "causal": int(causal), "window": window}
+    found = _operator(PACKED_ATTENTION, (*sides, _packed[-1].offsets), sides[0].shape, **heads, **seen)
+    return found.view(1, -1, query.shape[1], query.shape[3]), None
+
+
+def _operator(name: str, inputs: Sequence[Tensor], shape: Sequence[Any], **attributes: Any) -> Tensor:
+    """A node of the library's, with one output of float32."""
     found: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{PACKED_ATTENTION}",
-        (*sides, _packed[-1].offsets),
-        {"scale": float(scale), "causal": int(causal), "window": window},
-        dtype=query.dtype,
-        shape=sides[0].shape,
-        version=1,
+        f"{DOMAIN}::{name}", tuple(inputs), attributes, dtype=torch.float32, shape=shape, version=1
     )
-    return found.unsqueeze(0), None
+    return found
+
+
+def _pool(hidden: Tensor, modes: Sequence[str]) -> Tensor:
+    """Token vectors [1, kept, dim] to [batch, dim * len(modes)], as `rtx.trainer.pooling.pool` of rows with padding."""
+    packed = _packed[-1]
+    inputs = [hidden, packed.offsets, *([] if packed.pooled is None else [packed.pooled])]
+    shape = (packed.offsets.shape[0] - 1, hidden.shape[2])
+    return torch.cat([_operator(PACKED_POOL, inputs, shape, mode=mode) for mode in modes], dim=-1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
@@ -128,15 +146,31 @@ class _ExportedPacked(Exported):
         token_type_ids: Tensor | None = None,
         pooling_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        _packed.append(_Packed.of(kept, self._first, input_ids, attention_mask, token_type_ids))
+        _packed.append(_Packed.of(kept, self._first, input_ids, attention_mask, token_type_ids, pooling_mask))
+        model = self.model
         try:
-            return super().forward(input_ids, attention_mask, token_type_ids, pooling_mask)
+            if not _pools(model):
+                return super().forward(input_ids, attention_mask, token_type_ids, pooling_mask)
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            hidden = model.encode_tokens({name: rows for name, rows in given.items() if rows is not None})
+            if model.layout.logit_score is None:
+                return (model.finish(model.apply_head(_pool(hidden, model.layout.pooling))),)
+            logits = logit_score.score(_pool(hidden, ("lasttoken",)), self.direction, self.bias)
+            return (model.activate(logits),)
         finally:
             _packed.pop()
 
 
+def _pools(model: RetrievalModel) -> bool:
+    """Whether token vectors go straight to pooling: not where a model of transformers has a head of its own."""
+    return model.layout.logit_score is not None or (model.task == "embed" and not model.layout.features)
+
+
 def export_packed(model: RetrievalModel) -> ir.Model:
-    """Export the packed graph of what has tokens, in float32; inputs and outputs as of `export_graph`.
+    """Export the packed graph of what has tokens, in float32.
+
+    Inputs, and vectors or scores, are those of `export_graph`; token vectors are none of its outputs, as they would
+    bring the padding back.
 
     Args:
         model: on the CPU, in float32.
@@ -154,10 +188,13 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     shapes: dict[str, Any] = {name: {0: rows, 1: columns} for name in inputs}
     inputs = {_KEPT: inputs["attention_mask"].flatten().nonzero().flatten(), **inputs}
     shapes = {_KEPT: {0: torch.export.Dim("kept", min=2, max=1 << 30)}, **shapes}
-    with exporting(model, model.backbone, attention=_NAME), _packing(transformer):
-        graph = to_graph(_ExportedPacked(model, first), inputs, output_names(model), shapes, name=kind)
+    packing = _packing(transformer, unpacks=not _pools(model))
+    with exporting(model, model.backbone, attention=_NAME), packing, _norms(transformer):
+        graph = to_graph(_ExportedPacked(model, first), inputs, [contract.output], shapes, name=kind)
     _refuse_other_attention(graph, kind)
     _compute_kept(graph)
+    _drop_reshapes(graph.graph)
+    _select_first(graph.graph)
     return with_contract(graph, contract)
 
 
@@ -178,19 +215,21 @@ def _transformer(model: RetrievalModel, kind: str) -> tuple[Any, int]:
 
 
 @contextlib.contextmanager
-def _packing(transformer: Any) -> Iterator[None]:
-    """The transformer runs on what is packed, whatever it is called with, and gives back rows with padding."""
+def _packing(transformer: Any, *, unpacks: bool) -> Iterator[None]:
+    """The transformer runs on what is packed, whatever it is called with; it gives back that, or rows with padding."""
     original = transformer.forward
     takes_types = "token_type_ids" in inspect.signature(original).parameters
 
     def forward(*_: Any, **given: Any) -> Any:
-        packed, mask = _packed[-1], given["attention_mask"]
+        packed = _packed[-1]
         types = {"token_type_ids": packed.types} if takes_types and packed.types is not None else {}
         found = original(input_ids=packed.ids, position_ids=packed.positions, **types)
-        hidden = found.last_hidden_state[0].index_select(0, packed.places).reshape(*mask.shape, -1)
-        found.last_hidden_state = hidden
-        if (pooler := getattr(transformer, "pooler", None)) is not None:
-            found.pooler_output = pooler(hidden)
+        if unpacks:
+            shape = given["attention_mask"].shape
+            hidden = found.last_hidden_state[0].index_select(0, packed.places).reshape(*shape, -1)
+            found.last_hidden_state = hidden
+            if (pooler := getattr(transformer, "pooler", None)) is not None:
+                found.pooler_output = pooler(hidden)
         return found
 
     transformer.forward = forward
@@ -198,6 +237,40 @@ def _packing(transformer: Any) -> Iterator[None]:
         yield
     finally:
         del transformer.forward
+
+
+@contextlib.contextmanager
+def _norms(transformer: nn.Module) -> Iterator[None]:
+    """Every RMSNorm is one node. (LayerNorm is one in ONNX.)"""
+    found = [module for module in transformer.modules() if _is_rms_norm(module)]
+
+    def forward_of(module: Any) -> Any:
+        epsilon = float(_epsilon(module))
+        return lambda x: _operator(RMS_NORM, (x, module.weight), x.shape, epsilon=epsilon)
+
+    for module in found:
+        module.forward = forward_of(module)
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.forward
+
+
+def _epsilon(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is one, by its name and by what it does: there are some with other formulas."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith("RMSNorm") and isinstance(_epsilon(module), float)
+    if not named or not isinstance(weight, Tensor) or weight.dim() != 1:
+        return False
+    x = torch.linspace(-1.0, 2.0, 3 * len(weight)).reshape(3, -1)
+    with torch.no_grad():
+        expected = rms_norm(x.numpy(), weight.float().numpy(), epsilon=float(_epsilon(module)))
+        return bool(np.allclose(module(x).numpy(), expected, rtol=1e-4, atol=1e-6))
 
 
 def _refuse_other_attention(graph: ir.Model, kind: str) -> None:
@@ -216,3 +289,41 @@ def _compute_kept(graph: ir.Model) -> None:
     found = editor.insert(first, "NonZero", editor.insert(first, "Reshape", mask, flat, dtype=int64), dtype=int64)
     ir.convenience.replace_all_uses_with(kept, editor.insert(first, "Reshape", found, flat, dtype=int64))
     main.inputs.remove(kept)
+
+
+def _drop_reshapes(graph: ir.Graph) -> None:
+    """Remove what brings a value into another shape and back, as models do around their attention."""
+    for node in list(graph):
+        root = node
+        while root.op_type in ("Reshape", "Unsqueeze", "Squeeze") and root.inputs[0] is not None:
+            value = root.inputs[0]
+            if (before := value.producer()) is None or before.op_type not in ("Reshape", "Unsqueeze", "Squeeze"):
+                break
+            root = before
+        if root.op_type not in ("Reshape", "Unsqueeze", "Squeeze"):
+            continue
+        start, end = root.inputs[0], node.outputs[0]
+        if start is None or start.shape is None or start.shape != end.shape or end.is_graph_output():
+            continue
+        ir.convenience.replace_all_uses_with(end, start)
+    drop_dead(graph)
+
+
+def _select_first(graph: ir.Graph) -> None:
+    """Where of rows with padding only one column is read, unpack that one."""
+    editor = Editor(graph, "column")
+    for node in list(graph):
+        rows = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+        if rows is None or rows.op_type != "Reshape" or node.attributes.get_int("axis", 0) != 1:
+            continue
+        unpack = rows.inputs[0].producer() if rows.inputs[0] is not None else None
+        if unpack is None or unpack.op_type != "Gather" or unpack.attributes.get_int("axis", 0) != 0:
+            continue
+        # places [batch * tokens] -> [batch, tokens] -> those of the column -> their rows
+        hidden, places = unpack.inputs
+        ends = (editor.constant(f"{name}_{node.name}", np.array([at])) for name, at in (("start", 0), ("stop", 2)))
+        shape = editor.insert(node, "Slice", rows.inputs[1], *ends, dtype=ir.DataType.INT64)
+        table = editor.insert(node, "Reshape", places, shape, dtype=ir.DataType.INT64)
+        chosen = editor.insert(node, "Gather", table, node.inputs[1], attributes={"axis": 1}, dtype=ir.DataType.INT64)
+        editor.replace(node, editor.insert(node, "Gather", hidden, chosen, attributes={"axis": 0}))
+    drop_dead(graph)

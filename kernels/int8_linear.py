@@ -17,6 +17,14 @@ steps where a token's values lie off zero. Its share of the product is a multipl
 weight: with those of the weight before rounding, the rounding errors would meet x - centre instead of x, and where an
 outlier pulls the centre away from the bulk that is the larger of the two (cosine .980 instead of .999 on MiniLM).
 
+What the operator in kernels/cpu does around it, in one pass (`rtx::Int8Linear`), in this order:
+
+    x       normalised first, where a norm comes before                       (pre-norm: ModernBERT, Qwen3)
+    y       activation(y), or of two halves activation(y_1) * y_2             (gated: Shazeer, arXiv 2002.05202)
+    y       + residual
+    y       normalised, where a norm comes behind                             (post-norm: BERT)
+    y       in up to three parts, where several layers read the same x        (query, key and value)
+
 In standard operators both operands are unsigned because without VNNI x86 multiplies u8 by s8 with a saturating 16-bit
 sum (vpmaddubsw), which is not exact; u8 by u8 is computed in 32 bits everywhere. The operator in kernels/cpu multiplies
 u8 by s8 in ways that do not saturate, and takes at most 65,536 inputs, as its sums count bytes from 0.

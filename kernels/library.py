@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-Isa = Literal["portable", "avx2", "avx-vnni", "avx512-vnni"]
+Isa = Literal["portable", "avx2", "avx-vnni", "avx512-vnni", "avx512-amx"]
 ISAS: tuple[Isa, ...] = get_args(Isa)
 """In the order of preference, the best last; the library counts them so."""
 

@@ -71,8 +71,13 @@ def score_last_token(hidden: Tensor, attention_mask: Tensor, direction: Tensor, 
     Returns:
         [rows], at least float32.
     """
+    return score(pool(hidden, attention_mask, ("lasttoken",)), direction, bias)
+
+
+def score(vectors: Tensor, direction: Tensor, bias: Tensor) -> Tensor:
+    """Scores [rows] of each row's last token vector [rows, hidden], by what `score_direction` gives."""
     # Not a matrix product: automatic mixed precision would bring that to half precision, in which scores tie.
-    return (pool(hidden, attention_mask, ("lasttoken",)) * direction).sum(dim=-1) + bias
+    return (vectors * direction).sum(dim=-1) + bias
 
 
 def settle(layout: Layout, tokenizer: Any, where: str) -> Layout:

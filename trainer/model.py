@@ -217,7 +217,7 @@ class RetrievalModel(nn.Module):
         if "input_ids" not in batch:
             return self.encode_images(batch["pixel_values"])
         if self.layout.features:
-            return self._apply_head(self.backbone.get_text_features(**self._backbone_inputs(batch)).pooler_output)
+            return self.apply_head(self.backbone.get_text_features(**self._backbone_inputs(batch)).pooler_output)
         if self.layout.logit_score is not None:
             return self.score_last_token(self.encode_tokens(batch), batch, *self.score_direction())
         if self.task == "rerank":
@@ -237,7 +237,7 @@ class RetrievalModel(nn.Module):
             vectors: Tensor = self.image_tower(pixel_values)
             return vectors
         pixel_values = pixel_values.to(self.backbone.dtype)
-        return self._apply_head(self.backbone.get_image_features(pixel_values=pixel_values).pooler_output)
+        return self.apply_head(self.backbone.get_image_features(pixel_values=pixel_values).pooler_output)
 
     def score_direction(self) -> tuple[Tensor, Tensor]:
         """Of a language model that reranks: what last hidden states are projected on [hidden], and what is added []."""
@@ -253,9 +253,10 @@ class RetrievalModel(nn.Module):
         vectors = pooling.pool(
             hidden, batch["attention_mask"], self.layout.pooling, pooling_mask=batch.get("pooling_mask")
         )
-        return self._apply_head(vectors)
+        return self.apply_head(vectors)
 
-    def _apply_head(self, vectors: Tensor) -> Tensor:
+    def apply_head(self, vectors: Tensor) -> Tensor:
+        """What follows pooling: [rows, pooled dimension] to [rows, full_dimension], at least float32."""
         vectors = pooling.at_least_float32(vectors)
         for module in self.head:
             vectors = module(vectors)

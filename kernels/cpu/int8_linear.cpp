@@ -1,13 +1,17 @@
 #include "int8_linear.h"
 
 #include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <utility>
 
 #include "simd.h"
 
 namespace rtx {
 namespace {
 
-constexpr int kQuad = 4;
+// Rows of a column that lie together, and to a multiple of which all are filled up with 0.
+constexpr int kQuad = 4, kDepth = 64;
 // Multiplications that take some microseconds, and into how many parts a product is divided at most.
 constexpr int64_t kLeastProducts = 1 << 21, kMostParts = 8;
 constexpr float kLevels = 127.0f, kZeroPoint = 128.0f, kSmallestScale = 1e-30f;
@@ -77,60 +81,101 @@ RTX_INLINE Floats activated(Floats x, Activation activation) {
 
 // Where the sums of a tile go.
 struct Target {
-  const float* scale;   // of the tile's rows
+  const float* scale;  // of the tile's rows
   const float* centre;
   const PackedWeight& weight;
-  int64_t column;  // of the tile's first
-  Activation activation;
-  float* y;  // row of the tile's first
+  const Around& around;
+  int64_t panel, row;     // the tile's first
+  const float* residual;  // of the first token, or null
+  float* const* y;
 };
+
+template <class Floats, Activation kActivation>
+RTX_INLINE void finish_panels(const int32_t* sums, int rows, int panels, const Target& target) {
+  const PackedWeight& weight = target.weight;
+  for (int at = 0; at < panels * kLanes; at += kWidth<Floats>) {
+    const int64_t place = target.panel * kLanes + at;
+    const PackedWeight::Panel& panel = weight.panels[size_t(place / kLanes)];
+    const int64_t columns = weight.parts[size_t(panel.part)], column = panel.column + place % kLanes;
+    const int64_t left = columns - column;
+    if (left <= 0) continue;
+    const bool second = target.around.gated && panel.part == 1;
+    const int64_t first = target.row * columns + column;
+    float* y = target.y[target.around.gated ? 0 : panel.part] + first;
+    const float* residual = target.residual == nullptr ? nullptr : target.residual + first;
+    const Floats scale = load<Floats>(weight.scale.data() + place);
+    const Floats column_sum = load<Floats>(weight.column_sum.data() + place);
+    const Floats bias = load<Floats>(weight.bias.data() + place);
+    for (int row = 0; row < rows; ++row) {
+      Ints<Floats> product;
+      std::memcpy(&product, sums + row * panels * kLanes + at, sizeof product);
+      Floats found = __builtin_convertvector(product, Floats) * scale * target.scale[row] +
+                     column_sum * target.centre[row] + bias;
+      if (second)
+        found *= load_some<Floats>(y + row * columns, left);
+      else
+        found = activated(found, kActivation);
+      if (residual != nullptr) found += load_some<Floats>(residual + row * columns, left);
+      store_some(y + row * columns, found, left);
+    }
+  }
+}
 
 template <class Floats>
 RTX_INLINE void finish_tile(const int32_t* sums, int rows, int panels, const Target& target) {
-  const PackedWeight& weight = target.weight;
-  for (int row = 0; row < rows; ++row, sums += panels * kLanes) {
-    float* y = target.y + row * weight.out;
-    for (int at = 0; at < panels * kLanes; at += kWidth<Floats>) {
-      const int64_t column = target.column + at;
-      Ints<Floats> product;
-      std::memcpy(&product, sums + at, sizeof product);
-      const Floats linear = __builtin_convertvector(product, Floats) * load<Floats>(weight.scale.data() + column) *
-                                target.scale[row] +
-                            load<Floats>(weight.column_sum.data() + column) * target.centre[row] +
-                            load<Floats>(weight.bias.data() + column);
-      const Floats found = activated(linear, target.activation);
-      const int64_t left = weight.out - column;
-      if (left >= kWidth<Floats>)
-        store(y + column, found);
-      else if (left > 0)
-        std::memcpy(y + column, &found, sizeof(float) * size_t(left));
-    }
+  switch (target.around.activation) {
+    case Activation::kGelu:
+      return finish_panels<Floats, Activation::kGelu>(sums, rows, panels, target);
+    case Activation::kGeluTanh:
+      return finish_panels<Floats, Activation::kGeluTanh>(sums, rows, panels, target);
+    case Activation::kSilu:
+      return finish_panels<Floats, Activation::kSilu>(sums, rows, panels, target);
+    default:
+      return finish_panels<Floats, Activation::kNone>(sums, rows, panels, target);
   }
 }
 
 #define RTX_FINISH_ARGUMENTS const int32_t *sums, int rows, int panels, const Target &target
 #define RTX_FINISH_VALUES sums, rows, panels, target
+#define RTX_ROW_ARGUMENTS const float *x, int64_t width, const Norm &norm, float *y
+#define RTX_ROW_VALUES x, width, norm, y
 
 // What a tile is multiplied from: rows of bytes, and panels of columns that follow each other.
 struct Factors {
   const uint8_t* rows;    // of the tile's first row
   const int8_t* columns;  // of its first panel
-  const int32_t* offset;  // of its first column
+  const int32_t* start;   // of its first column
+  int64_t in;             // a multiple of 4
   int64_t padded_in;      // bytes from row to row; 16 times as many from panel to panel
 };
 
-// A kernel multiplies a tile of up to kRows rows and kPanels panels into sums, [rows][panels][16], which `finish` makes
-// numbers of. Apart, as with all that follows inlined the sums would not stay in registers while they grow.
+// Calls the function for the tile's size: there is one for each number of rows and panels up to the largest.
+template <class Kernel, int kRows, int kPanels>
+void by_size(int rows, int panels, const Factors& factors, int32_t* sums) {
+  if (rows == kRows && panels == kPanels) return Kernel::template tile<kRows, kPanels>(factors, sums);
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return by_size<Kernel, kRows - 1, kPanels>(rows, panels, factors, sums);
+  }
+  if constexpr (kPanels > 1) return by_size<Kernel, kRows, kPanels - 1>(rows, panels, factors, sums);
+}
 
-struct Portable {
-  template <int kTileRows, int kTilePanels>
-  static void multiply(const Factors& factors, int32_t* sums) {
-    for (int row = 0; row < kTileRows; ++row) {
+// A kernel multiplies a tile of up to kRows rows and kPanels panels into sums, [rows][panels][16], which `finish` makes
+// numbers of. Apart, as with all that follows inlined the sums would not stay in registers while they grow. Around its
+// tiles a thread calls `begin` and `end`. Behind the last row there are as many as make up a multiple of 16, of anything.
+
+struct Plain {
+  static void begin() {}
+  static void end() {}
+};
+
+struct Portable : Plain {
+  static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
+    for (int row = 0; row < rows; ++row) {
       const uint8_t* bytes = factors.rows + row * factors.padded_in;
-      for (int panel = 0; panel < kTilePanels; ++panel, sums += kLanes) {
+      for (int panel = 0; panel < panels; ++panel, sums += kLanes) {
         const int8_t* columns = factors.columns + panel * factors.padded_in * kLanes;
         std::memset(sums, 0, sizeof(int32_t) * kLanes);
-        for (int64_t k = 0; k < factors.padded_in; k += kQuad, columns += kLanes * kQuad)
+        for (int64_t k = 0; k < factors.in; k += kQuad, columns += kLanes * kQuad)
           for (int lane = 0; lane < kLanes; ++lane)
             for (int at = 0; at < kQuad; ++at)
               sums[lane] += (int32_t(bytes[k + at]) - 128) * int32_t(columns[lane * kQuad + at]);
@@ -141,6 +186,7 @@ struct Portable {
     quantize_row<Floats4>(x, in, padded_in, to, scale, centre);
   }
   static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats4>(RTX_FINISH_VALUES); }
+  static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats4>(RTX_ROW_VALUES); }
   static constexpr int kRows = 1, kPanels = 1;
 };
 
@@ -152,11 +198,14 @@ RTX_INLINE int32_t quad_at(const uint8_t* bytes) {
   return found;
 }
 
-struct Avx2 {
+struct Avx2 : Plain {
+  static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
+    by_size<Avx2, kRows, kPanels>(rows, panels, factors, sums);
+  }
   // u8 by s8 is summed in pairs with saturation at 16 bits. The magnitude of a token's byte, at most 128, by a weight
   // that takes its sign, at most 127: a pair is at most 32,512, which fits.
   template <int kTileRows, int kTilePanels>
-  RTX_AVX2 RTX_APART static void multiply(const Factors& factors, int32_t* to) {
+  RTX_AVX2 RTX_APART static void tile(const Factors& factors, int32_t* to) {
     constexpr int kHalves = 2 * kTilePanels;
     const int64_t padded_in = factors.padded_in;
     __m256i sums[kTileRows][kHalves];
@@ -165,7 +214,7 @@ struct Avx2 {
       RTX_UNROLL
       for (int half = 0; half < kHalves; ++half) sums[row][half] = _mm256_setzero_si256();
     const __m256i ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(int8_t(0x80));
-    for (int64_t k = 0; k < padded_in; k += kQuad) {
+    for (int64_t k = 0; k < factors.in; k += kQuad) {
       __m256i columns[kHalves];
       RTX_UNROLL
       for (int half = 0; half < kHalves; ++half)
@@ -193,12 +242,16 @@ struct Avx2 {
     quantize_row<Floats8>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVX2 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
+  RTX_AVX2 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
   static constexpr int kRows = 4, kPanels = 1;
 };
 
-struct AvxVnni {
+struct AvxVnni : Plain {
+  static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
+    by_size<AvxVnni, kRows, kPanels>(rows, panels, factors, sums);
+  }
   template <int kTileRows, int kTilePanels>
-  RTX_AVXVNNI RTX_APART static void multiply(const Factors& factors, int32_t* to) {
+  RTX_AVXVNNI RTX_APART static void tile(const Factors& factors, int32_t* to) {
     constexpr int kHalves = 2 * kTilePanels;
     const int64_t padded_in = factors.padded_in;
     __m256i sums[kTileRows][kHalves];
@@ -207,10 +260,8 @@ struct AvxVnni {
       RTX_UNROLL
       for (int half = 0; half < kHalves; ++half)
         // Bytes count from 0, steps from 128.
-        sums[row][half] =
-            _mm256_sub_epi32(_mm256_setzero_si256(),
-                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors.offset + 8 * half)));
-    for (int64_t k = 0; k < padded_in; k += kQuad) {
+        sums[row][half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors.start + 8 * half));
+    for (int64_t k = 0; k < factors.in; k += kQuad) {
       __m256i columns[kHalves];
       RTX_UNROLL
       for (int half = 0; half < kHalves; ++half)
@@ -235,12 +286,16 @@ struct AvxVnni {
     quantize_row<Floats8>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVXVNNI static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
+  RTX_AVXVNNI static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
   static constexpr int kRows = 6, kPanels = 1;
 };
 
-struct Avx512Vnni {
+struct Avx512Vnni : Plain {
+  static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
+    by_size<Avx512Vnni, kRows, kPanels>(rows, panels, factors, sums);
+  }
   template <int kTileRows, int kTilePanels>
-  RTX_AVX512 RTX_APART static void multiply(const Factors& factors, int32_t* to) {
+  RTX_AVX512 RTX_APART static void tile(const Factors& factors, int32_t* to) {
     const int64_t padded_in = factors.padded_in;
     __m512i sums[kTileRows][kTilePanels];
     RTX_UNROLL
@@ -248,9 +303,8 @@ struct Avx512Vnni {
       RTX_UNROLL
       for (int panel = 0; panel < kTilePanels; ++panel)
         // Bytes count from 0, steps from 128.
-        sums[row][panel] =
-            _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(factors.offset + panel * kLanes));
-    for (int64_t k = 0; k < padded_in; k += kQuad) {
+        sums[row][panel] = _mm512_loadu_si512(factors.start + panel * kLanes);
+    for (int64_t k = 0; k < factors.in; k += kQuad) {
       __m512i columns[kTilePanels];
       RTX_UNROLL
       for (int panel = 0; panel < kTilePanels; ++panel)
@@ -274,98 +328,215 @@ struct Avx512Vnni {
     quantize_row<Floats16>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVX512 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats16>(RTX_FINISH_VALUES); }
+  RTX_AVX512 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats16>(RTX_ROW_VALUES); }
   static constexpr int kRows = 6, kPanels = 4;
 };
 
-#endif  // __x86_64__
+#if defined(RTX_HAS_AMX)
 
-// Calls the function for the tile's size: there is one for each number of rows and panels up to the largest.
-template <class Kernel, int kRows, int kPanels>
-void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
-  if (rows == kRows && panels == kPanels) return Kernel::template multiply<kRows, kPanels>(factors, sums);
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply<Kernel, kRows - 1, kPanels>(rows, panels, factors, sums);
+// Products of 16 rows by 16 columns, 64 deep, in registers of their own.
+struct Amx {
+  struct Configuration {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t columns[16];  // bytes
+    uint8_t rows[16];
+  };
+
+  RTX_AMX static void begin() {
+    // Constant: GCC takes only the first bytes of it for read, and would leave out what is written to the others.
+    alignas(64) static constexpr Configuration kWanted{
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&kWanted);
   }
-  if constexpr (kPanels > 1) return multiply<Kernel, kRows, kPanels - 1>(rows, panels, factors, sums);
-}
+  RTX_AMX static void end() { _tile_release(); }
 
-template <class Kernel>
-void run(const float* x, const PackedWeight& weight, Activation activation, int64_t tokens, float* y,
-         const Parallel& parallel) {
-  // A block of rows is quantised and multiplied by one thread, so that it is read from that core's cache.
-  constexpr int64_t kBlockRows = 48;
-  const int64_t all_panels = weight.padded_out / kLanes;
-  // With few rows, columns are divided too, where each part is worth the waking of a thread. A part quantises its rows
-  // itself, which is little beside the rest.
-  const int64_t blocks = (tokens + kBlockRows - 1) / kBlockRows;
-  const int64_t groups = (all_panels + Kernel::kPanels - 1) / Kernel::kPanels;
-  const int64_t worth = tokens * weight.padded_in * weight.padded_out / kLeastProducts;
-  const int64_t parts = std::clamp<int64_t>(std::min<int64_t>(worth, kMostParts) / blocks, 1, groups);
-  parallel(blocks * parts, [&](int64_t at) {
-    const int64_t block = at / parts, part = at % parts;
-    const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, tokens - first);
-    thread_local std::vector<uint8_t> bytes;
-    thread_local std::vector<float> numbers;
-    bytes.resize(size_t(rows * weight.padded_in));
-    numbers.resize(size_t(2 * rows));
-    const Tokens quantized{bytes.data(), numbers.data(), numbers.data() + rows};
-    for (int64_t row = 0; row < rows; ++row)
-      Kernel::quantize(x + (first + row) * weight.in, weight.in, weight.padded_in,
-                       quantized.values + row * weight.padded_in, quantized.scale + row, quantized.centre + row);
-    const int64_t begin = groups * part / parts * Kernel::kPanels;
-    const int64_t end = std::min(all_panels, groups * (part + 1) / parts * Kernel::kPanels);
-    for (int64_t panel = begin; panel < end; panel += Kernel::kPanels) {
-      const int panels = int(std::min<int64_t>(Kernel::kPanels, end - panel));
-      const int64_t column = panel * kLanes;
-      for (int64_t row = 0; row < rows; row += Kernel::kRows) {
-        const int some = int(std::min<int64_t>(Kernel::kRows, rows - row));
-        alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
-        const Factors factors{quantized.values + row * weight.padded_in, weight.values.data() + column * weight.padded_in,
-                              weight.offset.data() + column, weight.padded_in};
-        multiply<Kernel, Kernel::kRows, Kernel::kPanels>(some, panels, factors, sums);
-        Kernel::finish(sums, some, panels,
-                       {quantized.scale + row, quantized.centre + row, weight, column, activation,
-                        y + (first + row) * weight.out});
+  static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
+    if (rows > 16)
+      panels == 2 ? tile<2, 2>(factors, sums) : tile<2, 1>(factors, sums);
+    else
+      panels == 2 ? tile<1, 2>(factors, sums) : tile<1, 1>(factors, sums);
+  }
+
+  // Registers 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
+  template <int kSixteens, int kTilePanels>
+  RTX_AMX RTX_APART static void tile(const Factors& factors, int32_t* to) {
+    const int64_t stride = factors.padded_in;
+    const uint8_t *above = factors.rows, *below = above + 16 * stride;
+    const int8_t *left = factors.columns, *right = left + kLanes * stride;
+    // Bytes count from 0, steps from 128: each row of the sums begins with the same numbers.
+    _tile_loadd(0, factors.start, 0);
+    if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
+    if (kSixteens > 1) _tile_loadd(2, factors.start, 0);
+    if (kSixteens > 1 && kTilePanels > 1) _tile_loadd(3, factors.start + kLanes, 0);
+    for (int64_t k = 0; k < factors.in; k += 64) {
+      _tile_loadd(4, above + k, stride);
+      _tile_loadd(6, left + k * kLanes, 64);
+      _tile_dpbusd(0, 4, 6);
+      if (kTilePanels > 1) {
+        _tile_loadd(7, right + k * kLanes, 64);
+        _tile_dpbusd(1, 4, 7);
+      }
+      if (kSixteens > 1) {
+        _tile_loadd(5, below + k, stride);
+        _tile_dpbusd(2, 5, 6);
+        if (kTilePanels > 1) _tile_dpbusd(3, 5, 7);
       }
     }
-  });
-}
+    constexpr int kStride = kTilePanels * kLanes * int(sizeof(int32_t));
+    _tile_stored(0, to, kStride);
+    if (kTilePanels > 1) _tile_stored(1, to + kLanes, kStride);
+    if (kSixteens > 1) _tile_stored(2, to + 16 * kTilePanels * kLanes, kStride);
+    if (kSixteens > 1 && kTilePanels > 1) _tile_stored(3, to + (16 * kTilePanels + 1) * kLanes, kStride);
+  }
+
+  static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale, float* centre) {
+    Avx512Vnni::quantize(x, in, padded_in, to, scale, centre);
+  }
+  static void finish(RTX_FINISH_ARGUMENTS) { Avx512Vnni::finish(RTX_FINISH_VALUES); }
+  static void normalize(RTX_ROW_ARGUMENTS) { Avx512Vnni::normalize(RTX_ROW_VALUES); }
+  static constexpr int kRows = 32, kPanels = 2;
+};
+
+#endif  // RTX_HAS_AMX
+#endif  // __x86_64__
+
+template <class Kernel>
+class Run {
+ public:
+  Run(const float* x, const PackedWeight& weight, const Around& around, const float* residual, int64_t tokens,
+      float* const* y)
+      : x_(x), weight_(weight), around_(around), residual_(residual), tokens_(tokens), y_(y),
+        halves_(around.gated ? 2 : 1), panels_(int64_t(weight.panels.size()) / halves_) {}
+
+  void operator()(const Parallel& parallel) {
+    // With few rows, columns are divided too, where each part is worth the waking of a thread. A part quantises its
+    // rows itself, which is little beside the rest.
+    const int64_t blocks = (tokens_ + kBlockRows - 1) / kBlockRows;
+    const int64_t groups = (panels_ + Kernel::kPanels - 1) / Kernel::kPanels;
+    const int64_t worth = tokens_ * weight_.in * int64_t(weight_.panels.size()) * kLanes / kLeastProducts;
+    const int64_t parts = std::clamp<int64_t>(std::min<int64_t>(worth, kMostParts) / blocks, 1, groups);
+    std::atomic<int64_t> left[kMostParts];  // of each block, where there are parts
+    if (parts > 1)
+      for (int64_t block = 0; block < blocks; ++block) left[block] = parts;
+    parallel(blocks * parts, [&](int64_t at) {
+      const int64_t block = at / parts, part = at % parts;
+      const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, tokens_ - first);
+      multiply(first, rows, groups * part / parts * Kernel::kPanels,
+               std::min(panels_, groups * (part + 1) / parts * Kernel::kPanels));
+      // A norm needs a whole row: who comes last has it.
+      if (around_.norm_of_output && around_.norm.kind != NormKind::kNone &&
+          (parts == 1 || left[block].fetch_sub(1, std::memory_order_acq_rel) == 1))
+        for (int64_t row = first; row < first + rows; ++row) {
+          float* y = y_[0] + row * weight_.parts[0];
+          Kernel::normalize(y, weight_.parts[0], around_.norm, y);
+        }
+    });
+  }
+
+ private:
+  // A block of rows is quantised and multiplied by one thread, so that it is read from that core's cache.
+  static constexpr int64_t kBlockRows = 64;
+
+  void multiply(int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    thread_local std::vector<uint8_t> bytes;
+    thread_local std::vector<float> numbers;
+    bytes.resize(size_t((rows + 15) / 16 * 16 * weight_.padded_in));
+    numbers.resize(size_t(2 * rows + weight_.in));
+    const Tokens tokens{bytes.data(), numbers.data(), numbers.data() + rows};
+    quantize(first, rows, tokens, numbers.data() + 2 * rows);
+    Kernel::begin();
+    for (int64_t half = 0; half < halves_; ++half)
+      for (int64_t panel = half * panels_ + begin; panel < half * panels_ + end; panel += Kernel::kPanels) {
+        const int panels = int(std::min<int64_t>(Kernel::kPanels, half * panels_ + end - panel));
+        for (int64_t row = 0; row < rows; row += Kernel::kRows) {
+          const int some = int(std::min<int64_t>(Kernel::kRows, rows - row));
+          alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
+          const Factors factors{tokens.values + row * weight_.padded_in,
+                                weight_.values.data() + panel * kLanes * weight_.padded_in,
+                                weight_.start.data() + panel * kLanes, (weight_.in + kQuad - 1) / kQuad * kQuad,
+                                weight_.padded_in};
+          Kernel::multiply(some, panels, factors, sums);
+          Kernel::finish(sums, some, panels,
+                         {tokens.scale + row, tokens.centre + row, weight_, around_, panel, first + row, residual_, y_});
+        }
+      }
+    Kernel::end();
+  }
+
+  void quantize(int64_t first, int64_t rows, const Tokens& tokens, float* normalized) {
+    const int64_t in = weight_.in;
+    const bool normalizes = around_.norm.kind != NormKind::kNone && !around_.norm_of_output;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x = x_ + (first + row) * in;
+      if (normalizes) {
+        Kernel::normalize(x, in, around_.norm, normalized);
+        x = normalized;
+      }
+      Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * weight_.padded_in, tokens.scale + row,
+                       tokens.centre + row);
+    }
+  }
+
+  const float* x_;
+  const PackedWeight& weight_;
+  const Around& around_;
+  const float* residual_;
+  int64_t tokens_;
+  float* const* y_;
+  int64_t halves_, panels_;  // panels of a half
+};
 
 }  // namespace
 
 PackedWeight::PackedWeight(const uint8_t* from, const float* scales, const float* sums, const float* biases,
-                           int64_t rows, int64_t columns)
-    : in(rows), out(columns), padded_in((rows + kQuad - 1) / kQuad * kQuad),
-      padded_out((columns + kLanes - 1) / kLanes * kLanes) {
-  values.assign(size_t(padded_in * padded_out), 0);
-  offset.assign(size_t(padded_out), 0);
-  for (int64_t k = 0; k < in; ++k)
-    for (int64_t n = 0; n < out; ++n) {
-      const int32_t value = int32_t(from[k * out + n]) - 128;
-      values[size_t(((n / kLanes * (padded_in / kQuad) + k / kQuad) * kLanes + n % kLanes) * kQuad + k % kQuad)] =
-          int8_t(value);
-      offset[size_t(n)] += 128 * value;
-    }
-  scale.assign(size_t(padded_out), 0.0f);
+                           int64_t rows, std::vector<int64_t> columns_of_parts)
+    : in(rows), padded_in((rows + kDepth - 1) / kDepth * kDepth), parts(std::move(columns_of_parts)) {
+  const int64_t columns = std::accumulate(parts.begin(), parts.end(), int64_t(0));
+  for (size_t part = 0; part < parts.size(); ++part)
+    for (int64_t column = 0; column < parts[part]; column += kLanes) panels.push_back({int64_t(part), column});
+  const size_t lanes = panels.size() * kLanes;
+  values.assign(lanes * size_t(padded_in), 0);
+  start.assign(lanes, 0);
+  scale.assign(lanes, 0.0f);
   column_sum = bias = scale;
-  std::copy(scales, scales + out, scale.begin());
-  std::copy(sums, sums + out, column_sum.begin());
-  if (biases != nullptr) std::copy(biases, biases + out, bias.begin());
+  int64_t first = 0;  // of the part
+  for (size_t panel = 0; panel < panels.size(); ++panel) {
+    if (panel > 0 && panels[panel].column == 0) first += parts[size_t(panels[panel].part) - 1];
+    const int64_t many = std::min<int64_t>(kLanes, parts[size_t(panels[panel].part)] - panels[panel].column);
+    for (int64_t lane = 0; lane < many; ++lane) {
+      const int64_t column = first + panels[panel].column + lane;
+      const size_t place = panel * kLanes + size_t(lane);
+      scale[place] = scales[column];
+      column_sum[place] = sums[column];
+      if (biases != nullptr) bias[place] = biases[column];
+    }
+    int8_t* to = values.data() + panel * size_t(kLanes * padded_in);
+    for (int64_t k = 0; k < in; ++k)
+      for (int64_t lane = 0; lane < many; ++lane) {
+        const int32_t value = int32_t(from[k * columns + first + panels[panel].column + lane]) - 128;
+        to[(k / kQuad * kLanes + lane) * kQuad + k % kQuad] = int8_t(value);
+        start[panel * kLanes + size_t(lane)] -= 128 * value;
+      }
+  }
 }
 
-void int8_linear(const float* x, const PackedWeight& weight, Activation activation, int64_t tokens, float* y, Isa isa,
-                 const Parallel& parallel) {
+void int8_linear(const float* x, const PackedWeight& weight, const Around& around, const float* residual,
+                 int64_t tokens, float* const* y, Isa isa, const Parallel& parallel) {
   switch (isa) {
+#if defined(RTX_HAS_AMX)
+    case Isa::kAvx512Amx:
+      return Run<Amx>(x, weight, around, residual, tokens, y)(parallel);
+#endif
 #if defined(__x86_64__)
     case Isa::kAvx512Vnni:
-      return run<Avx512Vnni>(x, weight, activation, tokens, y, parallel);
+      return Run<Avx512Vnni>(x, weight, around, residual, tokens, y)(parallel);
     case Isa::kAvxVnni:
-      return run<AvxVnni>(x, weight, activation, tokens, y, parallel);
+      return Run<AvxVnni>(x, weight, around, residual, tokens, y)(parallel);
     case Isa::kAvx2:
-      return run<Avx2>(x, weight, activation, tokens, y, parallel);
+      return Run<Avx2>(x, weight, around, residual, tokens, y)(parallel);
 #endif
     default:
-      return run<Portable>(x, weight, activation, tokens, y, parallel);
+      return Run<Portable>(x, weight, around, residual, tokens, y)(parallel);
   }
 }
 

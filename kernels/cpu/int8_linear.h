@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "norm.h"
 
 namespace rtx {
 
@@ -13,20 +14,36 @@ enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
 // Bytes up to 255 by weights up to 127, so often that the sum fits into 32 bits.
 constexpr int64_t kMostInputs = 65536;
 
-// A weight as the kernels read it: panels of 16 columns, four rows of each together.
+// A weight as the kernels read it: panels of 16 columns, four rows of each together. Columns come in parts, each of which
+// begins with a panel of its own.
 struct PackedWeight {
-  int64_t in = 0, out = 0, padded_in = 0, padded_out = 0;
-  std::vector<int8_t> values;        // [padded_out / 16][padded_in / 4][16][4]
-  std::vector<int32_t> offset;       // [padded_out]: 128 * the sum of a column's integers
-  std::vector<float> scale, column_sum, bias;  // [padded_out]; bias is 0 where there is none
+  struct Panel {
+    int64_t part, column;  // which part, and where in it the panel begins
+  };
 
-  // values: [in, out] uint8 with zero point 128; scale, column_sum: [out]; bias: [out] or null.
+  int64_t in = 0, padded_in = 0;
+  std::vector<int64_t> parts;    // columns of each
+  std::vector<Panel> panels;
+  std::vector<int8_t> values;    // [panels][padded_in / 4][16][4]
+  std::vector<int32_t> start;    // [panels][16]: -128 * the sum of a column's integers
+  std::vector<float> scale, column_sum, bias;  // [panels][16]; bias is 0 where there is none
+
+  // values: [in, columns of all parts] uint8 with zero point 128; scale, column_sum: one each; bias: one each, or null.
   PackedWeight(const uint8_t* values, const float* scale, const float* column_sum, const float* bias, int64_t in,
-               int64_t out);
+               std::vector<int64_t> parts);
 };
 
-// x: [tokens, in] to y: [tokens, out].
-void int8_linear(const float* x, const PackedWeight& weight, Activation activation, int64_t tokens, float* y, Isa isa,
-                 const Parallel& parallel);
+// What is done around the product.
+struct Around {
+  Norm norm;                   // of x, or of the sum of product and residual
+  bool norm_of_output = false;
+  Activation activation = Activation::kNone;
+  bool gated = false;          // of two equal parts: activation(first) * second
+};
+
+// x: [tokens, in]; residual: as y[0], or null; y: [tokens, columns] for each part, or one if it is gated. A residual or a
+// norm of the output is only for one output.
+void int8_linear(const float* x, const PackedWeight& weight, const Around& around, const float* residual,
+                 int64_t tokens, float* const* y, Isa isa, const Parallel& parallel);
 
 }  // namespace rtx

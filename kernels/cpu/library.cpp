@@ -1,22 +1,28 @@
-// The operators for ONNX Runtime, in the domain "rtx", and plain functions by which tests reach the same kernels.
+// The operators for ONNX Runtime, in the domain "rtx". All that is not said to be constant or an attribute is computed.
 //
-// Int8Linear(x, values, scale, column_sum[, bias]; activation) -> y
-//   x [..., in] float32; values [in, out] uint8 with zero point 128; scale, column_sum, bias [out] float32, all but x
-//   constant; activation "", "gelu", "gelu_tanh" or "silu"; y [..., out] float32.
-// PackedAttention(query, key, value, offsets; scale, causal, window) -> y
-//   query [tokens, heads, width], key and value [tokens, key_heads, width] float32; offsets [sequences + 1] int64;
+// Int8Linear(x, values, scale, column_sum[, bias][, split][, residual][, norm_weight][, norm_bias];
+//            activation, gated, norm, norm_at, epsilon) -> y[, y_1][, y_2]
+//   x [..., in] float32. Constant: values [in, out] uint8 with zero point 128; scale, column_sum, bias [out] float32;
+//   split int64, columns of each output, or of the two halves if gated; norm_weight, norm_bias float32. activation "",
+//   "gelu", "gelu_tanh" or "silu"; norm "", "layer" or "rms", at the "input" or the "output". residual as y.
+//   y [..., its columns] float32: see rtx/kernels/int8_linear.py.
+// Int8Embedding(values, scale, ids[, added][, norm_weight][, norm_bias]; norm, epsilon) -> y
+//   values [rows, width] int8 and scale [rows, 1] float32 constant; ids [...] int64; added as y; y [..., width] float32.
+// RMSNorm(x, weight; epsilon) -> y
+//   x, y [..., width] float32; weight [width] float32.
+// PackedAttention(query, key, value, offsets; heads, key_heads, scale, causal, window) -> y
+//   query [..., heads * width], key and value [..., key_heads * width] float32; offsets [sequences + 1] int64;
 //   y as query.
-#include <atomic>
-#include <cstring>
+// PackedPool(x, offsets[, pooled]; mode) -> y
+//   x [..., width] float32; offsets [sequences + 1] int64; pooled [...] int64; y [sequences, width] float32.
 #include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
+#include "embedding.h"
 #include "int8_linear.h"
-#include "ort.h"
+#include "norm.h"
+#include "ort_operator.h"
 #include "packed_attention.h"
-#include "simd.h"
+#include "packed_pool.h"
 
 #if defined(_WIN32)
 #define RTX_EXPORT extern "C" __declspec(dllexport)
@@ -27,14 +33,6 @@
 namespace rtx {
 namespace {
 
-std::atomic<int> isa_in_use{-1};
-
-Isa current_isa() {
-  int found = isa_in_use.load(std::memory_order_relaxed);
-  if (found < 0) isa_in_use = found = int(detect_isa());
-  return Isa(found);
-}
-
 Activation activation_of(const std::string& name) {
   if (name.empty()) return Activation::kNone;
   if (name == "gelu") return Activation::kGelu;
@@ -43,181 +41,236 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("activation: expected gelu, gelu_tanh or silu, got " + name);
 }
 
-void serially(int64_t count, const std::function<void(int64_t)>& fn) {
-  for (int64_t index = 0; index < count; ++index) fn(index);
+Pooling pooling_of(const std::string& name) {
+  const char* const names[] = {"cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"};
+  for (int at = 0; at < 6; ++at)
+    if (name == names[at]) return Pooling(at);
+  throw std::invalid_argument("mode: expected cls, max, mean, mean_sqrt_len_tokens, weightedmean or lasttoken, got " +
+                              name);
 }
 
-// ---- what all operators share ----
-
-// A call that failed, as an exception.
-class Checked {
- public:
-  explicit Checked(const void* const* table) : api(table) {}
-
-  void operator()(ort::Status* status) const {
-    if (status == nullptr) return;
-    api.ReleaseStatus(status);
-    throw std::runtime_error("ONNX Runtime refused what the operator asked for");
-  }
-
-  const ort::Api api;
-};
-
-std::vector<int64_t> shape_of(const Checked& check, const ort::Value* value) {
-  ort::TensorInfo* info = nullptr;
-  check(check.api.GetTensorTypeAndShape(value, &info));
-  size_t rank = 0;
-  ort::Status* status = check.api.GetDimensionsCount(info, &rank);
-  std::vector<int64_t> shape(rank);
-  if (status == nullptr) status = check.api.GetDimensions(info, shape.data(), rank);
-  check.api.ReleaseTensorTypeAndShapeInfo(info);
-  check(status);
-  return shape;
-}
-
-template <class T>
-T* data_of(const Checked& check, const ort::Value* value) {
-  void* data = nullptr;
-  check(check.api.GetTensorMutableData(const_cast<ort::Value*>(value), &data));
-  return static_cast<T*>(data);
-}
-
-const ort::Value* constant(const Checked& check, const ort::KernelInfo* info, size_t index) {
-  int is_constant = 0;
-  const ort::Value* value = nullptr;
-  check(check.api.KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
-  if (!is_constant || value == nullptr)
-    throw std::invalid_argument("input " + std::to_string(index) + ": expected a constant");
-  return value;
-}
-
-std::string text_attribute(const Checked& check, const ort::KernelInfo* info, const char* name) {
-  size_t size = 0;
-  // A first call tells the size; without the attribute it fails.
-  ort::Status* status = check.api.KernelInfoGetAttribute_string(info, name, nullptr, &size);
-  if (status != nullptr) check.api.ReleaseStatus(status);
-  if (size == 0) return "";
-  std::string found(size, '\0');
-  check(check.api.KernelInfoGetAttribute_string(info, name, found.data(), &size));
-  found.resize(std::strlen(found.c_str()));
+int64_t int_attribute(const Checked& check, const ort::KernelInfo* info, const char* name) {
+  int64_t found = 0;
+  check(check.api.KernelInfoGetAttribute_int64(info, name, &found));
   return found;
 }
 
-// ONNX Runtime's own threads.
-Parallel in_pool(const Checked& check, const ort::KernelContext* context) {
-  return [&check, context](int64_t count, const std::function<void(int64_t)>& fn) {
-    if (count == 1) return fn(0);
-    const auto call = [](void* data, size_t index) {
-      (*static_cast<const std::function<void(int64_t)>*>(data))(int64_t(index));
-    };
-    check(check.api.KernelContext_ParallelFor(context, call, size_t(count), 0,
-                                              const_cast<std::function<void(int64_t)>*>(&fn)));
-  };
+float float_attribute(const Checked& check, const ort::KernelInfo* info, const char* name) {
+  float found = 0.0f;
+  check(check.api.KernelInfoGetAttribute_float(info, name, &found));
+  return found;
 }
 
-// ---- Int8Linear ----
+// `count` numbers that are constant, or null where they may be absent and are.
+const float* numbers_of(const Checked& check, const ort::KernelInfo* info, size_t index, const char* name,
+                        int64_t count, bool optional = false) {
+  if (optional && optional_constant(check, info, index) == nullptr) return nullptr;
+  const ort::Value* value = constant(check, info, index);
+  if (count_of(shape_of(check, value)) != count)
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(count) + " numbers");
+  return data_of<float>(check, value);
+}
+
+// By the attributes `norm` and `epsilon`, and two inputs from `first` on, which are constant.
+Norm norm_of(const Checked& check, const ort::KernelInfo* info, size_t first, int64_t width) {
+  const std::string kind = text_attribute(check, info, "norm");
+  if (kind.empty()) return {};
+  if (kind != "layer" && kind != "rms") throw std::invalid_argument("norm: expected layer or rms, got " + kind);
+  return {kind == "layer" ? NormKind::kLayer : NormKind::kRms, float_attribute(check, info, "epsilon"),
+          numbers_of(check, info, first, "norm_weight", width),
+          numbers_of(check, info, first + 1, "norm_bias", width, true)};
+}
+
+void check_offsets(const int64_t* offsets, const std::vector<int64_t>& shape, int64_t tokens) {
+  bool rising = shape.size() == 1 && shape[0] >= 1 && offsets[0] == 0 && offsets[shape[0] - 1] == tokens;
+  for (int64_t at = 0; rising && at + 1 < shape[0]; ++at) rising = offsets[at] <= offsets[at + 1];
+  if (!rising) throw std::invalid_argument("offsets: expected to rise from 0 to the number of tokens");
+}
+
+int64_t tokens_of(const std::vector<int64_t>& shape) {
+  return count_of(std::vector<int64_t>(shape.begin(), shape.end() - 1));
+}
 
 class Int8Linear {
  public:
   Int8Linear(const void* const* table, const ort::KernelInfo* info) : check(table) {
-    activation_ = activation_of(text_attribute(check, info, "activation"));
+    around_.activation = activation_of(text_attribute(check, info, "activation"));
+    around_.gated = int_attribute(check, info, "gated") != 0;
+    const std::string at = text_attribute(check, info, "norm_at");
+    if (at != "input" && at != "output") throw std::invalid_argument("norm_at: expected input or output, got " + at);
+    around_.norm_of_output = at == "output";
     const ort::Value* values = constant(check, info, 1);
     const std::vector<int64_t> shape = shape_of(check, values);
     if (shape.size() != 2) throw std::invalid_argument("values: expected a matrix [in, out]");
-    if (shape[0] > kMostInputs)
-      throw std::invalid_argument("values: expected at most " + std::to_string(kMostInputs) + " rows");
+    if (shape[0] < 1 || shape[0] > kMostInputs)
+      throw std::invalid_argument("values: expected 1 to " + std::to_string(kMostInputs) + " rows");
     // A magnitude of 128 has no opposite in 8 bits.
     const uint8_t* first = data_of<uint8_t>(check, values);
     if (std::memchr(first, 0, size_t(shape[0] * shape[1])) != nullptr)
       throw std::invalid_argument("values: expected bytes from 1 to 255, which are 127 to either side of 128");
-    const float* numbers[3] = {nullptr, nullptr, nullptr};
-    for (size_t index = 0; index < 3; ++index) {
-      if (index == 2 && !has_bias(info)) break;
-      const ort::Value* value = constant(check, info, 2 + index);
-      if (shape_of(check, value) != std::vector<int64_t>{shape[1]})
-        throw std::invalid_argument("scale, column_sum and bias: expected one number for each of " +
-                                    std::to_string(shape[1]) + " columns");
-      numbers[index] = data_of<float>(check, value);
-    }
-    weight_ = std::make_unique<PackedWeight>(data_of<uint8_t>(check, values), numbers[0], numbers[1], numbers[2],
-                                             shape[0], shape[1]);
+    const std::vector<int64_t> parts = split_of(info, shape[1]);
+    around_.norm = norm_of(check, info, 7, around_.norm_of_output ? parts[0] : shape[0]);
+    outputs_ = around_.gated ? 1 : parts.size();
+    if (outputs_ > kOutputs || (around_.gated && (parts.size() != 2 || parts[0] != parts[1])))
+      throw std::invalid_argument("split: expected at most 3 outputs, or two equal halves if gated");
+    if (outputs_ > 1 && around_.norm_of_output && around_.norm.kind != NormKind::kNone)
+      throw std::invalid_argument("norm: expected one output where it is that of the output");
+    weight_ = std::make_unique<PackedWeight>(first, numbers_of(check, info, 2, "scale", shape[1]),
+                                             numbers_of(check, info, 3, "column_sum", shape[1]),
+                                             numbers_of(check, info, 4, "bias", shape[1], true), shape[0], parts);
   }
 
   void compute(ort::KernelContext* context) {
-    const ort::Value* input = nullptr;
-    check(check.api.KernelContext_GetInput(context, 0, &input));
+    const ort::Value *input = input_of(check, context, 0), *residual = input_of(check, context, 6);
     std::vector<int64_t> shape = shape_of(check, input);
     if (shape.empty() || shape.back() != weight_->in)
       throw std::invalid_argument("x: expected a last dimension of " + std::to_string(weight_->in));
-    int64_t tokens = 1;
-    for (size_t axis = 0; axis + 1 < shape.size(); ++axis) tokens *= shape[axis];
-    shape.back() = weight_->out;
-    ort::Value* output = nullptr;
-    check(check.api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
+    const int64_t tokens = tokens_of(shape);
+    float* y[kOutputs] = {};
+    for (size_t index = 0; index < outputs_; ++index) {
+      shape.back() = weight_->parts[index];
+      ort::Value* output = nullptr;
+      check(check.api.KernelContext_GetOutput(context, index, shape.data(), shape.size(), &output));
+      y[index] = data_of<float>(check, output);
+    }
+    if (residual != nullptr && (outputs_ > 1 || count_of(shape_of(check, residual)) != count_of(shape)))
+      throw std::invalid_argument("residual: expected as many numbers as the one output has");
     if (tokens == 0) return;
-    int8_linear(data_of<float>(check, input), *weight_, activation_, tokens, data_of<float>(check, output),
-                current_isa(), in_pool(check, context));
+    int8_linear(data_of<float>(check, input), *weight_, around_,
+                residual == nullptr ? nullptr : data_of<float>(check, residual), tokens, y, current_isa(),
+                in_pool(check, context));
   }
 
   const Checked check;
 
   static constexpr const char* kName = "Int8Linear";
-  static constexpr size_t kInputs = 5, kOutputs = 1;
-  static int input_type(size_t index) { return index == 1 ? ort::kUint8 : ort::kFloat; }
+  static constexpr size_t kInputs = 9, kOutputs = 3;
+  static int input_type(size_t index) { return index == 1 ? ort::kUint8 : index == 5 ? ort::kInt64 : ort::kFloat; }
   static int output_type(size_t) { return ort::kFloat; }
-  static int input_characteristic(size_t index) { return index == 4 ? ort::kOptional : ort::kRequired; }
+  static int input_characteristic(size_t index) { return index >= 4 ? ort::kOptional : ort::kRequired; }
 
  private:
-  bool has_bias(const ort::KernelInfo* info) const {
-    int is_constant = 0;
-    const ort::Value* value = nullptr;
-    ort::Status* status = check.api.KernelInfoGetConstantInput_tensor(info, 4, &is_constant, &value);
-    if (status != nullptr) check.api.ReleaseStatus(status);
-    return status == nullptr && is_constant && value != nullptr;
+  std::vector<int64_t> split_of(const ort::KernelInfo* info, int64_t columns) const {
+    if (optional_constant(check, info, 5) == nullptr) return {columns};
+    const ort::Value* value = constant(check, info, 5);
+    const int64_t* sizes = data_of<int64_t>(check, value);
+    const std::vector<int64_t> found(sizes, sizes + count_of(shape_of(check, value)));
+    bool whole = !found.empty() && std::accumulate(found.begin(), found.end(), int64_t(0)) == columns;
+    for (const int64_t size : found) whole = whole && size > 0;
+    if (!whole) throw std::invalid_argument("split: expected parts that make up " + std::to_string(columns));
+    return found;
   }
 
-  Activation activation_;
+  Around around_;
+  size_t outputs_ = 1;
   std::unique_ptr<PackedWeight> weight_;
 };
 
-// ---- PackedAttention ----
+class Int8Embedding {
+ public:
+  Int8Embedding(const void* const* table, const ort::KernelInfo* info) : check(table) {
+    const ort::Value* values = constant(check, info, 0);
+    const std::vector<int64_t> shape = shape_of(check, values);
+    if (shape.size() != 2) throw std::invalid_argument("values: expected a matrix [rows, width]");
+    values_ = data_of<int8_t>(check, values);
+    rows_ = shape[0];
+    width_ = shape[1];
+    scale_ = numbers_of(check, info, 1, "scale", rows_);
+    norm_ = norm_of(check, info, 4, width_);
+  }
 
-void check_offsets(const int64_t* offsets, int64_t sequences, int64_t tokens) {
-  bool rising = sequences >= 0 && offsets[0] == 0 && offsets[sequences] == tokens;
-  for (int64_t at = 0; at < sequences && rising; ++at) rising = offsets[at] <= offsets[at + 1];
-  if (!rising) throw std::invalid_argument("offsets: expected to rise from 0 to the number of tokens");
-}
+  void compute(ort::KernelContext* context) {
+    const ort::Value *input = input_of(check, context, 2), *added = input_of(check, context, 3);
+    std::vector<int64_t> shape = shape_of(check, input);
+    const int64_t tokens = count_of(shape);
+    const int64_t* ids = data_of<int64_t>(check, input);
+    for (int64_t at = 0; at < tokens; ++at)
+      if (ids[at] < 0 || ids[at] >= rows_)
+        throw std::invalid_argument("ids: expected 0 to " + std::to_string(rows_ - 1) + ", got " +
+                                    std::to_string(ids[at]));
+    shape.push_back(width_);
+    if (added != nullptr && count_of(shape_of(check, added)) != tokens * width_)
+      throw std::invalid_argument("added: expected " + std::to_string(width_) + " numbers for each token");
+    ort::Value* output = nullptr;
+    check(check.api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
+    int8_embedding(values_, scale_, width_, ids, added == nullptr ? nullptr : data_of<float>(check, added), tokens,
+                   norm_, data_of<float>(check, output), current_isa(), in_pool(check, context));
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "Int8Embedding";
+  static constexpr size_t kInputs = 6, kOutputs = 1;
+  static int input_type(size_t index) { return index == 0 ? ort::kInt8 : index == 2 ? ort::kInt64 : ort::kFloat; }
+  static int output_type(size_t) { return ort::kFloat; }
+  static int input_characteristic(size_t index) { return index >= 3 ? ort::kOptional : ort::kRequired; }
+
+ private:
+  const int8_t* values_;
+  const float* scale_;
+  int64_t rows_, width_;
+  Norm norm_;
+};
+
+class RmsNorm {
+ public:
+  RmsNorm(const void* const* table, const ort::KernelInfo* info) : check(table) {
+    epsilon_ = float_attribute(check, info, "epsilon");
+  }
+
+  void compute(ort::KernelContext* context) {
+    const ort::Value *input = input_of(check, context, 0), *weight = input_of(check, context, 1);
+    const std::vector<int64_t> shape = shape_of(check, input);
+    if (shape.empty() || count_of(shape_of(check, weight)) != shape.back())
+      throw std::invalid_argument("weight: expected as many numbers as a row of x has");
+    ort::Value* output = nullptr;
+    check(check.api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
+    const Norm norm{NormKind::kRms, epsilon_, data_of<float>(check, weight), nullptr};
+    normalize(data_of<float>(check, input), tokens_of(shape), shape.back(), norm, data_of<float>(check, output),
+              current_isa(), in_pool(check, context));
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "RMSNorm";
+  static constexpr size_t kInputs = 2, kOutputs = 1;
+  static int input_type(size_t) { return ort::kFloat; }
+  static int output_type(size_t) { return ort::kFloat; }
+  static int input_characteristic(size_t) { return ort::kRequired; }
+
+ private:
+  float epsilon_;
+};
 
 class PackedAttention {
  public:
   PackedAttention(const void* const* table, const ort::KernelInfo* info) : check(table) {
-    int64_t causal = 0;
-    check(check.api.KernelInfoGetAttribute_float(info, "scale", &shape_.scale));
-    check(check.api.KernelInfoGetAttribute_int64(info, "causal", &causal));
-    check(check.api.KernelInfoGetAttribute_int64(info, "window", &shape_.window));
-    shape_.causal = causal != 0;
+    shape_.heads = int_attribute(check, info, "heads");
+    shape_.key_heads = int_attribute(check, info, "key_heads");
+    shape_.scale = float_attribute(check, info, "scale");
+    shape_.causal = int_attribute(check, info, "causal") != 0;
+    shape_.window = int_attribute(check, info, "window");
+    if (shape_.key_heads < 1 || shape_.heads < 1 || shape_.heads % shape_.key_heads != 0)
+      throw std::invalid_argument("heads: expected a multiple of key_heads");
   }
 
   void compute(ort::KernelContext* context) {
     const ort::Value* inputs[4];
     std::vector<int64_t> shapes[4];
     for (size_t index = 0; index < 4; ++index) {
-      check(check.api.KernelContext_GetInput(context, index, &inputs[index]));
+      inputs[index] = input_of(check, context, index);
       shapes[index] = shape_of(check, inputs[index]);
     }
+    AttentionShape shape = shape_;
     const std::vector<int64_t>&query = shapes[0], &key = shapes[1];
-    if (query.size() != 3 || key.size() != 3 || key != shapes[2] || key[0] != query[0] || key[2] != query[2] ||
-        key[1] < 1 || query[1] % key[1] != 0 || shapes[3].size() != 1 || shapes[3][0] < 1)
-      throw std::invalid_argument("expected query [tokens, heads, width], key and value [tokens, key_heads, width], "
-                                  "heads a multiple of key_heads, and offsets [sequences + 1]");
+    if (query.empty() || key.empty() || key != shapes[2] || query.back() % shape.heads != 0 ||
+        key.back() * shape.heads != query.back() * shape.key_heads || tokens_of(query) != tokens_of(key))
+      throw std::invalid_argument("expected query [..., heads * width], key and value [..., key_heads * width]");
+    shape.width = query.back() / shape.heads;
     ort::Value* output = nullptr;
     check(check.api.KernelContext_GetOutput(context, 0, query.data(), query.size(), &output));
     const int64_t* offsets = data_of<int64_t>(check, inputs[3]);
-    check_offsets(offsets, shapes[3][0] - 1, query[0]);
-    AttentionShape shape = shape_;
-    shape.heads = query[1];
-    shape.key_heads = key[1];
-    shape.width = query[2];
+    check_offsets(offsets, shapes[3], tokens_of(query));
     packed_attention(data_of<float>(check, inputs[0]), data_of<float>(check, inputs[1]),
                      data_of<float>(check, inputs[2]), offsets, shapes[3][0] - 1, shape,
                      data_of<float>(check, output), current_isa(), in_pool(check, context));
@@ -235,50 +288,45 @@ class PackedAttention {
   AttentionShape shape_{};
 };
 
-// ---- registration ----
+class PackedPool {
+ public:
+  PackedPool(const void* const* table, const ort::KernelInfo* info) : check(table) {
+    pooling_ = pooling_of(text_attribute(check, info, "mode"));
+  }
 
-template <class Kernel>
-const ort::Op* op() {
-  static const ort::Op made = [] {
-    ort::Op op{};
-    op.version = ort::kVersion;
-    op.GetName = [](const ort::Op*) { return Kernel::kName; };
-    op.GetExecutionProviderType = [](const ort::Op*) -> const char* { return nullptr; };
-    op.GetInputTypeCount = [](const ort::Op*) { return Kernel::kInputs; };
-    op.GetInputType = [](const ort::Op*, size_t index) { return Kernel::input_type(index); };
-    op.GetInputCharacteristic = [](const ort::Op*, size_t index) { return Kernel::input_characteristic(index); };
-    op.GetOutputTypeCount = [](const ort::Op*) { return Kernel::kOutputs; };
-    op.GetOutputType = [](const ort::Op*, size_t index) { return Kernel::output_type(index); };
-    op.GetOutputCharacteristic = [](const ort::Op*, size_t) { return int(ort::kRequired); };
-    op.GetInputMemoryType = [](const ort::Op*, size_t) { return 0; };
-    op.GetVariadicInputMinArity = op.GetVariadicInputHomogeneity = [](const ort::Op*) { return 1; };
-    op.GetVariadicOutputMinArity = op.GetVariadicOutputHomogeneity = [](const ort::Op*) { return 1; };
-    op.GetStartVersion = [](const ort::Op*) { return 1; };
-    op.GetEndVersion = [](const ort::Op*) { return 2147483647; };
-    op.CreateKernelV2 = [](const ort::Op*, const void* const* table, const ort::KernelInfo* info,
-                           void** kernel) -> ort::Status* {
-      try {
-        *kernel = new Kernel(table, info);
-        return nullptr;
-      } catch (const std::exception& wrong) {
-        const std::string message = std::string(Kernel::kName) + ": " + wrong.what();
-        return ort::Api(table).CreateStatus(ort::kInvalidArgument, message.c_str());
-      }
-    };
-    op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) -> ort::Status* {
-      Kernel* const made = static_cast<Kernel*>(kernel);
-      try {
-        made->compute(context);
-        return nullptr;
-      } catch (const std::exception& wrong) {
-        const std::string message = std::string(Kernel::kName) + ": " + wrong.what();
-        return made->check.api.CreateStatus(ort::kFail, message.c_str());
-      }
-    };
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    return op;
-  }();
-  return &made;
+  void compute(ort::KernelContext* context) {
+    const ort::Value *input = input_of(check, context, 0), *pooled = input_of(check, context, 2);
+    const std::vector<int64_t> shape = shape_of(check, input), ends = shape_of(check, input_of(check, context, 1));
+    if (shape.empty()) throw std::invalid_argument("x: expected [..., width]");
+    const int64_t* offsets = data_of<int64_t>(check, input_of(check, context, 1));
+    check_offsets(offsets, ends, tokens_of(shape));
+    if (pooled != nullptr && count_of(shape_of(check, pooled)) != tokens_of(shape))
+      throw std::invalid_argument("pooled: expected one number for each token");
+    const std::vector<int64_t> rows{ends[0] - 1, shape.back()};
+    ort::Value* output = nullptr;
+    check(check.api.KernelContext_GetOutput(context, 0, rows.data(), rows.size(), &output));
+    packed_pool(data_of<float>(check, input), shape.back(), offsets, rows[0],
+                pooled == nullptr ? nullptr : data_of<int64_t>(check, pooled), pooling_, data_of<float>(check, output),
+                in_pool(check, context));
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "PackedPool";
+  static constexpr size_t kInputs = 3, kOutputs = 1;
+  static int input_type(size_t index) { return index == 0 ? ort::kFloat : ort::kInt64; }
+  static int output_type(size_t) { return ort::kFloat; }
+  static int input_characteristic(size_t index) { return index == 2 ? ort::kOptional : ort::kRequired; }
+
+ private:
+  Pooling pooling_;
+};
+
+ort::Status* make_domain(const ort::Api& api, ort::Domain** domain) {
+  if (ort::Status* failed = api.CreateCustomOpDomain("rtx", domain)) return failed;
+  for (const ort::Op* one : {op<Int8Linear>(), op<Int8Embedding>(), op<RmsNorm>(), op<PackedAttention>(), op<PackedPool>()})
+    if (ort::Status* failed = api.CustomOpDomain_Add(*domain, one)) return failed;
+  return nullptr;
 }
 
 }  // namespace
@@ -294,57 +342,7 @@ RTX_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const or
   const ort::Api api(table);
   // One for the process: sessions refer to it for as long as they live.
   static ort::Domain* domain = nullptr;
-  static ort::Status* failed = [&] {
-    ort::Status* status = api.CreateCustomOpDomain("rtx", &domain);
-    if (status == nullptr) status = api.CustomOpDomain_Add(domain, op<Int8Linear>());
-    if (status == nullptr) status = api.CustomOpDomain_Add(domain, op<PackedAttention>());
-    return status;
-  }();
+  static ort::Status* failed = make_domain(api, &domain);
   if (failed != nullptr) return api.CreateStatus(ort::kFail, "the operators of rtx could not be registered");
   return api.AddCustomOpDomain(options, domain);
-}
-
-// The instruction set in use: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 VNNI.
-RTX_EXPORT int rtx_isa() { return int(current_isa()); }
-
-// The best that this machine has.
-RTX_EXPORT int rtx_best_isa() { return int(detect_isa()); }
-
-// Use another one, for tests and benchmarks. 0 if this machine has it, else 1 and nothing changes.
-RTX_EXPORT int rtx_use_isa(int isa) {
-  const int best = int(detect_isa());
-  // AVX-512 machines need not have the 256-bit form of VNNI.
-  const bool known = isa == 0 || isa == best || (isa == int(Isa::kAvx2) && best > 0) ||
-                     (isa == int(Isa::kAvxVnni) && has_avx_vnni());
-  if (!known) return 1;
-  isa_in_use = isa;
-  return 0;
-}
-
-// The kernel by itself, in one thread. bias may be NULL; activation counts as in Activation.
-RTX_EXPORT void rtx_int8_linear(const float* x, const uint8_t* values, const float* scale, const float* column_sum,
-                                const float* bias, int activation, int64_t tokens, int64_t in, int64_t out, float* y) {
-  const PackedWeight weight(values, scale, column_sum, bias, in, out);
-  int8_linear(x, weight, Activation(activation), tokens, y, current_isa(), serially);
-}
-
-RTX_EXPORT void rtx_packed_attention(const float* query, const float* key, const float* value, const int64_t* offsets,
-                                     int64_t sequences, int64_t heads, int64_t key_heads, int64_t width, float scale,
-                                     int causal, int64_t window, float* y) {
-  packed_attention(query, key, value, offsets, sequences,
-                   AttentionShape{heads, key_heads, width, scale, causal != 0, window}, y, current_isa(), serially);
-}
-
-// Functions of vectors, for tests: 0 e^x, 1 erf, 2 gelu, 3 gelu_tanh, 4 silu; count a multiple of 4.
-RTX_EXPORT void rtx_map(int function, const float* x, int64_t count, float* y) {
-  for (int64_t at = 0; at < count; at += 4) {
-    const Floats4 values = load<Floats4>(x + at);
-    switch (function) {
-      case 0: store(y + at, exponential(values)); break;
-      case 1: store(y + at, error_function(values)); break;
-      case 2: store(y + at, gelu(values)); break;
-      case 3: store(y + at, gelu_tanh(values)); break;
-      default: store(y + at, silu(values)); break;
-    }
-  }
 }

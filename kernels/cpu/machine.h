@@ -7,13 +7,16 @@
 namespace rtx {
 
 // In the order of preference. Every one gives the same integers.
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni };
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Amx };
 
 // The best that this machine has.
 Isa detect_isa();
 
-// Whether it has the 256-bit form of VNNI, which one with AVX-512 may lack.
-bool has_avx_vnni();
+// What kernels use: the best, or what was chosen.
+Isa current_isa();
+
+// Choose another one, if this machine has it; tests and benchmarks do.
+bool use_isa(Isa isa);
 
 // Runs fn(0) ... fn(count - 1), in any order, at once where there are threads.
 using Parallel = std::function<void(int64_t count, const std::function<void(int64_t)>& fn)>;

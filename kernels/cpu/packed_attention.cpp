@@ -178,6 +178,7 @@ void packed_attention(const float* query, const float* key, const float* value, 
                      padded_width,  shape,         y + start, heads * width};
       switch (isa) {
 #if defined(__x86_64__)
+        case Isa::kAvx512Amx:
         case Isa::kAvx512Vnni:
           attend_avx512(one, scores, stride);
           break;

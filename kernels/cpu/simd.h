@@ -13,9 +13,14 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+// Tiles need the operating system's leave, which only Linux is asked for.
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define RTX_HAS_AMX
+#endif
 #define RTX_AVX2 __attribute__((target("avx2,fma")))
 #define RTX_AVXVNNI __attribute__((target("avx2,fma,avxvnni")))
 #define RTX_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define RTX_AMX __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")))
 #endif
 
 namespace rtx {
@@ -33,16 +38,19 @@ template <>
 struct Vector<Floats4> {
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef uint8_t Bytes __attribute__((vector_size(4)));
+  typedef int8_t SignedBytes __attribute__((vector_size(4)));
 };
 template <>
 struct Vector<Floats8> {
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef uint8_t Bytes __attribute__((vector_size(8)));
+  typedef int8_t SignedBytes __attribute__((vector_size(8)));
 };
 template <>
 struct Vector<Floats16> {
   typedef int32_t Ints __attribute__((vector_size(64)));
   typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef int8_t SignedBytes __attribute__((vector_size(16)));
 };
 template <class Floats>
 using Ints = typename Vector<Floats>::Ints;
@@ -59,6 +67,34 @@ RTX_INLINE Floats load(const float* from) {
 template <class Floats>
 RTX_INLINE void store(float* to, Floats values) {
   std::memcpy(to, &values, sizeof values);
+}
+
+// The first `count` numbers, or all if there are so many; 0 behind them.
+template <class Floats>
+RTX_INLINE Floats load_some(const float* from, int64_t count) {
+  if (count >= kWidth<Floats>) return load<Floats>(from);
+  float some[kWidth<Floats>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = from[lane];
+  return load<Floats>(some);
+}
+
+template <class Floats>
+RTX_INLINE void store_some(float* to, Floats values, int64_t count) {
+  if (count >= kWidth<Floats>) return store(to, values);
+  float some[kWidth<Floats>];
+  store(some, values);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = some[lane];
+}
+
+// As `load_some`, of 8-bit integers.
+template <class Floats>
+RTX_INLINE Floats load_bytes(const int8_t* from, int64_t count) {
+  typename Vector<Floats>::SignedBytes bytes = {};
+  if (count >= kWidth<Floats>)
+    std::memcpy(&bytes, from, sizeof bytes);
+  else
+    std::memcpy(&bytes, from, size_t(count));
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints<Floats>), Floats);
 }
 
 template <class Floats>

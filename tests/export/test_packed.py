@@ -51,7 +51,7 @@ def held(model: RetrievalModel) -> None:
     """Packed against plain, together and alone, and int8 against the same arithmetic in standard operators."""
     items, plain_graph, packed_graph = encoded(model), export_graph(model), export_packed(model)
     assert [value.name for value in packed_graph.graph.inputs] == list(model.contract.inputs)
-    assert [value.name for value in packed_graph.graph.outputs] == [v.name for v in plain_graph.graph.outputs]
+    assert [value.name for value in packed_graph.graph.outputs] == [model.contract.output]
     plain, packed = engine(plain_graph, model), engine(packed_graph, model)
     whole, each = Budget(max_batch_items=64, max_batch_tokens=1 << 20), Budget(max_batch_items=1)
     expected = run_items(plain, model.preprocessor, items, whole)
@@ -97,6 +97,22 @@ def test_rows_of_one_length_are_not_packed(tiny_checkpoint: Callable[..., Path])
         export_packed(model)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+def test_what_stands_around_a_linear_layer_becomes_one_with_it(
+    tiny_checkpoint: Callable[..., Path], architecture: str
+) -> None:
+    graph = export_packed(RetrievalModel.load(tiny_checkpoint(architecture)))
+    quantize_int8_fused(graph)
+    kinds = [node.op_type for node in graph.graph]
+    layer = ["Int8Linear", "PackedAttention", "Int8Linear", "Int8Linear", "Int8Linear"]
+    assert kinds[kinds.index("Int8Embedding") : kinds.index("PackedPool") + 1] == [
+        "Int8Embedding",
+        *layer,
+        *layer,
+        "PackedPool",
+    ]
+
+
 def test_padding_on_either_side(tiny_checkpoint: Callable[..., Path]) -> None:
     model = RetrievalModel.load(tiny_checkpoint("qwen3"))
     packed = engine(export_packed(model), model)
@@ -107,9 +123,8 @@ def test_padding_on_either_side(tiny_checkpoint: Callable[..., Path]) -> None:
     for row, item in enumerate(items):
         for name, array in batch.items():
             flipped[name][row, -len(item.ids) :] = array[row, : len(item.ids)]
-    right, left = (packed.fetch(("last_hidden_state",), some)[0] for some in (batch, flipped))
-    for row, item in enumerate(items):
-        np.testing.assert_allclose(left[row, -len(item.ids) :], right[row, : len(item.ids)], atol=1e-6)
+    right, left = (packed.run(some) for some in (batch, flipped))
+    np.testing.assert_allclose(left, right, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,19 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rtx.kernels import library
-from rtx.kernels.int8_linear import Int8Weight, int8_linear, quantize_weight
+from rtx.kernels.int8_linear import Int8Weight, int8_linear, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN, ISAS, best_isa, library_file, load_library
+from rtx.kernels.norm import layer_norm, rms_norm
 from rtx.kernels.packed_attention import packed_attention
+from rtx.kernels.packed_pool import packed_pool
+from rtx.kernels.pool import MODES
 
 pytestmark = pytest.mark.skipif(library_file() is None, reason="the operators were not built")
 
 FLOAT_STEP = 2.0**-23
+EPSILON = 1e-5
+NORMS = ("", "layer", "rms")
+MODES_IN_C = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 ACTIVATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "": lambda x: x,
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
@@ -61,12 +67,35 @@ def linear(
     weight: Int8Weight,
     bias: NDArray[np.float32] | None = None,
     activation: str = "",
-) -> NDArray[np.float32]:
+    *,
+    split: Sequence[int] = (),
+    gated: bool = False,
+    norm: str = "",
+    norm_at: str = "output",
+    norm_weight: NDArray[np.float32] | None = None,
+    norm_bias: NDArray[np.float32] | None = None,
+    residual: NDArray[np.float32] | None = None,
+) -> list[NDArray[np.float32]]:
     rows, columns = weight.values.shape
-    y = np.full((len(x), columns), np.nan, dtype=np.float32)
-    arrays = (np.ascontiguousarray(x), weight.values, weight.scale, weight.column_sum, bias)
-    sizes = (ctypes.c_int64(size) for size in (len(x), rows, columns))
-    operators.rtx_int8_linear(*map(pointer, arrays), list(ACTIVATIONS).index(activation), *sizes, pointer(y))
+    parts = np.array(split or [columns], dtype=np.int64)
+    y = [np.full((len(x), width), np.nan, dtype=np.float32) for width in (parts[:1] if gated else parts)]
+    x = np.ascontiguousarray(x)
+    operators.rtx_pack.restype = ctypes.c_void_p
+    arrays = (weight.values, weight.scale, weight.column_sum, bias)
+    packed = ctypes.c_void_p(
+        operators.rtx_pack(*map(pointer, arrays), ctypes.c_int64(rows), pointer(parts), ctypes.c_int64(len(parts)))
+    )
+    numbers = (list(ACTIVATIONS).index(activation), int(gated), NORMS.index(norm), int(norm_at == "output"))
+    operators.rtx_int8_linear(
+        pointer(x),
+        packed,
+        *numbers,
+        ctypes.c_float(EPSILON),
+        *map(pointer, (norm_weight, norm_bias, residual)),
+        ctypes.c_int64(len(x)),
+        (ctypes.c_void_p * len(y))(*(one.ctypes.data for one in y)),
+    )
+    operators.rtx_unpack(packed)
     return y
 
 
@@ -103,7 +132,8 @@ def assert_linear(
     expected = int8_linear(x, weight, bias)
     centre = (x.max(axis=1, keepdims=True) + x.min(axis=1, keepdims=True)) / 2
     size = np.abs(expected) + 2 * np.abs(centre * weight.column_sum) + (0 if bias is None else 2 * np.abs(bias))
-    assert (np.abs(linear(operators, x, weight, bias) - expected) <= 5 * FLOAT_STEP * size).all()
+    (found,) = linear(operators, x, weight, bias)
+    assert (np.abs(found - expected) <= 5 * FLOAT_STEP * size).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -158,10 +188,10 @@ def test_rows_that_go_wrong_elsewhere(operators: ctypes.CDLL) -> None:
     for place, value in ((0, np.nan), (1, np.nan), (47, np.nan), (5, np.inf), (30, -np.inf)):
         poisoned = x.copy()
         poisoned[6, place] = value
-        found = linear(operators, poisoned, weight)
+        (found,) = linear(operators, poisoned, weight)
         assert np.isnan(found[6]).all() or not np.isfinite(found[6]).any()
         others = [row for row in range(9) if row != 6]
-        assert (found[others] == linear(operators, x, weight)[others]).all()
+        assert (found[others] == linear(operators, x, weight)[0][others]).all()
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
@@ -170,16 +200,133 @@ def test_activations(operators: ctypes.CDLL, activation: str) -> None:
     x = random.standard_normal((37, 40)).astype(np.float32)
     weight = quantize_weight(random.standard_normal((40, 35)))
     plain = int8_linear(x, weight).astype(np.float64)
-    found = linear(operators, x, weight, activation=activation)
+    (found,) = linear(operators, x, weight, activation=activation)
     np.testing.assert_allclose(found, ACTIVATIONS[activation](plain), atol=5e-6)
+
+
+@pytest.mark.parametrize("split", [(48, 32), (40, 1, 39)])
+def test_several_outputs(operators: ctypes.CDLL, split: tuple[int, ...]) -> None:
+    random = np.random.default_rng(2)
+    x = random.standard_normal((70, 50)).astype(np.float32)
+    weight, bias = quantize_weight(random.standard_normal((50, 80))), random.standard_normal(80).astype(np.float32)
+    found = linear(operators, x, weight, bias, split=split)
+    assert [one.shape[1] for one in found] == list(split)
+    (whole,) = linear(operators, x, weight, bias)
+    assert (np.concatenate(found, axis=1) == whole).all()
+
+
+@pytest.mark.parametrize("half", [40, 33])
+def test_gated(operators: ctypes.CDLL, half: int) -> None:
+    random = np.random.default_rng(2)
+    x = random.standard_normal((70, 50)).astype(np.float32)
+    weight = quantize_weight(random.standard_normal((50, 2 * half)))
+    gate, up = np.split(int8_linear(x, weight).astype(np.float64), 2, axis=1)
+    (found,) = linear(operators, x, weight, activation="silu", split=(half, half), gated=True)
+    np.testing.assert_allclose(found, ACTIVATIONS["silu"](gate) * up, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("shape", [(1, 33, 20), (70, 48, 64), (130, 20, 33)])
+def test_norms_and_residuals(operators: ctypes.CDLL, norm: str, shape: tuple[int, int, int]) -> None:
+    tokens, rows, columns = shape
+    random = np.random.default_rng(2)
+    x = random.standard_normal((tokens, rows)).astype(np.float32) + 1
+    weight = quantize_weight(random.standard_normal((rows, columns)))
+    residual = random.standard_normal((tokens, columns)).astype(np.float32)
+    some = {size: random.standard_normal((2, size)).astype(np.float32) for size in (rows, columns)}
+
+    def reference(values: NDArray[Any], factor: NDArray[Any], bias: NDArray[Any]) -> NDArray[np.float64]:
+        if norm == "rms":
+            return rms_norm(values, factor, epsilon=EPSILON)
+        return layer_norm(values, factor, bias, epsilon=EPSILON)
+
+    bias = some[columns][1] if norm == "layer" else None
+    (found,) = linear(operators, x, weight, residual=residual, norm=norm, norm_weight=some[columns][0], norm_bias=bias)
+    expected = reference(int8_linear(x, weight) + residual, *some[columns])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+    bias = some[rows][1] if norm == "layer" else None
+    given_ = {"norm": norm, "norm_at": "input", "norm_weight": some[rows][0], "norm_bias": bias}
+    (found,) = linear(operators, x, weight, **given_)
+    normalized = reference(x, *some[rows]).astype(np.float32)
+    # A number at the edge of a step may fall on either side of it.
+    step = np.ptp(normalized, axis=1, keepdims=True) / 255 * np.abs(weight.dequantize()).max(axis=0)
+    assert (np.abs(found - int8_linear(normalized, weight)) <= 2 * step + 2e-5).all()
+    y = np.empty_like(x)
+    operators.rtx_normalize(
+        pointer(x),
+        ctypes.c_int64(tokens),
+        ctypes.c_int64(rows),
+        NORMS.index(norm),
+        ctypes.c_float(EPSILON),
+        pointer(some[rows][0]),
+        pointer(bias),
+        pointer(y),
+    )
+    np.testing.assert_allclose(y, reference(x, *some[rows]), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_embedding(operators: ctypes.CDLL, norm: str) -> None:
+    random = np.random.default_rng(8)
+    table = quantize_rows(random.standard_normal((50, 37)))
+    ids = random.integers(0, 50, 200)
+    added = random.standard_normal((200, 37)).astype(np.float32)
+    weight, bias = random.standard_normal((2, 37)).astype(np.float32)
+    for more in (None, added):
+        y = np.empty((200, 37), dtype=np.float32)
+        operators.rtx_int8_embedding(
+            pointer(table.values),
+            pointer(table.scale),
+            ctypes.c_int64(37),
+            pointer(ids),
+            pointer(more),
+            ctypes.c_int64(200),
+            NORMS.index(norm),
+            ctypes.c_float(EPSILON),
+            pointer(weight),
+            pointer(bias if norm == "layer" else None),
+            pointer(y),
+        )
+        expected: NDArray[Any] = table.dequantize()[ids] + (0 if more is None else more)
+        if norm == "layer":
+            expected = layer_norm(expected, weight, bias, epsilon=EPSILON)
+        elif norm == "rms":
+            expected = rms_norm(expected, weight, epsilon=EPSILON)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pool(mode: str) -> None:
+    random = np.random.default_rng(9)
+    offsets = np.cumsum([0, 3, 0, 1, 400, 2]).astype(np.int64)
+    x = random.standard_normal((offsets[-1], 37)).astype(np.float32)
+    taken = random.integers(0, 2, len(x))
+    taken[:3] = 0  # a row in which nothing is pooled
+    x[1] = np.nan
+    for pooled in (None, taken):
+        y = np.empty((5, 37), dtype=np.float32)
+        load_library().rtx_packed_pool(
+            pointer(x),
+            ctypes.c_int64(37),
+            pointer(offsets),
+            ctypes.c_int64(5),
+            pointer(pooled),
+            MODES_IN_C.index(mode),
+            pointer(y),
+        )
+        np.testing.assert_allclose(y, packed_pool(x, offsets, mode, pooled=pooled), atol=2e-5)
+        assert pooled is None or not y[:2].any()
 
 
 def test_a_token_is_the_same_in_every_batch(operators: ctypes.CDLL) -> None:
     random = np.random.default_rng(3)
     x = random.standard_normal((101, 96)).astype(np.float32)
     weight = quantize_weight(random.standard_normal((96, 80)))
-    together = linear(operators, x, weight, activation="gelu")
-    alone = np.concatenate([linear(operators, row[None], weight, activation="gelu") for row in x])
+    factor, bias = random.standard_normal((2, 80)).astype(np.float32)
+    given_: dict[str, Any] = {"activation": "gelu", "norm": "layer", "norm_weight": factor, "norm_bias": bias}
+    (together,) = linear(operators, x, weight, **given_)
+    alone = np.concatenate([linear(operators, row[None], weight, **given_)[0] for row in x])
     assert (together == alone).all()
 
 
@@ -247,7 +394,7 @@ def session(node: Any, inputs: dict[str, tuple[int, list[Any]]], constants: dict
         [node],
         "one",
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
@@ -259,38 +406,101 @@ def session(node: Any, inputs: dict[str, tuple[int, list[Any]]], constants: dict
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def linear_node(*inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+    plain = {"activation": "", "gated": 0, "norm": "", "norm_at": "output", "epsilon": EPSILON}
+    names = [f"y{place}" for place in range(outputs)]
+    return helper.make_node("Int8Linear", list(inputs), names, domain=DOMAIN, **{**plain, **attributes})
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_in_a_graph(with_bias: bool) -> None:
     random = np.random.default_rng(6)
     weight = quantize_weight(random.standard_normal((40, 56)))
     bias = random.standard_normal(56).astype(np.float32)
     constants = {"w": weight.values, "s": weight.scale, "c": weight.column_sum, **({"b": bias} if with_bias else {})}
-    node = helper.make_node("Int8Linear", ["x", *constants], ["y"], domain=DOMAIN, activation="gelu")
-    opened = session(node, {"x": (TensorProto.FLOAT, ["a", "b", 40])}, constants)
+    opened = session(
+        linear_node("x", *constants, activation="gelu"), {"x": (TensorProto.FLOAT, ["a", "b", 40])}, constants
+    )
     x = random.standard_normal((3, 67, 40)).astype(np.float32)
     (found,) = opened.run(None, {"x": x})
-    expected = linear(load_library(), x.reshape(-1, 40), weight, bias if with_bias else None, "gelu")
+    (expected,) = linear(load_library(), x.reshape(-1, 40), weight, bias if with_bias else None, "gelu")
     assert (found == expected.reshape(3, 67, 56)).all()
     assert opened.run(None, {"x": x[:, :0]})[0].shape == (3, 0, 56)
 
 
+def test_outputs_of_a_graph() -> None:
+    random = np.random.default_rng(6)
+    weight = quantize_weight(random.standard_normal((40, 56)))
+    constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
+    constants["p"] = np.array([16, 30, 10])
+    node = linear_node("x", "w", "s", "c", "", "p", outputs=3)
+    x = random.standard_normal((2, 20, 40)).astype(np.float32)
+    found = session(node, {"x": (TensorProto.FLOAT, ["a", "b", 40])}, constants).run(None, {"x": x})
+    (expected,) = linear(load_library(), x.reshape(-1, 40), weight)
+    assert (np.concatenate(found, axis=-1) == expected.reshape(2, 20, 56)).all()
+
+
+@pytest.mark.parametrize("tokens", [3, 700])
+def test_norms_of_rows_whose_columns_are_divided_among_threads(tokens: int) -> None:
+    random = np.random.default_rng(6)
+    weight = quantize_weight(random.standard_normal((1024, 640)))
+    factor, bias = random.standard_normal((2, 640)).astype(np.float32)
+    constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
+    constants |= {"f": factor, "g": bias}
+    node = linear_node("x", "w", "s", "c", "", "", "r", "f", "g", norm="layer")
+    kinds = {"x": (TensorProto.FLOAT, ["a", 1024]), "r": (TensorProto.FLOAT, ["a", 640])}
+    opened = session(node, kinds, constants)
+    x, residual = (random.standard_normal((tokens, width)).astype(np.float32) for width in (1024, 640))
+    (expected,) = linear(load_library(), x, weight, norm="layer", norm_weight=factor, norm_bias=bias, residual=residual)
+    for _ in range(5):
+        assert (opened.run(None, {"x": x, "r": residual})[0] == expected).all()
+    with pytest.raises(Exception, match="residual: expected as many numbers as the one output has"):
+        opened.run(None, {"x": x, "r": residual[:2]})
+
+
 def test_attention_in_a_graph() -> None:
     names = ["q", "k", "v", "o"]
-    node = helper.make_node("PackedAttention", names, ["y"], domain=DOMAIN, scale=0.5, causal=1, window=-1)
-    kinds = {name: (TensorProto.FLOAT, ["n", None, "w"]) for name in names[:3]}
+    given_ = {"heads": 4, "key_heads": 2, "scale": 0.5, "causal": 1, "window": -1}
+    node = helper.make_node("PackedAttention", names, ["y"], domain=DOMAIN, **given_)
+    kinds = {name: (TensorProto.FLOAT, ["o", "n", None]) for name in names[:3]}
     opened = session(node, {**kinds, "o": (TensorProto.INT64, ["s"])}, {})
     random = np.random.default_rng(7)
     offsets = np.array([0, 9, 40], dtype=np.int64)
     query = random.standard_normal((40, 4, 8)).astype(np.float32)
     key, value = (random.standard_normal((40, 2, 8)).astype(np.float32) for _ in range(2))
-    given_ = {"q": query, "k": key, "v": value, "o": offsets}
-    (found,) = opened.run(None, given_)
-    assert (found == attention(load_library(), query, key, value, offsets, scale=0.5, causal=True)).all()
+    arrays = {"q": query.reshape(1, 40, 32), "k": key.reshape(1, 40, 16), "v": value.reshape(1, 40, 16), "o": offsets}
+    (found,) = opened.run(None, arrays)
+    expected = attention(load_library(), query, key, value, offsets, scale=0.5, causal=True)
+    assert (found == expected.reshape(1, 40, 32)).all()
     for wrong in ([0, 9, 41], [0, 50, 40], [1, 40], [], [-5, 40]):
         with pytest.raises(Exception, match="offsets"):
-            opened.run(None, {**given_, "o": np.array(wrong, dtype=np.int64)})
+            opened.run(None, {**arrays, "o": np.array(wrong, dtype=np.int64)})
     with pytest.raises(Exception, match="PackedAttention: expected query"):
-        opened.run(None, {**given_, "k": key[:, :, :4]})
+        opened.run(None, {**arrays, "k": arrays["k"][:, :, :8]})
+
+
+def test_embedding_and_pooling_in_a_graph() -> None:
+    random = np.random.default_rng(8)
+    table = quantize_rows(random.standard_normal((50, 16)))
+    constants: dict[str, NDArray[Any]] = {"t": table.values, "s": table.scale}
+    node = helper.make_node("Int8Embedding", ["t", "s", "i"], ["y"], domain=DOMAIN, norm="", epsilon=0.0)
+    opened = session(node, {"i": (TensorProto.INT64, ["a", "b"])}, constants)
+    ids = random.integers(0, 50, (2, 5))
+    (found,) = opened.run(None, {"i": ids})
+    assert (found == table.dequantize()[ids]).all()
+    for wrong in (-1, 50):
+        with pytest.raises(Exception, match=f"ids: expected 0 to 49, got {wrong}"):
+            opened.run(None, {"i": np.array([[3, wrong]])})
+    node = helper.make_node("PackedPool", ["x", "o"], ["y"], domain=DOMAIN, mode="mean")
+    kinds = {"x": (TensorProto.FLOAT, ["a", "b", 16]), "o": (TensorProto.INT64, ["c"])}
+    opened = session(node, kinds, {})
+    offsets = np.array([0, 4, 10])
+    (pooled,) = opened.run(None, {"x": found, "o": offsets})
+    np.testing.assert_allclose(pooled, packed_pool(found.reshape(10, 16), offsets, "mean"), atol=1e-6)
+    with pytest.raises(Exception, match="PackedPool: offsets: expected to rise"):
+        opened.run(None, {"x": found, "o": offsets + 1})
+    with pytest.raises(Exception, match=r"mode: expected cls, max, .* got middle"):
+        session(helper.make_node("PackedPool", ["x", "o"], ["y"], domain=DOMAIN, mode="middle"), kinds, {})
 
 
 def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
@@ -298,21 +508,25 @@ def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
     constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
     inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, ["a", 8])}
 
-    def node(**attributes: Any) -> Any:
-        return helper.make_node("Int8Linear", ["x", "w", "s", "c"], ["y"], domain=DOMAIN, **attributes)
+    def refused(message: str, node: Any, **others: NDArray[Any]) -> None:
+        with pytest.raises(Exception, match=message):
+            session(node, inputs, {**constants, **others})
 
-    with pytest.raises(Exception, match="activation: expected gelu, gelu_tanh or silu, got tanh"):
-        session(node(activation="tanh"), inputs, constants)
-    with pytest.raises(Exception, match="values: expected bytes from 1 to 255"):
-        session(node(activation=""), inputs, {**constants, "w": np.zeros((8, 8), dtype=np.uint8)})
-    with pytest.raises(Exception, match="values: expected at most 65536 rows"):
-        session(node(activation=""), inputs, {**constants, "w": np.ones((65537, 8), dtype=np.uint8)})
-    with pytest.raises(Exception, match="one number for each of 8 columns"):
-        session(node(activation=""), inputs, {**constants, "s": weight.scale[:3]})
+    plain = ("x", "w", "s", "c")
+    refused("activation: expected gelu, gelu_tanh or silu, got tanh", linear_node(*plain, activation="tanh"))
+    refused("norm: expected layer or rms, got batch", linear_node(*plain, norm="batch"))
+    refused("norm_at: expected input or output, got top", linear_node(*plain, norm_at="top"))
+    refused("values: expected bytes from 1 to 255", linear_node(*plain), w=np.zeros((8, 8), dtype=np.uint8))
+    refused("values: expected 1 to 65536 rows", linear_node(*plain), w=np.ones((65537, 8), dtype=np.uint8))
+    refused("scale: expected 8 numbers", linear_node(*plain), s=weight.scale[:3])
+    halves = linear_node(*plain, "", "p", gated=1)
+    refused("split: expected parts that make up 8", halves, p=np.array([4, 5]))
+    refused("split: .*two equal halves if gated", halves, p=np.array([3, 5]))
+    refused("split: expected at most 3 outputs", linear_node(*plain, "", "p"), p=np.array([2, 2, 2, 2]))
     some = {name: array for name, array in constants.items() if name != "w"}
     with pytest.raises(Exception, match="input 1: expected a constant"):
-        session(node(activation=""), {**inputs, "w": (TensorProto.UINT8, [8, 8])}, some)
-    opened = session(node(activation=""), {"x": (TensorProto.FLOAT, ["a", "b"])}, constants)
+        session(linear_node(*plain), {**inputs, "w": (TensorProto.UINT8, [8, 8])}, some)
+    opened = session(linear_node(*plain), {"x": (TensorProto.FLOAT, ["a", "b"])}, constants)
     with pytest.raises(Exception, match="Int8Linear: x: expected a last dimension of 8"):
         opened.run(None, {"x": np.zeros((2, 5), dtype=np.float32)})
 

@@ -1,0 +1,91 @@
+// Plain functions by which tests and benchmarks reach the kernels, each in one thread.
+#include <numeric>
+
+#include "embedding.h"
+#include "int8_linear.h"
+#include "norm.h"
+#include "packed_attention.h"
+#include "packed_pool.h"
+
+#if defined(_WIN32)
+#define RTX_EXPORT extern "C" __declspec(dllexport)
+#else
+#define RTX_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace rtx;
+
+namespace {
+
+void serially(int64_t count, const std::function<void(int64_t)>& fn) {
+  for (int64_t index = 0; index < count; ++index) fn(index);
+}
+
+}  // namespace
+
+// The instruction set in use: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX-512 VNNI, 4 AVX-512 with AMX.
+RTX_EXPORT int rtx_isa() { return int(current_isa()); }
+
+// The best that this machine has.
+RTX_EXPORT int rtx_best_isa() { return int(detect_isa()); }
+
+// Use another one. 0 if this machine has it, else 1 and nothing changes.
+RTX_EXPORT int rtx_use_isa(int isa) { return use_isa(Isa(isa)) ? 0 : 1; }
+
+// A weight as the kernels read it, to be given back; bias may be NULL.
+RTX_EXPORT PackedWeight* rtx_pack(const uint8_t* values, const float* scale, const float* column_sum, const float* bias,
+                                  int64_t in, const int64_t* parts, int64_t count) {
+  return new PackedWeight(values, scale, column_sum, bias, in, std::vector<int64_t>(parts, parts + count));
+}
+
+RTX_EXPORT void rtx_unpack(PackedWeight* weight) { delete weight; }
+
+// activation counts as in Activation, norm as in NormKind; residual and norm_bias may be NULL.
+RTX_EXPORT void rtx_int8_linear(const float* x, const PackedWeight* weight, int activation, int gated, int norm,
+                                int norm_of_output, float epsilon, const float* norm_weight, const float* norm_bias,
+                                const float* residual, int64_t tokens, float* const* y) {
+  const Around around{{NormKind(norm), epsilon, norm_weight, norm_bias}, norm_of_output != 0, Activation(activation),
+                      gated != 0};
+  int8_linear(x, *weight, around, residual, tokens, y, current_isa(), serially);
+}
+
+// added and norm_bias may be NULL.
+RTX_EXPORT void rtx_int8_embedding(const int8_t* values, const float* scale, int64_t width, const int64_t* ids,
+                                   const float* added, int64_t tokens, int norm, float epsilon,
+                                   const float* norm_weight, const float* norm_bias, float* y) {
+  int8_embedding(values, scale, width, ids, added, tokens, {NormKind(norm), epsilon, norm_weight, norm_bias}, y,
+                 current_isa(), serially);
+}
+
+// norm_bias may be NULL.
+RTX_EXPORT void rtx_normalize(const float* x, int64_t rows, int64_t width, int norm, float epsilon,
+                              const float* norm_weight, const float* norm_bias, float* y) {
+  normalize(x, rows, width, {NormKind(norm), epsilon, norm_weight, norm_bias}, y, current_isa(), serially);
+}
+
+RTX_EXPORT void rtx_packed_attention(const float* query, const float* key, const float* value, const int64_t* offsets,
+                                     int64_t sequences, int64_t heads, int64_t key_heads, int64_t width, float scale,
+                                     int causal, int64_t window, float* y) {
+  packed_attention(query, key, value, offsets, sequences,
+                   AttentionShape{heads, key_heads, width, scale, causal != 0, window}, y, current_isa(), serially);
+}
+
+// pooling counts as in Pooling; pooled may be NULL.
+RTX_EXPORT void rtx_packed_pool(const float* x, int64_t width, const int64_t* offsets, int64_t sequences,
+                                const int64_t* pooled, int pooling, float* y) {
+  packed_pool(x, width, offsets, sequences, pooled, Pooling(pooling), y, serially);
+}
+
+// Functions of vectors: 0 e^x, 1 erf, 2 gelu, 3 gelu_tanh, 4 silu; count a multiple of 4.
+RTX_EXPORT void rtx_map(int function, const float* x, int64_t count, float* y) {
+  for (int64_t at = 0; at < count; at += 4) {
+    const Floats4 values = load<Floats4>(x + at);
+    switch (function) {
+      case 0: store(y + at, exponential(values)); break;
+      case 1: store(y + at, error_function(values)); break;
+      case 2: store(y + at, gelu(values)); break;
+      case 3: store(y + at, gelu_tanh(values)); break;
+      default: store(y + at, silu(values)); break;
+    }
+  }
+}
