@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define RTX_INLINE static inline __attribute__((always_inline))
 // Where a function sums into registers: with what follows inlined, compilers keep the sums in memory while they grow.
@@ -102,6 +103,15 @@ RTX_INLINE Floats select(Ints<Floats> mask, Floats yes, Floats no) {
   return mask ? yes : no;
 }
 
+// 0, 1, 2, ...
+template <class Floats>
+RTX_INLINE Ints<Floats> lanes() {
+  constexpr int32_t kAll[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Ints<Floats> found;
+  std::memcpy(&found, kAll, sizeof found);
+  return found;
+}
+
 template <class Floats>
 RTX_INLINE Floats larger(Floats a, Floats b) {
   return a > b ? a : b;
@@ -117,23 +127,49 @@ RTX_INLINE Floats magnitude(Floats a) {
   return (Floats)((Ints<Floats>)a & 0x7fffffff);
 }
 
-template <class Floats>
-RTX_INLINE float sum(Floats values) {
-  float found[kWidth<Floats>];
-  store(found, values);
-  for (int width = kWidth<Floats> / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) found[lane] += found[lane + width];
-  return found[0];
+// Four lanes out of both, the second's counted behind the first's.
+template <int kA, int kB, int kC, int kD>
+RTX_INLINE Floats4 shuffle(Floats4 a, Floats4 b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kA, kB, kC, kD);
+#else
+  return __builtin_shuffle(a, b, Ints<Floats4>{kA, kB, kC, kD});
+#endif
+}
+
+// Lanes that are kStep apart changed for each other.
+template <int kStep, class Floats, size_t... kLane>
+RTX_INLINE Floats swapped(Floats values, std::index_sequence<kLane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(values, values, int(kLane ^ kStep)...);
+#else
+  return __builtin_shuffle(values, Ints<Floats>{int(kLane ^ kStep)...});
+#endif
+}
+
+template <int kStep, class Floats>
+RTX_INLINE float sum_by(Floats values) {
+  values += swapped<kStep>(values, std::make_index_sequence<kWidth<Floats>>());
+  if constexpr (kStep > 1)
+    return sum_by<kStep / 2>(values);
+  else
+    return values[0];
 }
 
 template <class Floats>
-RTX_INLINE float largest(Floats values) {
-  float found[kWidth<Floats>];
-  store(found, values);
-  float most = found[0];
-  for (int lane = 1; lane < kWidth<Floats>; ++lane) most = found[lane] > most ? found[lane] : most;
-  return most;
+RTX_INLINE float sum(Floats values) { return sum_by<kWidth<Floats> / 2>(values); }
+
+template <int kStep, class Floats>
+RTX_INLINE float largest_by(Floats values) {
+  values = larger(values, swapped<kStep>(values, std::make_index_sequence<kWidth<Floats>>()));
+  if constexpr (kStep > 1)
+    return largest_by<kStep / 2>(values);
+  else
+    return values[0];
 }
+
+template <class Floats>
+RTX_INLINE float largest(Floats values) { return largest_by<kWidth<Floats> / 2>(values); }
 
 // To the nearest whole number, ties to even, for magnitudes below 2^22.
 template <class Floats>
@@ -164,6 +200,23 @@ RTX_INLINE Floats exponential(Floats x) {
   found = found * (Floats)((power - half + 127) << 23);
   found = select<Floats>(under, Floats{}, found);
   return select<Floats>(over, Floats{} + __builtin_inff(), select<Floats>(x != x, x, found));
+}
+
+// 2^x for x <= 0 with a relative error below 2e-7, and 2^-125 for all that is less: for weights beside a largest one of
+// 1. Not for NaN.
+template <class Floats>
+RTX_INLINE Floats power_of_two(Floats x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23, behind which no fraction fits: the lowest bits are the whole number
+  const Floats bounded = larger(x, Floats{} - 125.0f);
+  const Floats shifted = bounded + shift;
+  const Floats rest = bounded - (shifted - shift);
+  // Of degree 5, with the least largest relative error on |rest| <= 1/2 (9e-8) of those that are 1 at 0.
+  Floats series = rest * 1.32647273e-3f + 9.67151299e-3f;
+  series = series * rest + 5.55073358e-2f;
+  series = series * rest + 2.40222424e-1f;
+  series = series * rest + 6.93147004e-1f;
+  series = series * rest + 1.0f;
+  return (Floats)((Ints<Floats>)series + ((Ints<Floats>)shifted << 23));
 }
 
 // Gauss's error function, error below 4e-7: formula 7.1.26 of Abramowitz and Stegun, and near 0, where that loses its
