@@ -49,7 +49,7 @@ class Engine(Protocol):
             batch: arrays by name (see `rtx.runtime.text.Batch`).
 
         Returns:
-            [rows, dimension] float32 vectors, or [rows] float32 scores.
+            [rows, dimension] float32 vectors, or [rows] float32 scores; the caller's to keep.
 
         Raises:
             EngineError: the batch could not be run.

@@ -62,6 +62,13 @@ class Preprocessor:
         """
         self.contract.prompt_text(prompt)
         checked = [read_item(index, item, self.contract) for index, item in enumerate(items)]
+        if self._images is None:  # nothing to decode, and nothing to put among the tokens
+            texts: list[Sized] = [(item, ()) for item in checked if not isinstance(item, ItemError)]
+            tokenized = iter(self._texts.tokenize(texts, prompt=prompt))
+            return [
+                item if isinstance(item, ItemError) else _joined(index, next(tokenized), (), None)
+                for index, item in enumerate(checked)
+            ]
         ready = self._prepare([item if isinstance(item, ItemError) else (item,) for item in checked])
         with_tokens = [sides for sides in ready if isinstance(sides, tuple) and not self._is_vector(sides)]
         rows = iter(self._texts.tokenize([_sizes(sides, self)[0] for sides in with_tokens], prompt=prompt))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -29,6 +29,7 @@ B = TypeVar("B")
 OnInvalid = Literal["raise", "nan"]
 Check = Callable[[int, object], object]
 Encode = Callable[[Sequence[object]], "list[Encoded | ItemError]"]
+_Rows = slice | list[int]
 
 # Items prepared at a time, the next ones while the model runs: bounds the memory that tokens and images take, whatever
 # the length of a call.
@@ -103,7 +104,8 @@ class Session:
         """Give back the engine; requests that wait are cancelled."""
         with self._starting:
             self._closed = True
-        if self._scheduler is not None:
+        # Not a fork's: what its parent was running at the time would never end here.
+        if self._scheduler is not None and self._scheduler_process == os.getpid():
             self._scheduler.close()
         self.engine.close()
 
@@ -144,17 +146,21 @@ class Session:
             EngineError: the engine failed.
         """
         _check_on_invalid(on_invalid)
+        windows = list(_windows(items))
+        if len(windows) == 1:  # all of it is prepared before anything runs: there is no need to look at it before
+            rows, valid, invalid = _split(encode(items), 0)
+            _raise_for(invalid if on_invalid == "raise" else [], items)
+            return self._placed(rows, self._run_items(valid), len(items))
         if on_invalid == "raise":
             _raise_for(_invalid(items, check), items)
         results = self._empty(len(items))
         wrong: list[ItemError] = []
-        windows = list(_windows(items))
         prepared = one_ahead(encode, [items[window] for window in windows])
         for window, encoded in zip(windows, prepared, strict=True):
             rows, valid, invalid = _split(encoded, window.start)
             wrong += invalid if on_invalid == "raise" else []
             if not wrong:  # a fault that only preparing finds: nothing more is computed, the others are still listed
-                results[rows] = run_items(self.engine, self.preprocessor, valid, self.budget)
+                results[rows] = self._run_items(valid)
         _raise_for(wrong, items)
         return results
 
@@ -167,13 +173,16 @@ class Session:
     ) -> NDArray[np.float32]:
         """As `_run`, in common batches with all other requests that wait at the time."""
         _check_on_invalid(on_invalid)
+        windows = list(_windows(items))
+        if len(windows) == 1:
+            return await self._arun_at_once(items, encode, on_invalid)
         if on_invalid == "raise":
             _raise_for(_invalid(items, check), items)
         results = self._empty(len(items))
         wrong: list[ItemError] = []
-        running: tuple[list[int], asyncio.Future[NDArray[np.float32]]] | None = None
+        running: tuple[_Rows, asyncio.Future[NDArray[np.float32]]] | None = None
         try:
-            for window in _windows(items):
+            for window in windows:
                 rows, valid, invalid = _split(await asyncio.to_thread(encode, items[window]), window.start)
                 wrong += invalid if on_invalid == "raise" else []
                 if running is not None:
@@ -188,6 +197,30 @@ class Session:
                 running[1].cancel()
         return results
 
+    async def _arun_at_once(
+        self, items: Sequence[object], encode: Encode, on_invalid: OnInvalid
+    ) -> NDArray[np.float32]:
+        """As `_arun` for what is prepared at once: in one other thread and back, if the engine is idle."""
+        future: Future[NDArray[np.float32]] = Future()
+
+        def start() -> _Rows:
+            rows, valid, invalid = _split(encode(items), 0)
+            _raise_for(invalid if on_invalid == "raise" else [], items)
+            if valid:
+                self._started().run_or_submit(valid, future)
+            else:
+                future.set_result(self._empty(0))
+            return rows
+
+        try:
+            rows = await asyncio.to_thread(start)
+            # One that closing has cancelled is awaited all the same: that raises what asyncio knows as cancelled.
+            done = future.done() and not future.cancelled()
+            found = future.result() if done else await asyncio.wrap_future(future)
+        finally:
+            future.cancel()  # takes back what has not started; nothing happens to one that is done
+        return self._placed(rows, found, len(items))
+
     def _started(self) -> Scheduler:
         with self._starting:  # event loops of several threads may share the model
             if self._closed:
@@ -198,8 +231,19 @@ class Session:
                 self._scheduler = Scheduler(self._run_batch, self.budget, packed=self.engine.packed)
             return self._scheduler
 
+    def _run_items(self, items: Sequence[Encoded]) -> NDArray[np.float32]:
+        return run_items(self.engine, self.preprocessor, items, self.budget)
+
     def _run_batch(self, items: Sequence[Encoded]) -> NDArray[np.float32]:
         return run_batch(self.engine, self.preprocessor, items)
+
+    def _placed(self, rows: _Rows, found: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+        """`found` in its rows of a call of `count` items, NaN in all others."""
+        if len(found) == count:
+            return found
+        results = self._empty(count)
+        results[rows] = found
+        return results
 
     def _empty(self, count: int) -> NDArray[np.float32]:
         return np.full(self.contract.output_shape(count), np.nan, dtype=np.float32)
@@ -212,10 +256,12 @@ def items_of(items: Iterable[object], what: str) -> Sequence[object]:
         UsageError: something else was given where a list belongs: a single text would be read letter by letter, a
             mapping key by key, an image row by row.
     """
+    if isinstance(items, list | tuple):
+        return items
     single = isinstance(items, str | bytes | bytearray | memoryview | Mapping) or not isinstance(items, Iterable)
     if single or (isinstance(items, np.ndarray) and items.ndim < 4 and items.dtype.kind in "biuf"):
         raise UsageError(f"expected a list of {what}, got a single {type(items).__name__}; put it in a list")
-    return items if isinstance(items, list | tuple) else list(items)
+    return list(items)
 
 
 def _invalid(items: Sequence[object], check: Check) -> list[ItemError]:
@@ -253,11 +299,14 @@ def _check_on_invalid(on_invalid: str) -> None:
         raise UsageError(f"on_invalid: expected 'raise' or 'nan', got {on_invalid!r}")
 
 
-def _split(encoded: Sequence[Encoded | ItemError], start: int) -> tuple[list[int], list[Encoded], list[ItemError]]:
+def _split(encoded: Sequence[Encoded | ItemError], start: int) -> tuple[_Rows, list[Encoded], list[ItemError]]:
     """Rows and items that can be run, and errors; `start` is the row of the first of `encoded`."""
-    valid = [(row, item) for row, item in enumerate(encoded, start) if not isinstance(item, ItemError)]
+    valid = [item for item in encoded if not isinstance(item, ItemError)]
+    if len(valid) == len(encoded):
+        return slice(start, start + len(valid)), valid, []
+    rows = [row for row, item in enumerate(encoded, start) if not isinstance(item, ItemError)]
     invalid = [ItemError(row, item.message) for row, item in enumerate(encoded, start) if isinstance(item, ItemError)]
-    return [row for row, _ in valid], [item for _, item in valid], invalid
+    return rows, valid, invalid
 
 
 def _raise_for(errors: Sequence[ItemError], items: Sequence[object]) -> None:

@@ -81,7 +81,8 @@ class OnnxEngine:
             raise EngineError(f"{name}: the graph has no output '{output}' (it has {', '.join(outputs)})")
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
-        return self.fetch((self._output,), batch)[0]
+        # A copy: what ONNX Runtime gives lies in its arena, which could not shrink as long as somebody has a vector.
+        return self.fetch([self._output], batch)[0].copy()
 
     def fetch(self, outputs: Sequence[str], batch: Batch) -> list[NDArray[np.float32]]:
         """Some of the graph's outputs.
@@ -93,7 +94,7 @@ class OnnxEngine:
         if session is None:
             raise EngineError(f"{self.name}: the engine is closed")
         try:
-            results: list[NDArray[np.float32]] = session.run(list(outputs), batch, self._run_options)
+            results: list[NDArray[np.float32]] = session.run(outputs, batch, self._run_options)
         except Exception as broken:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
             raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken

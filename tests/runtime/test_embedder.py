@@ -209,6 +209,12 @@ def test_invalid_items_can_be_rows_of_nan(model: Embedder):
     assert np.isnan(model.embed([None, 3], on_invalid="nan")).all()
 
 
+def test_a_vector_is_its_callers_to_keep(model: Embedder):
+    """And not a view on memory of the engine, which could not be given back as long as somebody has the vector."""
+    for vectors in (model.embed(["sort"]), asyncio.run(model.aembed(["sort"]))):
+        assert vectors.flags.owndata
+
+
 def test_what_only_tokenising_finds_is_listed_across_windows(
     embed_contract: Contract, toy_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -196,6 +196,121 @@ def test_close_finishes_what_runs_and_cancels_what_waits(scheduler: Scheduler, g
     assert not scheduler._worker.is_alive()
 
 
+def hand_in(scheduler: Scheduler, items: Sequence[Encoded]) -> tuple[threading.Thread, Future[NDArray[np.float32]]]:
+    """`run_or_submit` in a thread, which is done when it has returned."""
+    future: Future[NDArray[np.float32]] = Future()
+    thread = threading.Thread(target=scheduler.run_or_submit, args=(items, future))
+    thread.start()
+    return thread, future
+
+
+def test_a_request_that_finds_the_engine_idle_runs_where_it_is():
+    threads: list[threading.Thread] = []
+
+    def run(items: Sequence[Encoded]) -> NDArray[np.float32]:
+        threads.append(threading.current_thread())
+        return np.array([item.ids[0] for item in items], dtype=np.float32)
+
+    scheduler = Scheduler(run, Budget(max_batch_tokens=12, max_batch_items=4))
+    for values in ([1, 2], [3]):
+        future: Future[NDArray[np.float32]] = Future()
+        scheduler.run_or_submit([item(value) for value in values], future)
+        assert future.done()
+        assert future.result().tolist() == values
+    assert threads == [threading.current_thread()] * 2
+    # More than one batch is not worth the thread of who asks.
+    future = Future()
+    scheduler.run_or_submit([item(value) for value in range(6)], future)
+    assert future.result(TIMEOUT_S).tolist() == list(range(6))
+    assert threads[2:] == [scheduler._worker] * 2
+    scheduler.close()
+
+
+def test_what_arrives_while_a_request_runs_where_it_is_runs_together(scheduler: Scheduler, gate: Gate):
+    here, first = hand_in(scheduler, [item(1)])
+    gate.wait_until_running()
+    later = [scheduler.submit([item(2)]), hand_in(scheduler, [item(3)])[1]]
+    while len(scheduler._waiting) < 2:
+        here.join(0.001)
+    assert here.is_alive()
+    gate.let(2)
+    assert [rows(future) for future in (first, *later)] == [[[1, 1]], [[2, 1]], [[3, 1]]]
+    assert gate.batches == [[1], [2, 3]]
+
+
+def test_an_error_where_it_is_reaches_its_future_and_no_others(scheduler: Scheduler, gate: Gate):
+    gate.fails_on = 1
+    gate.let(2)
+    here, future = hand_in(scheduler, [item(1)])
+    here.join(TIMEOUT_S)
+    with pytest.raises(EngineError, match=r"^cannot run 1$"):
+        future.result(timeout=0)
+    here, future = hand_in(scheduler, [item(2)])
+    here.join(TIMEOUT_S)
+    assert future.result(timeout=0).tolist() == [[2, 1]]
+
+
+def test_a_cancelled_request_is_not_run_where_it_is(scheduler: Scheduler, gate: Gate):
+    cancelled: Future[NDArray[np.float32]] = Future()
+    assert cancelled.cancel()
+    scheduler.run_or_submit([item(1)], cancelled)
+    here, running = hand_in(scheduler, [item(2)])
+    gate.wait_until_running()
+    assert running.cancel()  # its batch runs to the end, and nobody is given the result
+    gate.let(2)
+    here.join(TIMEOUT_S)
+    assert rows(scheduler.submit([item(3)])) == [[3, 1]]
+    assert gate.batches == [[2], [3]]
+
+
+def test_close_waits_for_what_runs_where_it_is(scheduler: Scheduler, gate: Gate):
+    here, running = hand_in(scheduler, [item(1)])
+    gate.wait_until_running()
+    waiting = scheduler.submit([item(2)])
+    closing = threading.Thread(target=scheduler.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=TIMEOUT_S)
+    closing.join(0.02)
+    assert closing.is_alive()
+    gate.let(1)
+    for thread in (here, closing):
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+    assert rows(running) == [[1, 1]]
+    with pytest.raises(EngineError, match=r"^the model is closed; no further request is taken$"):
+        scheduler.run_or_submit([item(1)], Future())
+
+
+def test_each_item_runs_once_and_one_batch_at_a_time():
+    running, ran = threading.Lock(), []
+
+    def run(items: Sequence[Encoded]) -> NDArray[np.float32]:
+        assert running.acquire(blocking=False), "two batches at once"
+        ran.extend(item.ids[0] for item in items)
+        running.release()
+        return np.array([item.ids[0] for item in items], dtype=np.float32)
+
+    scheduler = Scheduler(run, Budget(max_batch_tokens=64, max_batch_items=5), packed=True)
+    futures: dict[int, Future[NDArray[np.float32]]] = {start: Future() for start in range(0, 1600, 2)}
+
+    def request(client: int) -> None:
+        for start in range(2 * client, 1600, 16):
+            (scheduler.submit if start % 3 == 0 else scheduler.run_or_submit)(
+                [item(start), item(start + 1)], futures[start]
+            )
+            if start % 5 == 0:
+                futures[start].exception(timeout=TIMEOUT_S)  # waits, so that the next may find the engine idle
+
+    threads = [threading.Thread(target=request, args=(client,)) for client in range(8)]
+    for thread in threads:
+        thread.start()
+    for start, future in futures.items():
+        assert future.result(timeout=TIMEOUT_S).tolist() == [start, start + 1]
+    scheduler.close()
+    assert sorted(ran) == list(range(1600))
+
+
 def test_after_close_nothing_is_taken():
     scheduler = Scheduler(lambda items: np.zeros((len(items), 2), dtype=np.float32), Budget())
     scheduler.close()

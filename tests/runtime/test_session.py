@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -166,6 +167,55 @@ def test_the_event_loop_goes_on_while_texts_are_tokenised(narrow: Contract, toy_
     np.testing.assert_allclose(asyncio.run(both()), [[0.6, 0.8]])
 
 
+def test_a_request_that_finds_the_engine_idle_changes_threads_once(narrow: Contract, toy_tokenizer: str):
+    threads: list[str] = []
+
+    class Watched(Preprocessor):
+        def encode(self, *arguments: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return super().encode(*arguments, **options)
+
+    class Engine(GatedEngine):
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            threads.append(threading.current_thread().name)
+            return super().run(batch)
+
+    engine = Engine()
+    engine.allowed.set()
+    with Embedder(Watched(narrow, toy_tokenizer), engine) as model:
+        asyncio.run(model.aembed(["sort"]))
+        prepared_in, ran_in = threads
+        assert prepared_in == ran_in != threading.current_thread().name
+        model.embed(["sort"])
+        assert threads[2:] == [threading.current_thread().name] * 2
+
+
+def test_a_task_cancelled_while_its_texts_are_tokenised_runs_nothing(narrow: Contract, toy_tokenizer: str):
+    tokenising, cancelled = threading.Event(), threading.Event()
+
+    class Slow(Preprocessor):
+        def encode(self, *arguments: Any, **options: Any) -> Any:
+            tokenising.set()
+            assert cancelled.wait(TIMEOUT_S)
+            return super().encode(*arguments, **options)
+
+    async def cancel(model: Embedder) -> None:
+        task = asyncio.create_task(model.aembed(["sort"]))
+        await asyncio.to_thread(tokenising.wait, TIMEOUT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+        await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread that tokenises
+
+    engine = GatedEngine()
+    engine.allowed.set()
+    with Embedder(Slow(narrow, toy_tokenizer), engine) as model:
+        asyncio.run(cancel(model))
+        assert not engine.running.is_set()
+        assert asyncio.run(model.aembed(["sort"])).shape == (1, 2)
+
+
 def test_a_cancelled_task_and_a_failed_batch_leave_the_others_alone(gated: tuple[Embedder, GatedEngine]):
     model, engine = gated
 
@@ -253,10 +303,27 @@ def test_a_fork_of_a_process_that_has_served_serves(toy_bundle: Path):
         if os.fork() == 0:
             signal.alarm(20)
             asyncio.run(model.aembed(["open"]))
+            model.close()
             os._exit(0)
         sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
     """
     assert subprocess.run([sys.executable, "-c", code, toy_bundle], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_of_a_process_that_is_serving_can_close(gated: tuple[Embedder, GatedEngine]):
+    """What the parent is running at the time ends there, and is not waited for here."""
+    model, engine = gated
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: asyncio.run(model.aembed(["sort"])))
+        assert engine.running.wait(TIMEOUT_S)
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            model.close()
+            os._exit(0 if engine.closed else 1)
+        engine.allowed.set()
+        assert running.result(TIMEOUT_S).shape == (1, 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_the_other_kind_of_bundle_is_refused_before_its_graph_is_read(toy_bundle: Path, tmp_path: Path) -> None:
