@@ -43,6 +43,9 @@ def script_of(environment: str) -> str:
 
 
 BASELINE = "sentence-transformers, torch"
+"""What ratios are to, and vectors are held against."""
+OURS = "rtx, int8-packed"
+"""What is set beside every peer."""
 
 _ONNX, _OPENVINO = "sentence_transformers_onnx", "sentence_transformers_openvino"
 # Not all at every size: FastEmbed and Infinity run ONNX Runtime and PyTorch, which stand for them with larger models;
@@ -62,7 +65,7 @@ PEERS = (
     Peer("plain ONNX Runtime, fused int8", "onnxruntime", "int8", _ENCODERS, "onnxruntime"),
     Peer("rtx, fp32", OWN, "fp32", _ALL, OWN),
     Peer("rtx, fp32-packed", OWN, "fp32-packed", _ALL, OWN),
-    Peer("rtx, int8-packed", OWN, "int8-packed", _ALL, OWN),
+    Peer(OURS, OWN, "int8-packed", _ALL, OWN),
 )
 CHECKPOINTS: dict[ModelName, tuple[CheckpointName, ...]] = {
     "minilm": ("minilm", "pairs"),

@@ -176,7 +176,7 @@ class Comparison:
             ]
             measured = stage.measure(loads, plan.rounds)
         # No other process is in memory by now.
-        measured[STARTS] = stage.cold_start(texts.queries[0], mix, plan.starts)
+        measured[STARTS] = stage.cold_start(texts.queries[0], mix[: count // 2], plan.starts)
         return result(name, stage, measured, quality, loads)
 
     def _pairs(self, name: CheckpointName, texts: Workloads, calibration: Path) -> Result:

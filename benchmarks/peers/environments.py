@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
 from rtx.runtime.errors import EngineError
+from rtx.runtime.machine import describe_machine
 
 _HERE = Path(__file__).parent
 CHECKOUT = _HERE.parents[1]
@@ -23,13 +25,15 @@ def ensure_environment(name: str, folder: Path = CHECKOUT / ".venvs" / "peers") 
     Packages of requirements/NAME.no_deps.txt come without what they ask for.
 
     Returns:
-        The interpreter, and the requirements.
+        The interpreter, and what it is known by: as long as that is the same, what was made in it can be kept.
 
     Raises:
         EngineError: a package could not be installed.
     """
     if name == OWN:
-        return Path(sys.executable), ""
+        commit = describe_machine().commit
+        # What this project exports changes with its code.
+        return Path(sys.executable), commit if commit and not commit.endswith("+") else str(time.time())
     constraints, listed = REQUIREMENTS / "constraints.txt", REQUIREMENTS / f"{name}.txt"
     alone = REQUIREMENTS / f"{name}.no_deps.txt"
     wanted = "".join(file.read_text(encoding="utf-8") for file in (constraints, listed, alone) if file.exists())

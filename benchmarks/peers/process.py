@@ -38,6 +38,11 @@ class Worker:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Start the process, which `ask` does by itself."""
         if self._process is not None:
@@ -81,7 +86,7 @@ class Worker:
             timer.cancel()
         if not line:
             self.close()
-            reason = f"no answer within {timeout_s:.0f} s" if late.is_set() else self._last_words(process.returncode)
+            reason = f"no answer within {timeout_s:g} s" if late.is_set() else self._last_words(process.returncode)
             raise EngineError(f"{self.name}: {request['do']}: {reason}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

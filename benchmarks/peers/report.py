@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.catalogue import BASELINE
+from benchmarks.peers.catalogue import BASELINE, OURS
 from benchmarks.peers.quality import Agreement, Quality
 from benchmarks.peers.stage import Rounds
 
@@ -116,31 +116,46 @@ def _measured(rows: Mapping[str, Mapping[str, Figure]], batch_sizes: Mapping[str
     head = ["", "batch"]
     for key in keys:
         head += [_HEADINGS[key], "ratio (least–most)"]
+    head.append(f"{OURS} / this")
     yield from _table(
         head,
         (
-            [name, str(batch_sizes[name]), *(cell for key in keys for cell in _cells(numbers.get(key)))]
+            [
+                name,
+                str(batch_sizes[name]),
+                *(cell for key in keys for cell in _cells(numbers.get(key))),
+                _ours(rows, name, keys[0]),
+            ]
             for name, numbers in rows.items()
         ),
     )
 
 
+def _ours(rows: Mapping[str, Mapping[str, Figure]], name: str, key: str) -> str:
+    """The first number of ours beside a peer's, in the same rounds."""
+    ours, other = rows.get(OURS, {}).get(key), rows[name].get(key)
+    if ours is None or other is None or name == OURS:
+        return ""
+    return _spread(figure(ours.rounds, other.rounds))
+
+
 def _cells(found: Figure | None) -> tuple[str, str]:
     if found is None:
         return "", ""
-    ratio = "1" if found.ratio is None else f"{found.ratio:.2f} ({found.ratio_low:.2f}–{found.ratio_high:.2f})"
-    return f"{found.median:.3g}", ratio
+    return f"{found.median:.3g}", "1" if found.ratio is None else _spread(found)
+
+
+def _spread(found: Figure) -> str:
+    return "" if found.ratio is None else f"{found.ratio:.2f} ({found.ratio_low:.2f}–{found.ratio_high:.2f})"
 
 
 def _qualities(quality: Mapping[str, Quality | Agreement]) -> Iterator[str]:
-    kind = type(next(iter(quality.values())))
-    head = [item.name.replace("_", " ") for item in dataclasses.fields(kind)]
-    rows = ([name, *map(_digits, dataclasses.astuple(found))] for name, found in quality.items())
-    yield from _table(["", *head], rows)
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    rows = {
+        name: {key: value for key, value in dataclasses.asdict(found).items() if value is not None}
+        for name, found in quality.items()
+    }
+    head = [key.replace("_", " ") for key in next(iter(rows.values()))]
+    yield from _table(["", *head], ([name, *(f"{value:.4f}" for value in row.values())] for name, row in rows.items()))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers.catalogue import Peer, script_of
-from benchmarks.peers.environments import OWN
 from benchmarks.peers.process import Worker
 from benchmarks.peers.worker import Task
 from rtx.runtime.errors import EngineError
@@ -125,11 +125,10 @@ class Stage:
             self.subjects = {peer.name: Subject(peer, self._worker(peer.name, peer.environment)) for peer in peers}
             for subject in self.subjects.values():
                 if subject.peer.environment not in self._pythons:
-                    subject.failed = "there is no environment"
+                    subject.failed = f"there is no environment {subject.peer.environment}"
             for environment in dict.fromkeys(peer.artifact for peer in peers if peer.artifact is not None):
                 self._prepare(environment, calibration, keys.get(environment, ""))
-            for subject in self.running.values():
-                self._open(subject)
+            self._open_all()
             yield
         finally:
             for subject in self.subjects.values():
@@ -228,20 +227,21 @@ class Stage:
     def _prepare(self, environment: str, calibration: Path, key: str) -> None:
         """Have an artifact made, unless it is there; peers that open what could not be made fail."""
         users = [subject for subject in self.running.values() if subject.peer.artifact == environment]
+        if environment not in self._pythons:
+            for subject in users:
+                subject.failed = f"there is no environment {environment}"
+            return
         artifact = self._artifact(environment)
         ready = artifact / "ready.json"
         wanted = {"key": key, "script": (HERE / script_of(environment)).read_text(encoding="utf-8")}
         known = json.loads(ready.read_text(encoding="utf-8")) if ready.exists() else {}
-        # What this project exports changes from commit to commit.
-        if environment == OWN or {name: known.get(name) for name in wanted} != wanted:
+        if {name: known.get(name) for name in wanted} != wanted:
             self._note(f"prepare: {environment}")
             shutil.rmtree(artifact, ignore_errors=True)
             artifact.mkdir(parents=True)
             worker = self._worker(f"prepare {environment}", environment)
             request = self._source(artifact) | {"do": "prepare", "calibration": str(calibration)}
             try:
-                if environment not in self._pythons:
-                    raise EngineError("there is no environment")
                 known = wanted | worker.ask(request, timeout_s=_PREPARE_S)
             except EngineError as error:
                 for subject in users:
@@ -252,6 +252,14 @@ class Stage:
             ready.write_text(json.dumps(known), encoding="utf-8")
         for subject in users:
             subject.failed = known["failed"].get(subject.peer.form)
+
+    def _open_all(self) -> None:
+        """As many at a time as there are threads: most of it is Python that imports."""
+        for subject in self.running.values():
+            # Here, and not where it is asked: a worker ends with the thread that started it.
+            subject.worker.start()
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(self._open, self.running.values()))
 
     def _open(self, subject: Subject) -> None:
         self._note(f"open: {subject.peer.name}")

@@ -1,4 +1,7 @@
-"""sentence-transformers on OpenVINO, by its own static quantisation: `openvino-int8`; `openvino` is fp32."""
+"""sentence-transformers on OpenVINO: `openvino`, and `openvino-int8` by its own static quantisation.
+
+Where the CPU has AMX, OpenVINO computes an fp32 model in bfloat16 of its own accord; it is left to that.
+"""
 
 from __future__ import annotations
 
