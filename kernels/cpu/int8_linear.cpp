@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -14,18 +15,23 @@ namespace {
 constexpr int kQuad = 4, kDepth = 64;
 // Multiplications that take some microseconds, and into how many parts a product is divided at most.
 constexpr int64_t kLeastProducts = 1 << 21, kMostParts = 8;
-constexpr float kLevels = 127.0f, kZeroPoint = 128.0f, kSmallestScale = 1e-30f;
+constexpr float kLevels = 127.0f, kSmallestScale = 1e-30f;
 
-// Rows as bytes, each by its own range.
+// Rows in whole steps, each by its own range.
 struct Tokens {
-  uint8_t* values;  // [rows, padded_in], zero point 128
+  uint8_t* values;  // [rows, padded_in] of what the kernel takes: bytes with zero point 128, or 16 bits
   float* scale;     // [rows]
   float* centre;    // [rows]
 };
 
-template <class Floats>
-RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale, float* centre) {
+// Step: uint8_t with zero point 128, or int16_t.
+template <class Floats, class Step>
+RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint8_t* bytes, float* scale,
+                             float* centre) {
   constexpr int kWide = kWidth<Floats>;
+  constexpr int32_t kZero = std::is_same_v<Step, uint8_t> ? 128 : 0;
+  typedef Step Steps __attribute__((vector_size(kWide * sizeof(Step))));
+  Step* const to = reinterpret_cast<Step*>(bytes);
   const int64_t whole = in / kWide * kWide;
   float most = x[0], least = x[0], poison = 0.0f;
   if (whole > 0) {
@@ -58,11 +64,10 @@ RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint
     const Floats values = load<Floats>(all ? x + k : some);
     // A NaN compares with nothing and may come out as any number; its row is poisoned by the centre.
     const Floats steps = smaller(larger(rounded((values - middle) * inverse), lowest), highest);
-    const auto bytes = __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + 128,
-                                               typename Vector<Floats>::Bytes);
-    std::memcpy(to + k, &bytes, all ? size_t(kWide) : size_t(in - k));
+    const Steps found = __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + kZero, Steps);
+    std::memcpy(to + k, &found, sizeof(Step) * size_t(all ? kWide : in - k));
   }
-  for (int64_t k = in; k < padded_in; ++k) to[k] = uint8_t(kZeroPoint);  // against weights of 0
+  std::fill(to + in, to + padded_in, Step(kZero));  // against weights of 0
 }
 
 template <class Floats>
@@ -142,11 +147,12 @@ RTX_INLINE void finish_tile(const int32_t* sums, int rows, int panels, const Tar
 
 // What a tile is multiplied from: rows of bytes, and panels of columns that follow each other.
 struct Factors {
-  const uint8_t* rows;    // of the tile's first row
+  const uint8_t* rows;    // of the tile's first row, as the kernel takes them
   const int8_t* columns;  // of its first panel
   const int32_t* start;   // of its first column
   int64_t in;             // a multiple of 4
-  int64_t padded_in;      // bytes from row to row; 16 times as many from panel to panel
+  int64_t padded_in;      // a 16th of the bytes from panel to panel
+  int64_t row_bytes;      // from row to row
 };
 
 // Calls the function for the tile's size: there is one for each number of rows and panels up to the largest.
@@ -171,7 +177,7 @@ struct Plain {
 struct Portable : Plain {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     for (int row = 0; row < rows; ++row) {
-      const uint8_t* bytes = factors.rows + row * factors.padded_in;
+      const uint8_t* bytes = factors.rows + row * factors.row_bytes;
       for (int panel = 0; panel < panels; ++panel, sums += kLanes) {
         const int8_t* columns = factors.columns + panel * factors.padded_in * kLanes;
         std::memset(sums, 0, sizeof(int32_t) * kLanes);
@@ -183,11 +189,11 @@ struct Portable : Plain {
     }
   }
   static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale, float* centre) {
-    quantize_row<Floats4>(x, in, padded_in, to, scale, centre);
+    quantize_row<Floats4, uint8_t>(x, in, padded_in, to, scale, centre);
   }
   static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats4>(RTX_FINISH_VALUES); }
   static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats4>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 1, kPanels = 1;
+  static constexpr int kRows = 1, kPanels = 1, kStepBytes = 1;
 };
 
 #if defined(__x86_64__)
@@ -198,52 +204,50 @@ RTX_INLINE int32_t quad_at(const uint8_t* bytes) {
   return found;
 }
 
+// Without VNNI: u8 by s8 in 16 bits would saturate (vpmaddubsw). Steps of 16 bits by weights that are widened on the way
+// are exact, take no more instructions than what keeps the first from saturating, and fewer where shuffles are dear.
 struct Avx2 : Plain {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     by_size<Avx2, kRows, kPanels>(rows, panels, factors, sums);
   }
-  // u8 by s8 is summed in pairs with saturation at 16 bits. The magnitude of a token's byte, at most 128, by a weight
-  // that takes its sign, at most 127: a pair is at most 32,512, which fits.
   template <int kTileRows, int kTilePanels>
   RTX_AVX2 RTX_APART static void tile(const Factors& factors, int32_t* to) {
-    constexpr int kHalves = 2 * kTilePanels;
-    const int64_t padded_in = factors.padded_in;
-    __m256i sums[kTileRows][kHalves];
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
+    const int64_t stride = factors.row_bytes;
+    // A quarter is four columns of a panel. Two at a time, each with two sums a column.
+    for (int quarter = 0; quarter < 4 * kTilePanels; quarter += 2) {
+      const int8_t* columns = factors.columns + quarter / 4 * factors.padded_in * kLanes + quarter % 4 * 16;
+      __m256i sums[kTileRows][2];
       RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half) sums[row][half] = _mm256_setzero_si256();
-    const __m256i ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(int8_t(0x80));
-    for (int64_t k = 0; k < factors.in; k += kQuad) {
-      __m256i columns[kHalves];
-      RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half)
-        columns[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-            factors.columns + (half / 2 * padded_in + k) * kLanes + 32 * (half % 2)));
-      RTX_UNROLL
-      for (int row = 0; row < kTileRows; ++row) {
-        const __m256i steps = _mm256_xor_si256(_mm256_set1_epi32(quad_at(factors.rows + row * padded_in + k)), flip);
-        const __m256i sizes = _mm256_abs_epi8(steps);
+      for (int row = 0; row < kTileRows; ++row) sums[row][0] = sums[row][1] = _mm256_setzero_si256();
+      for (int64_t k = 0; k < factors.in; k += kQuad) {
+        const int8_t* from = columns + k * kLanes;
+        const __m256i some = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        const __m256i more = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)));
         RTX_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-          const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(columns[half], steps));
-          sums[row][half] = _mm256_add_epi32(sums[row][half], _mm256_madd_epi16(pairs, ones));
+        for (int row = 0; row < kTileRows; ++row) {
+          int64_t quad;
+          std::memcpy(&quad, factors.rows + row * stride + k * 2, sizeof quad);
+          const __m256i steps = _mm256_set1_epi64x(quad);
+          sums[row][0] = _mm256_add_epi32(sums[row][0], _mm256_madd_epi16(steps, some));
+          sums[row][1] = _mm256_add_epi32(sums[row][1], _mm256_madd_epi16(steps, more));
         }
       }
-    }
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
       RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (row * kHalves + half) * 8), sums[row][half]);
+      for (int row = 0; row < kTileRows; ++row) {
+        // Columns 0 1 4 5, 2 3 6 7.
+        const __m256i both = _mm256_hadd_epi32(sums[row][0], sums[row][1]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row * kTilePanels * kLanes + quarter * 4),
+                            _mm256_permute4x64_epi64(both, 0xd8));
+      }
+    }
   }
   RTX_AVX2 static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale,
                                 float* centre) {
-    quantize_row<Floats8>(x, in, padded_in, to, scale, centre);
+    quantize_row<Floats8, int16_t>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVX2 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
   RTX_AVX2 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int kRows = 6, kPanels = 1, kStepBytes = 2;
 };
 
 struct AvxVnni : Plain {
@@ -269,7 +273,7 @@ struct AvxVnni : Plain {
             factors.columns + (half / 2 * padded_in + k) * kLanes + 32 * (half % 2)));
       RTX_UNROLL
       for (int row = 0; row < kTileRows; ++row) {
-        const __m256i steps = _mm256_set1_epi32(quad_at(factors.rows + row * padded_in + k));
+        const __m256i steps = _mm256_set1_epi32(quad_at(factors.rows + row * factors.row_bytes + k));
         RTX_UNROLL
         for (int half = 0; half < kHalves; ++half)
           sums[row][half] = _mm256_dpbusd_avx_epi32(sums[row][half], steps, columns[half]);
@@ -283,11 +287,11 @@ struct AvxVnni : Plain {
   }
   RTX_AVXVNNI static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale,
                                    float* centre) {
-    quantize_row<Floats8>(x, in, padded_in, to, scale, centre);
+    quantize_row<Floats8, uint8_t>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVXVNNI static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
   RTX_AVXVNNI static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 6, kPanels = 1;
+  static constexpr int kRows = 6, kPanels = 1, kStepBytes = 1;
 };
 
 struct Avx512Vnni : Plain {
@@ -311,7 +315,7 @@ struct Avx512Vnni : Plain {
         columns[panel] = _mm512_loadu_si512(factors.columns + (panel * padded_in + k) * kLanes);
       RTX_UNROLL
       for (int row = 0; row < kTileRows; ++row) {
-        const __m512i steps = _mm512_set1_epi32(quad_at(factors.rows + row * padded_in + k));
+        const __m512i steps = _mm512_set1_epi32(quad_at(factors.rows + row * factors.row_bytes + k));
         RTX_UNROLL
         for (int panel = 0; panel < kTilePanels; ++panel)
           sums[row][panel] = _mm512_dpbusd_epi32(sums[row][panel], steps, columns[panel]);
@@ -325,11 +329,11 @@ struct Avx512Vnni : Plain {
   }
   RTX_AVX512 static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale,
                                   float* centre) {
-    quantize_row<Floats16>(x, in, padded_in, to, scale, centre);
+    quantize_row<Floats16, uint8_t>(x, in, padded_in, to, scale, centre);
   }
   RTX_AVX512 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats16>(RTX_FINISH_VALUES); }
   RTX_AVX512 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats16>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 6, kPanels = 4;
+  static constexpr int kRows = 6, kPanels = 4, kStepBytes = 1;
 };
 
 #if defined(RTX_HAS_AMX)
@@ -360,9 +364,9 @@ struct Amx {
   // Registers 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
   template <int kSixteens, int kTilePanels>
   RTX_AMX RTX_APART static void tile(const Factors& factors, int32_t* to) {
-    const int64_t stride = factors.padded_in;
+    const int64_t stride = factors.row_bytes;
     const uint8_t *above = factors.rows, *below = above + 16 * stride;
-    const int8_t *left = factors.columns, *right = left + kLanes * stride;
+    const int8_t *left = factors.columns, *right = left + kLanes * factors.padded_in;
     // Bytes count from 0, steps from 128: each row of the sums begins with the same numbers.
     _tile_loadd(0, factors.start, 0);
     if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
@@ -394,7 +398,7 @@ struct Amx {
   }
   static void finish(RTX_FINISH_ARGUMENTS) { Avx512Vnni::finish(RTX_FINISH_VALUES); }
   static void normalize(RTX_ROW_ARGUMENTS) { Avx512Vnni::normalize(RTX_ROW_VALUES); }
-  static constexpr int kRows = 32, kPanels = 2;
+  static constexpr int kRows = 32, kPanels = 2, kStepBytes = 1;
 };
 
 #endif  // RTX_HAS_AMX
@@ -440,7 +444,8 @@ class Run {
   void multiply(int64_t first, int64_t rows, int64_t begin, int64_t end) {
     thread_local std::vector<uint8_t> bytes;
     thread_local std::vector<float> numbers;
-    bytes.resize(size_t((rows + 15) / 16 * 16 * weight_.padded_in));
+    const int64_t row_bytes = weight_.padded_in * Kernel::kStepBytes;
+    bytes.resize(size_t((rows + 15) / 16 * 16 * row_bytes));
     numbers.resize(size_t(2 * rows + weight_.in));
     const Tokens tokens{bytes.data(), numbers.data(), numbers.data() + rows};
     quantize(first, rows, tokens, numbers.data() + 2 * rows);
@@ -451,10 +456,10 @@ class Run {
         for (int64_t row = 0; row < rows; row += Kernel::kRows) {
           const int some = int(std::min<int64_t>(Kernel::kRows, rows - row));
           alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
-          const Factors factors{tokens.values + row * weight_.padded_in,
+          const Factors factors{tokens.values + row * row_bytes,
                                 weight_.values.data() + panel * kLanes * weight_.padded_in,
                                 weight_.start.data() + panel * kLanes, (weight_.in + kQuad - 1) / kQuad * kQuad,
-                                weight_.padded_in};
+                                weight_.padded_in, row_bytes};
           Kernel::multiply(some, panels, factors, sums);
           Kernel::finish(sums, some, panels,
                          {tokens.scale + row, tokens.centre + row, weight_, around_, panel, first + row, residual_, y_});
@@ -472,7 +477,8 @@ class Run {
         Kernel::normalize(x, in, around_.norm, normalized);
         x = normalized;
       }
-      Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * weight_.padded_in, tokens.scale + row,
+      Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * weight_.padded_in * Kernel::kStepBytes,
+                       tokens.scale + row,
                        tokens.centre + row);
     }
   }
