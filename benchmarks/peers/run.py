@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.peers.catalogue import CHECKPOINTS, ModelName, chosen
 from benchmarks.peers.comparison import BRIEF, Comparison, Plan, elapsed
 from benchmarks.peers.environments import CHECKOUT
-from benchmarks.peers.report import plain
+from benchmarks.peers.report import plain, tables
 from rtx.runtime.atomic import atomic_file
 from rtx.runtime.backends.onnx import usable_cores
 from rtx.runtime.machine import describe_machine
@@ -41,6 +42,11 @@ def models_of(given: str) -> list[ModelName]:
     if unknown := [name for name in names if name not in CHECKPOINTS]:
         raise click.BadParameter(f"--models: expected some of {', '.join(CHECKPOINTS)}, got {', '.join(unknown)}")
     return [name for name in CHECKPOINTS if name in names]
+
+
+def _end_on_sigterm() -> None:
+    """As Ctrl-C does, so that workers are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def words_of(given: str) -> tuple[str, ...]:
@@ -66,24 +72,24 @@ def main(models: str, peers: str, rounds: int | None, threads: int, brief: bool,
     if rounds is not None:
         plan = dataclasses.replace(plan, rounds=rounds, large_rounds=rounds)
     names = models_of("minilm" if brief else models)
-    # As Ctrl-C does, so that no worker is left.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _end_on_sigterm()
     begun = time.monotonic()
     comparison = Comparison(plan, chosen(words_of(peers)), folder, threads)
-    results = comparison.run(names)
+    # Before anything runs: its load is part of it.
     machine = describe_machine()
-    click.echo(f"\n{machine.cpu}, {threads} threads, {', '.join(machine.instruction_sets)}; {elapsed(begun)}")
-    report = {
-        "threads": threads,
-        "plan": dataclasses.asdict(plan),
-        "machine": dataclasses.asdict(machine),
-        "not_installed": comparison.missing,
-        "models": [plain(result) for result in results],
-    }
+    report: dict[str, Any] = {"threads": threads, "plan": dataclasses.asdict(plan), "models": []}
+    report |= {"machine": dataclasses.asdict(machine), "not_installed": comparison.missing}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as stream:
-        stream.write((json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    click.echo(f"{out}: written", err=True)
+    for result in comparison.run(names):
+        for line in tables(result):
+            click.echo(line)
+        report["models"].append(plain(result))
+        # After each model: what comes later may be interrupted.
+        with atomic_file(out) as stream:
+            stream.write((json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    for environment, reason in comparison.missing.items():
+        click.echo(f"- {environment}: not installed: {reason}")
+    click.echo(f"\n{machine.cpu}, {threads} threads, {', '.join(machine.instruction_sets)}; {elapsed(begun)}; {out}")
 
 
 if __name__ == "__main__":

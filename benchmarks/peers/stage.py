@@ -24,7 +24,7 @@ from benchmarks.peers.catalogue import Peer, script_of
 from benchmarks.peers.process import Worker
 from benchmarks.peers.worker import Task
 from rtx.runtime.errors import EngineError
-from rtx.runtime.rounds import run_rounds
+from rtx.runtime.rounds import Block, run_rounds
 
 HERE = Path(__file__).parent
 Note = Callable[[str], None]
@@ -168,8 +168,7 @@ class Stage:
         """Run every load in every round; by title."""
         measured: dict[str, Rounds] = {}
         blocks = {load.title: self._block(load) for load in loads}
-        numbers = run_rounds(self.running, blocks, rounds, note=self._note)
-        for name, found in numbers.items():
+        for name, found in self._rounds(blocks, rounds).items():
             for number, values in found.items():
                 title, _, key = number.rpartition("/")
                 measured.setdefault(title, {}).setdefault(name, {})[key] = values
@@ -192,7 +191,7 @@ class Stage:
                         numbers["peak_rss_mb"] = peak / 1e6
             return numbers
 
-        return run_rounds(self.running, {"cold start": start}, rounds, note=self._note)
+        return self._rounds({"cold start": start}, rounds)
 
     def run(
         self, subject: Subject, items: Sequence[Any], *, call_items: int | None = None, out: Path | None = None
@@ -208,6 +207,9 @@ class Stage:
     def _time(self, subject: Subject, items: Sequence[Any]) -> None:
         self.run(subject, items[: len(items) // 4 + 1])
         subject.tuned[subject.batch_size] = len(items) / sum(self.run(subject, items)["seconds"])
+
+    def _rounds(self, blocks: Mapping[str, Block[Subject]], rounds: int) -> Rounds:
+        return run_rounds(self.running, blocks, rounds, note=self._note) if self.running else {}
 
     def _block(self, load: Load) -> Callable[[Subject], Mapping[str, float]]:
         def block(subject: Subject) -> Mapping[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import signal
@@ -15,12 +17,13 @@ from types import SimpleNamespace
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from benchmarks.peers import environments, run, stage, workloads
+from benchmarks.peers import comparison, environments, run, stage, workloads
 from benchmarks.peers.catalogue import BASELINE, OURS, PEERS, Peer, chosen, script_of
 from benchmarks.peers.comparison import fitting, held_against
 from benchmarks.peers.environments import OWN, REQUIREMENTS, ensure_environment
@@ -29,7 +32,7 @@ from benchmarks.peers.quality import Agreement, Quality, compare_rankings, compa
 from benchmarks.peers.report import Figure, Result, figure, figures, tables
 from benchmarks.peers.stage import HERE, Load, Stage, Subject
 from benchmarks.peers.tokens import in_batches, mean_pooled, padded
-from benchmarks.peers.workloads import Amounts, Cutter, Judged, log_uniform, make_workloads
+from benchmarks.peers.workloads import Amounts, Cutter, Judged, Workloads, log_uniform, make_workloads
 from rtx.runtime.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +55,8 @@ def load(source, form, threads):
             time.sleep(60)
         if form == "nan":
             return np.full((len(items), 2), np.nan, dtype=np.float32)
+        if source.task == "rerank":
+            return np.array([len(passage) for _, passage in items], dtype=np.float32)
         return np.array([[len(item), len(items), batch_size] for item in items], dtype=np.float32)
     return run
 
@@ -342,6 +347,13 @@ def test_quality_is_told_beside_the_baseline() -> None:
     assert worse.min_cosine < 0.6 < worse.mean_cosine < 1
 
 
+def test_where_nobody_runs_nothing_is_measured(fake_stage: Stage, tmp_path: Path) -> None:
+    with fake_stage.opened([fake("broken", "broken")], tmp_path / "calibration", {}):
+        fake_stage.tune(["text"], (4, 8))
+        assert fake_stage.measure([Load("all", ("a",))], 2) == {}
+    assert fake_stage.cold_start("a", ["b"], 1) == {}
+
+
 def test_what_all_vectors_have_in_common_says_nothing() -> None:
     own = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=np.float32)
     turned = own[:, ::-1]
@@ -474,6 +486,60 @@ def test_what_pip_cannot_find_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(EngineError, match=r"^pip: ERROR: No matching distribution found for thing==9$"):
         environments._install(Path("python"), [])
+
+
+def test_from_peers_to_tables(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [fake(BASELINE), fake("broken", "broken"), fake(OURS)]
+    peers = [dataclasses.replace(peer, checkpoints=("minilm", "pairs")) for peer in both]
+    peers.append(fake("absent", environment="absent"))
+    for name in ("minilm", "pairs"):
+        checkpoint = tmp_path / name / "checkpoint"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(b"")
+    words = ["a " * length for length in range(1, 33)]
+    texts = Workloads(
+        mix=tuple(words),
+        mix_tokens=tuple(range(3, 35)),
+        long=("a " * 510,) * 4,
+        queries=("a query",) * 4,
+        pairs=tuple(("a query", word) for word in words),
+        judged=Judged(("a", "b"), ("a a", "b b b"), (0, 1)),
+    )
+
+    def ensure(environment: str) -> tuple[Path, str]:
+        if environment == "absent":
+            raise EngineError("pip: no such package")
+        return Path(sys.executable), ""
+
+    monkeypatch.setattr(stage, "HERE", script.parent)
+    monkeypatch.setattr(comparison, "ensure_environment", ensure)
+    monkeypatch.setattr(comparison, "make_workloads", lambda *_: texts)
+    monkeypatch.setattr(run, "chosen", lambda _: peers)
+    monkeypatch.setattr(run, "_end_on_sigterm", lambda: None)
+    out = tmp_path / "out" / "peers.json"
+    done = CliRunner().invoke(run.main, ["--brief", "--threads", "2", "--folder", str(tmp_path), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    titles = [line for line in done.stdout.splitlines() if line.startswith("### ")]
+    assert [title.split(",")[0] for title in titles] == [
+        "### minilm: natural mix",
+        "### minilm: natural mix",
+        "### minilm: single queries",
+        "### minilm: passages of 512 tokens",
+        "### minilm: start and memory",
+        "### minilm: against sentence-transformers",
+        "### pairs: query–passage pairs",
+        "### pairs: against sentence-transformers",
+    ]
+    assert f"| {OURS} | 1.0000 | 0.0000 |" in done.stdout
+    assert "- minilm, broken: left out: broken: load: ImportError: no such thing" in done.stdout
+    assert "- absent: not installed: pip: no such package" in done.stdout
+    assert "minilm: round 2 of 2: single queries, rtx, int8-packed" in done.stderr
+    report = json.loads(out.read_text())
+    assert report["threads"] == 2
+    model = report["models"][0]
+    assert len(model["figures"]["natural mix"][OURS]["per_s"]["rounds"]) == 2
+    assert model["figures"]["start and memory"][OURS]["cold_start_s"]["ratio"] > 0
+    assert model["versions"][OURS] == {"numpy": np.__version__}
 
 
 def test_models_are_named() -> None:
