@@ -61,12 +61,15 @@ class Editor:
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
         """Let `value` take the place of a node's only output, and remove the node."""
-        old = node.outputs[0]
+        self.replace_value(node.outputs[0], value)
+        self.graph.remove(node, safe=True)
+
+    def replace_value(self, old: ir.Value, value: ir.Value) -> None:
+        """Let `value` take the place of another, whose node stays until `drop_dead`."""
         value.shape, value.type = old.shape, old.type
         if old.is_graph_output():
             old.name, value.name = value.name, old.name
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
 
     def constant(self, name: str, content: NDArray[np.generic]) -> ir.Value:
         """A new initializer."""

@@ -1,7 +1,8 @@
 """The linear layers of the packed graph in 8 bits, each one `rtx::Int8Linear` with what stands around it.
 
     input     LayerNorm or RMSNorm -> several MatMul       one product with several outputs: query, key and value
-              two MatMul, activation, Mul                  a gated layer
+                                   -> MatMul -> Split      likewise
+              either, activation of the first, Mul         a gated layer
     output    MatMul -> bias -> activation -> residual -> LayerNorm or RMSNorm
 
 and the word embeddings, with what is added to them and their norm, one `rtx::Int8Embedding`. The arithmetic is that of
@@ -82,6 +83,8 @@ class _Layer:
     transposed: bool
     bias: ir.Value | None
     activation: str = ""
+    split: ir.Node | None = None
+    gate: ir.Node | None = None  # the Mul of two halves of what is split
     added: ir.Node | None = None  # the Add of a residual
     norm: _Norm | None = None
 
@@ -102,7 +105,7 @@ class _Layer:
     @property
     def plain(self) -> bool:
         """Whether nothing comes behind product and bias."""
-        return not self.activation and self.added is None
+        return not self.activation and self.added is None and self.split is None
 
 
 @dataclass
@@ -114,7 +117,25 @@ class _Group:
     last: ir.Node = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.gate is None:
+            self.gate = self.layers[0].gate
         self.last = self.layers[0].nodes[-1] if self.gate is None else self.gate
+
+    @property
+    def outputs(self) -> Sequence[ir.Value]:
+        """What it gives."""
+        if self.gate is not None:
+            return self.gate.outputs
+        split = self.layers[0].split
+        return [layer.nodes[-1].outputs[0] for layer in self.layers] if split is None else split.outputs
+
+    @property
+    def sizes(self) -> list[int]:
+        """Columns of each part."""
+        split = self.layers[0].split
+        return (
+            [_columns(layer) for layer in self.layers] if split is None else [_width(value) for value in split.outputs]
+        )
 
 
 def _groups(layers: Sequence[_Layer]) -> list[_Group]:
@@ -137,7 +158,8 @@ def _gated(layers: list[_Layer]) -> tuple[list[_Layer], list[_Group]]:
     found: list[_Group] = []
     left = list(layers)
     for first in layers:
-        product = _only_reader(first.nodes[-1], "Mul") if first.activation and first.added is None else None
+        alone = first.activation and first.added is None and first.split is None
+        product = _only_reader(first.nodes[-1], "Mul") if alone else None
         for second in left:
             pair = product is not None and second is not first and second.plain
             if pair and _only_reader(second.nodes[-1], "Mul") is product and _columns(first) == _columns(second):
@@ -145,6 +167,11 @@ def _gated(layers: list[_Layer]) -> tuple[list[_Layer], list[_Group]]:
                 left = [layer for layer in left if layer is not first and layer is not second]
                 break
     return left, found
+
+
+def _width(value: ir.Value) -> int:
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]
 
 
 def _columns(layer: _Layer) -> int:
@@ -156,6 +183,7 @@ def _columns(layer: _Layer) -> int:
 class _Fuser:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
+        self._added: set[ir.Node] = set()  # by layers: two may end in the same Add
 
     def layer(self, node: ir.Node, weight: ir.Value) -> _Layer:
         """MatMul or Gemm, with a bias, an activation, a residual and a norm where there are some."""
@@ -168,9 +196,13 @@ class _Fuser:
             if _is_bias(other, columns):
                 layer.bias = other
                 layer.nodes.append(added)
+        if self._take_split(layer):
+            return layer
         self._take_activation(layer)
         added = _only_reader(layer.nodes[-1], "Add")
-        if added is not None and _same_shape(_other(added, layer.nodes[-1].outputs[0]), added.outputs[0]):
+        fits = added is not None and _same_shape(_other(added, layer.nodes[-1].outputs[0]), added.outputs[0])
+        if added is not None and fits and added not in self._added:
+            self._added.add(added)
             layer.added = added
             layer.nodes.append(added)
             if (norm := _only_reader(added, *_NORMS)) is not None and _is_norm(norm):
@@ -179,20 +211,25 @@ class _Fuser:
         return layer
 
     @staticmethod
+    def _take_split(layer: _Layer) -> bool:
+        split = _only_reader(layer.nodes[-1], "Split")
+        if split is None or len(split.outputs) > _MOST_OUTPUTS or split.attributes.get_int("axis", 0) not in (-1, 2):
+            return False
+        layer.split = split
+        layer.nodes.append(split)
+        if len(split.outputs) == 2 and _width(split.outputs[0]) == _width(split.outputs[1]):
+            name, last = _activation(split.outputs[0])
+            product = None if last is None else _only_reader(last, "Mul")
+            uses = split.outputs[1].uses()
+            if product is not None and [use.node for use in uses] == [product]:
+                layer.activation, layer.gate = name, product
+        return True
+
+    @staticmethod
     def _take_activation(layer: _Layer) -> None:
-        last = layer.nodes[-1]
-        if (gelu := _only_reader(last, "Gelu")) is not None:
-            tanh = gelu.attributes.get_string("approximate", "none") == "tanh"
-            layer.activation = "gelu_tanh" if tanh else "gelu"
-            layer.nodes.append(gelu)
-            return
-        # x * sigmoid(x)
-        readers = [use.node for use in last.outputs[0].uses()]
-        sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
-        product = None if sigmoid is None else _only_reader(sigmoid, "Mul")
-        if sigmoid is not None and product is not None and {*readers} == {sigmoid, product}:
-            layer.activation = "silu"
-            layer.nodes += [sigmoid, product]
+        layer.activation, last = _activation(layer.nodes[-1].outputs[0])
+        if last is not None:
+            layer.nodes.append(last)
 
     def replace(self, group: _Group) -> None:
         """Let one operator take the place of a group."""
@@ -213,22 +250,22 @@ class _Fuser:
             given = norm.node.inputs[0]
             assert given is not None
             x = given
-        inputs = [*self._weights(layers), first.residual, *(() if norm is None else norm.inputs)]
+        inputs = [*self._weights(group), first.residual, *(() if norm is None else norm.inputs)]
         while inputs[-1] is None:
             inputs.pop()
-        many = 1 if group.gate is not None else len(layers)
+        outputs = group.outputs
         results = self.editor.insert_many(
-            before, INT8_LINEAR, x, *inputs, outputs=many, attributes=attributes, domain=DOMAIN
+            before, INT8_LINEAR, x, *inputs, outputs=len(outputs), attributes=attributes, domain=DOMAIN
         )
-        lasts = [group.gate] if group.gate is not None else [layer.nodes[-1] for layer in layers]
-        for last, result in zip(lasts, results, strict=True):
-            self.editor.replace(last, result)
+        for output, result in zip(outputs, results, strict=True):
+            self.editor.replace_value(output, result)
 
     def _place(self, node: ir.Node) -> int:
         return next(place for place, other in enumerate(self.editor.graph) if other is node)
 
-    def _weights(self, layers: Sequence[_Layer]) -> list[ir.Value | None]:
+    def _weights(self, group: _Group) -> list[ir.Value | None]:
         """values, scale, column_sum, bias and split of layers beside each other."""
+        layers, sizes = group.layers, group.sizes
         contents = []
         for layer in layers:
             content = content_of("int8-packed", layer.nodes[0], layer.weight)
@@ -245,9 +282,7 @@ class _Fuser:
             self._constant(f"{name}_scale", np.concatenate([one.scale for one in contents])),
             self._constant(f"{name}_column_sum", np.concatenate([one.column_sum for one in contents])),
             None if bias is None else self._constant(f"{name}_bias", bias),
-            None
-            if len(layers) < 2
-            else self._constant(f"{name}_split", np.array([len(one.scale) for one in contents])),
+            None if len(sizes) < 2 else self._constant(f"{name}_split", np.array(sizes)),
         ]
 
     def replace_embedding(self, node: ir.Node, table: ir.Value) -> None:
@@ -296,6 +331,21 @@ def _is_norm(node: ir.Node) -> bool:
     last = node.op_type == RMS_NORM or node.attributes.get_int("axis", -1) == -1
     constants = [value for value in node.inputs[1:] if value is not None]
     return last and not is_scoring(node) and all(value.is_initializer() for value in constants)
+
+
+def _activation(value: ir.Value) -> tuple[str, ir.Node | None]:
+    """What alone reads a value, if it is an activation: its name, and the node that gives its result."""
+    readers = {use.node for use in value.uses()}
+    names = {node.op_type for node in readers}
+    if value.is_graph_output() or any(is_scoring(node) for node in readers):
+        return "", None
+    if names == {"Gelu"} and len(readers) == 1:
+        gelu = next(iter(readers))
+        return "gelu_tanh" if gelu.attributes.get_string("approximate", "none") == "tanh" else "gelu", gelu
+    # x * sigmoid(x)
+    sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
+    product = None if sigmoid is None else _only_reader(sigmoid, "Mul")
+    return ("silu", product) if product is not None and readers == {sigmoid, product} else ("", None)
 
 
 def _only_reader(node: ir.Node, *op_types: str) -> ir.Node | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,14 @@ from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import Exported, example_inputs, exporting, is_scoring, to_graph, with_contract
 from rtx.kernels.library import DOMAIN
 from rtx.kernels.norm import rms_norm
+from rtx.kernels.rotary_embedding import rotary_embedding
 from rtx.runtime.errors import ExportError
 from rtx.trainer import logit_score
 from rtx.trainer.model import RetrievalModel
 
-PACKED_ATTENTION, PACKED_POOL, RMS_NORM = "PackedAttention", "PackedPool", "RMSNorm"
+PACKED_ATTENTION, PACKED_POOL = "PackedAttention", "PackedPool"
+RMS_NORM, ROTARY_EMBEDDING = "RMSNorm", "RotaryEmbedding"
+_ROTATION = "apply_rotary_pos_emb"
 _NAME = "rtx_packed"
 _KEPT = "kept"
 
@@ -189,10 +193,14 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     inputs = {_KEPT: inputs["attention_mask"].flatten().nonzero().flatten(), **inputs}
     shapes = {_KEPT: {0: torch.export.Dim("kept", min=2, max=1 << 30)}, **shapes}
     packing = _packing(transformer, unpacks=not _pools(model))
-    with exporting(model, model.backbone, attention=_NAME), packing, _norms(transformer):
+    operators = contextlib.ExitStack()
+    operators.enter_context(_norms(transformer))
+    operators.enter_context(_rotations(transformer))
+    with exporting(model, model.backbone, attention=_NAME), packing, operators:
         graph = to_graph(_ExportedPacked(model, first), inputs, [contract.output], shapes, name=kind)
     _refuse_other_attention(graph, kind)
     _compute_kept(graph)
+    _split_rows(graph.graph)
     _drop_reshapes(graph.graph)
     _select_first(graph.graph)
     return with_contract(graph, contract)
@@ -273,6 +281,52 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return bool(np.allclose(module(x).numpy(), expected, rtol=1e-4, atol=1e-6))
 
 
+@contextlib.contextmanager
+def _rotations(transformer: nn.Module) -> Iterator[None]:
+    """What turns queries and keys by their position is two nodes, where it is what most models of transformers do."""
+    homes = {id(home): home for module in transformer.modules() if (home := sys.modules[type(module).__module__])}
+    found = [(home, vars(home)[_ROTATION]) for home in homes.values() if _ROTATION in vars(home)]
+    found = [(home, original) for home, original in found if _rotates_halves(original)]
+
+    def rotation_of(original: Any) -> Any:
+        def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> Any:
+            if args or options.get("unsqueeze_dim", 1) != 1 or cos.shape[-1] != query.shape[-1]:
+                return original(query, key, cos, sin, *args, **options)
+            return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+        return rotate
+
+    for home, original in found:
+        setattr(home, _ROTATION, rotation_of(original))
+    try:
+        yield
+    finally:
+        for home, original in found:
+            setattr(home, _ROTATION, original)
+
+
+def _rotated(side: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[1, heads, kept, width]; cos, sin [1, kept, width]."""
+    rows = side.transpose(1, 2).flatten(2)
+    found = _operator(ROTARY_EMBEDDING, (rows, cos, sin), rows.shape, heads=side.shape[1])
+    return found.view(1, -1, side.shape[1], side.shape[3]).transpose(1, 2)
+
+
+def _rotates_halves(function: Any) -> bool:
+    """Whether a function of transformers' models is `rtx.kernels.rotary_embedding`: there are some that are not."""
+    query, key = torch.linspace(-1.0, 2.0, 96).reshape(2, 1, 2, 3, 8).unbind(0)
+    cos, sin = torch.linspace(-1.0, 0.5, 48).reshape(2, 1, 3, 8).unbind(0)
+    try:
+        found = function(query, key, cos, sin)
+    except (TypeError, RuntimeError):
+        return False
+    for side, turned in zip((query, key), found, strict=True):
+        expected = rotary_embedding(side[0].transpose(0, 1).numpy(), cos[0].numpy(), sin[0].numpy())
+        if not np.allclose(turned[0].transpose(0, 1).numpy(), expected, atol=1e-6):
+            return False
+    return True
+
+
 def _refuse_other_attention(graph: ir.Model, kind: str) -> None:
     attentions = sum(node.op_type == PACKED_ATTENTION for node in graph.graph)
     others = sum(node.op_type == "Softmax" and not is_scoring(node) for node in graph.graph)
@@ -307,6 +361,50 @@ def _drop_reshapes(graph: ir.Graph) -> None:
             continue
         ir.convenience.replace_all_uses_with(end, start)
     drop_dead(graph)
+
+
+def _split_rows(graph: ir.Graph) -> None:
+    """Where a row is brought into parts, and each part is taken out by itself: let it be split."""
+    editor = Editor(graph, "split")
+    for node in list(graph):
+        value, row = node.outputs[0], node.inputs[0] if node.op_type == "Reshape" else None
+        if row is None or row.shape is None or value.shape is None or len(value.shape) != len(row.shape) + 2:
+            continue
+        axis = len(row.shape) - 1
+        count, width = value.shape[axis], row.shape[-1]
+        parts = {_part(use.node, axis): use.node for use in value.uses()}
+        if not isinstance(count, int) or not isinstance(width, int) or {*parts} != {*range(count)}:
+            continue
+        sizes = editor.constant(f"split_{node.name}", np.full(count, width // count))
+        results = editor.insert_many(node, "Split", row, sizes, outputs=count, attributes={"axis": axis})
+        shape = editor.constant(f"heads_{node.name}", np.array([*[0] * axis, *_sizes(value.shape[axis + 1 :])]))
+        for place, result in enumerate(results):
+            result.shape = ir.Shape([*row.shape[:-1], width // count])
+            squeeze = next(iter(parts[place].outputs[0].uses())).node
+            editor.replace_value(squeeze.outputs[0], editor.insert(node, "Reshape", result, shape))
+    drop_dead(graph)
+
+
+def _sizes(dimensions: Any) -> list[int]:
+    return [int(size) for size in dimensions]
+
+
+def _part(node: ir.Node, axis: int) -> int | None:
+    """Which element along an axis a Slice takes out, if a Squeeze of that axis alone reads it."""
+    uses = node.outputs[0].uses()
+    if node.op_type != "Slice" or len(uses) != 1 or next(iter(uses)).node.op_type != "Squeeze":
+        return None
+    squeeze = next(iter(uses)).node
+    given = [_number(value) for value in (*node.inputs[1:4], squeeze.inputs[1])]
+    start, stop, along, squeezed = given
+    if start is None or stop != start + 1 or along not in (axis, -3) or squeezed not in (axis, -3):
+        return None
+    return start
+
+
+def _number(value: ir.Value | None) -> int | None:
+    content = None if value is None or value.const_value is None else value.const_value.numpy()
+    return None if content is None or content.size != 1 else int(content.item())
 
 
 def _select_first(graph: ir.Graph) -> None:

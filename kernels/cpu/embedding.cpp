@@ -42,8 +42,7 @@ void int8_embedding(const int8_t* values, const float* scale, int64_t width, con
   else if (isa >= Isa::kAvx2)
     row = row_avx2;
 #endif
-  // Numbers that a thread is worth waking for.
-  const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1));
+  const int64_t block = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(width, 1));
   parallel((tokens + block - 1) / block, [&](int64_t part) {
     for (int64_t token = part * block; token < std::min(tokens, (part + 1) * block); ++token)
       row(values + ids[token] * width, scale[ids[token]], added == nullptr ? nullptr : added + token * width, width,

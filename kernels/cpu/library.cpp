@@ -10,6 +10,8 @@
 //   values [rows, width] int8 and scale [rows, 1] float32 constant; ids [...] int64; added as y; y [..., width] float32.
 // RMSNorm(x, weight; epsilon) -> y
 //   x, y [..., width] float32; weight [width] float32.
+// RotaryEmbedding(x, cos, sin; heads) -> y
+//   x, y [..., heads * width], cos and sin [..., width] float32.
 // PackedAttention(query, key, value, offsets; heads, key_heads, scale, causal, window) -> y
 //   query [..., heads * width], key and value [..., key_heads * width] float32; offsets [sequences + 1] int64;
 //   y as query.
@@ -23,6 +25,7 @@
 #include "ort_operator.h"
 #include "packed_attention.h"
 #include "packed_pool.h"
+#include "rotary_embedding.h"
 
 #if defined(_WIN32)
 #define RTX_EXPORT extern "C" __declspec(dllexport)
@@ -242,6 +245,39 @@ class RmsNorm {
   float epsilon_;
 };
 
+class RotaryEmbedding {
+ public:
+  RotaryEmbedding(const void* const* table, const ort::KernelInfo* info) : check(table) {
+    heads_ = int_attribute(check, info, "heads");
+    if (heads_ < 1) throw std::invalid_argument("heads: expected at least one");
+  }
+
+  void compute(ort::KernelContext* context) {
+    const ort::Value *input = input_of(check, context, 0), *cos = input_of(check, context, 1);
+    const ort::Value* sin = input_of(check, context, 2);
+    const std::vector<int64_t> shape = shape_of(check, input), turns = shape_of(check, cos);
+    if (shape.empty() || turns.empty() || turns != shape_of(check, sin) || turns.back() * heads_ != shape.back() ||
+        turns.back() % 2 != 0 || tokens_of(turns) != tokens_of(shape))
+      throw std::invalid_argument("expected x [..., heads * width], cos and sin [..., width], width even");
+    ort::Value* output = nullptr;
+    check(check.api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
+    rotary_embedding(data_of<float>(check, input), data_of<float>(check, cos), data_of<float>(check, sin),
+                     tokens_of(shape), heads_, turns.back(), data_of<float>(check, output), current_isa(),
+                     in_pool(check, context));
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "RotaryEmbedding";
+  static constexpr size_t kInputs = 3, kOutputs = 1;
+  static int input_type(size_t) { return ort::kFloat; }
+  static int output_type(size_t) { return ort::kFloat; }
+  static int input_characteristic(size_t) { return ort::kRequired; }
+
+ private:
+  int64_t heads_;
+};
+
 class PackedAttention {
  public:
   PackedAttention(const void* const* table, const ort::KernelInfo* info) : check(table) {
@@ -324,7 +360,8 @@ class PackedPool {
 
 ort::Status* make_domain(const ort::Api& api, ort::Domain** domain) {
   if (ort::Status* failed = api.CreateCustomOpDomain("rtx", domain)) return failed;
-  for (const ort::Op* one : {op<Int8Linear>(), op<Int8Embedding>(), op<RmsNorm>(), op<PackedAttention>(), op<PackedPool>()})
+  for (const ort::Op* one : {op<Int8Linear>(), op<Int8Embedding>(), op<RmsNorm>(), op<RotaryEmbedding>(),
+                             op<PackedAttention>(), op<PackedPool>()})
     if (ort::Status* failed = api.CustomOpDomain_Add(*domain, one)) return failed;
   return nullptr;
 }

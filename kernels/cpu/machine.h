@@ -18,6 +18,9 @@ Isa current_isa();
 // Choose another one, if this machine has it; tests and benchmarks do.
 bool use_isa(Isa isa);
 
+// Numbers read or written once that a thread is worth waking for.
+constexpr int64_t kWorthAThread = 32768;
+
 // Runs fn(0) ... fn(count - 1), in any order, at once where there are threads.
 using Parallel = std::function<void(int64_t count, const std::function<void(int64_t)>& fn)>;
 

@@ -21,8 +21,7 @@ RTX_AVX512 void rows_avx512(const float* x, int64_t rows, int64_t width, const N
 
 void normalize(const float* x, int64_t rows, int64_t width, const Norm& norm, float* y, Isa isa,
                const Parallel& parallel) {
-  // Numbers that a thread is worth waking for.
-  const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1));
+  const int64_t block = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(width, 1));
   parallel((rows + block - 1) / block, [&](int64_t at) {
     const int64_t first = at * block, count = std::min(block, rows - first);
     const float* from = x + first * width;

@@ -9,9 +9,8 @@ namespace rtx {
 void packed_pool(const float* x, int64_t width, const int64_t* offsets, int64_t sequences, const int64_t* pooled,
                  Pooling pooling, float* y, const Parallel& parallel) {
   const bool one = pooling == Pooling::kCls || pooling == Pooling::kLastToken;
-  // Numbers read that a thread is worth waking for.
   const int64_t numbers = one ? sequences * width : offsets[sequences] * width;
-  const int64_t parts = std::clamp<int64_t>(numbers / 65536, 1, std::max<int64_t>(sequences, 1));
+  const int64_t parts = std::clamp<int64_t>(numbers / kWorthAThread, 1, std::max<int64_t>(sequences, 1));
   parallel(parts, [&](int64_t part) {
     for (int64_t sequence = sequences * part / parts; sequence < sequences * (part + 1) / parts; ++sequence) {
       float* to = y + sequence * width;

@@ -6,6 +6,7 @@
 #include "norm.h"
 #include "packed_attention.h"
 #include "packed_pool.h"
+#include "rotary_embedding.h"
 
 #if defined(_WIN32)
 #define RTX_EXPORT extern "C" __declspec(dllexport)
@@ -61,6 +62,11 @@ RTX_EXPORT void rtx_int8_embedding(const int8_t* values, const float* scale, int
 RTX_EXPORT void rtx_normalize(const float* x, int64_t rows, int64_t width, int norm, float epsilon,
                               const float* norm_weight, const float* norm_bias, float* y) {
   normalize(x, rows, width, {NormKind(norm), epsilon, norm_weight, norm_bias}, y, current_isa(), serially);
+}
+
+RTX_EXPORT void rtx_rotary_embedding(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads,
+                                     int64_t width, float* y) {
+  rotary_embedding(x, cos, sin, tokens, heads, width, y, current_isa(), serially);
 }
 
 RTX_EXPORT void rtx_packed_attention(const float* query, const float* key, const float* value, const int64_t* offsets,

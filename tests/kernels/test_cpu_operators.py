@@ -22,6 +22,7 @@ from rtx.kernels.norm import layer_norm, rms_norm
 from rtx.kernels.packed_attention import packed_attention
 from rtx.kernels.packed_pool import packed_pool
 from rtx.kernels.pool import MODES
+from rtx.kernels.rotary_embedding import rotary_embedding
 
 pytestmark = pytest.mark.skipif(library_file() is None, reason="the operators were not built")
 
@@ -294,6 +295,17 @@ def test_embedding(operators: ctypes.CDLL, norm: str) -> None:
         elif norm == "rms":
             expected = rms_norm(expected, weight, epsilon=EPSILON)
         np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 8, 64, 74])
+def test_rotary_embedding(operators: ctypes.CDLL, width: int) -> None:
+    random = np.random.default_rng(10)
+    x = random.standard_normal((200, 3, width)).astype(np.float32)
+    cos, sin = random.standard_normal((2, 200, width)).astype(np.float32)
+    y = np.empty_like(x)
+    sizes = (ctypes.c_int64(size) for size in x.shape)
+    operators.rtx_rotary_embedding(*map(pointer, (x, cos, sin)), *sizes, pointer(y))
+    np.testing.assert_allclose(y, rotary_embedding(x, cos, sin), atol=3e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
