@@ -305,7 +305,9 @@ def variables(threads: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OMP_", "MKL_"))}
     count = str(threads)
     limits = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
-    return kept | limits | {"RAYON_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    return (
+        kept | limits | {"RAYON_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    )
 
 
 def available_bytes() -> int | None:

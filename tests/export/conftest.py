@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -16,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from rtx.export.graph import export_graph
+from rtx.export.packed import export_packed
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Deviation, deviation
@@ -29,9 +29,8 @@ MODELS = [
 ] + [("qwen3-chat", "rerank")]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A model and its plain graph, which is the caller's own to change."""
+class Exported(NamedTuple):
+    """A model and its graph, which is the caller's own to change."""
 
     model: RetrievalModel
     graph: ir.Model
@@ -82,20 +81,21 @@ def one_thread() -> None:
 def exported(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[..., Exported]:
-    """`exported(architecture, task, **layout)` gives a tiny model, arguments as `tiny_checkpoint`, and its graph."""
+    """`exported(architecture, task, packed=False, **layout)` gives a tiny model, arguments as `tiny_checkpoint`,
+    and its plain or packed graph."""
     base = tmp_path_factory.getbasetemp()
     # A worker of pytest-xdist has a folder of its own in the run's.
     shared = base.parent if hasattr(request.config, "workerinput") else base
     models: dict[str, RetrievalModel] = {}
 
-    def export(architecture: str, task: str = "embed", **layout: Any) -> Exported:
+    def export(architecture: str, task: str = "embed", *, packed: bool = False, **layout: Any) -> Exported:
         key = hashlib.sha256(repr((architecture, task, layout)).encode()).hexdigest()[:16]
         if key not in models:
             models[key] = RetrievalModel.load(tiny_checkpoint(architecture, task, **layout))
-        file = shared / f"{key}.onnx"
+        file = shared / f"{key}{'_packed' * packed}.onnx"
         with FileLock(f"{file}.lock"):
             if not file.exists():
-                ir.save(export_graph(models[key]), file)
+                ir.save((export_packed if packed else export_graph)(models[key]), file)
             return Exported(models[key], ir.load(file))
 
     return export

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from rtx.export.graph import export_graph
 from rtx.export.int8_fused import quantize_int8_fused
 from rtx.export.packed import export_packed
 from rtx.export.pipeline import ExportOptions, export_bundle
@@ -33,6 +32,7 @@ from rtx.trainer.model import RetrievalModel
 pytestmark = pytest.mark.skipif(library.library_file() is None, reason=f"packed: {library.NOT_BUILT}")
 
 TEXTS = ["sort the list", "a", "how do i reset the device and parse the file of the code " * 3, "x y", "the query"]
+Exported = Callable[..., Any]
 PACKED = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert", "qwen3")
 
 
@@ -43,13 +43,15 @@ def engine(graph: ir.Model, model: RetrievalModel) -> OnnxEngine:
 
 def encoded(model: RetrievalModel) -> list[Any]:
     if model.task == "embed":
-        return model.preprocessor.encode(TEXTS, prompt="query")
+        return model.preprocessor.encode(TEXTS, prompt="query" if "query" in model.contract.prompts else None)
     return model.preprocessor.encode_pairs([(text, TEXTS[0]) for text in TEXTS])
 
 
-def held(model: RetrievalModel) -> None:
+def held(exported: Exported, architecture: str, task: str = "embed", **layout: Any) -> None:
     """Packed against plain, together and alone, and int8 against the same arithmetic in standard operators."""
-    items, plain_graph, packed_graph = encoded(model), export_graph(model), export_packed(model)
+    model, plain_graph = exported(architecture, task, **layout)
+    packed_graph = exported(architecture, task, packed=True, **layout)[1]
+    items = encoded(model)
     assert [value.name for value in packed_graph.graph.inputs] == list(model.contract.inputs)
     assert [value.name for value in packed_graph.graph.outputs] == [model.contract.output]
     plain, packed = engine(plain_graph, model), engine(packed_graph, model)
@@ -71,13 +73,17 @@ def held(model: RetrievalModel) -> None:
 
 
 @pytest.mark.parametrize("architecture", PACKED)
-def test_embedders(tiny_checkpoint: Callable[..., Path], architecture: str) -> None:
-    held(RetrievalModel.load(tiny_checkpoint(architecture, prompts={"query": "find: "}, include_prompt=False)))
+def test_embedders(exported: Exported, architecture: str) -> None:
+    held(exported, architecture)
+
+
+def test_a_prompt_is_left_out_of_pooling(exported: Exported) -> None:
+    held(exported, "bert", prompts={"query": "find: "}, include_prompt=False)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "qwen3", "qwen3-chat"])
-def test_rerankers(tiny_checkpoint: Callable[..., Path], architecture: str) -> None:
-    held(RetrievalModel.load(tiny_checkpoint(architecture, "rerank")))
+def test_rerankers(exported: Exported, architecture: str) -> None:
+    held(exported, architecture, "rerank")
 
 
 @pytest.mark.parametrize("architecture", ["mpnet", "deberta-v2"])
@@ -102,10 +108,8 @@ FUSED = {"bert": [], "distilbert": [], "roberta": [], "modernbert": ROTATED, "qw
 
 
 @pytest.mark.parametrize("architecture", FUSED)
-def test_what_stands_around_a_linear_layer_becomes_one_with_it(
-    tiny_checkpoint: Callable[..., Path], architecture: str
-) -> None:
-    graph = export_packed(RetrievalModel.load(tiny_checkpoint(architecture)))
+def test_what_stands_around_a_linear_layer_becomes_one_with_it(exported: Exported, architecture: str) -> None:
+    graph = exported(architecture, packed=True).graph
     quantize_int8_fused(graph)
     kinds = [node.op_type for node in graph.graph if node.domain == library.DOMAIN]
     behind = ["PackedAttention", "Int8Linear", "Int8Linear", "Int8Linear"]
@@ -118,9 +122,9 @@ def test_what_stands_around_a_linear_layer_becomes_one_with_it(
     assert {*between} <= {*kinds, "Reshape"}
 
 
-def test_padding_on_either_side(tiny_checkpoint: Callable[..., Path]) -> None:
-    model = RetrievalModel.load(tiny_checkpoint("qwen3"))
-    packed = engine(export_packed(model), model)
+def test_padding_on_either_side(exported: Exported) -> None:
+    model, graph = exported("qwen3", packed=True)
+    packed = engine(graph, model)
     items = [item for item in encoded(model) if hasattr(item, "ids")]
     batch = model.preprocessor.collate(items)
     assert batch["attention_mask"][:, 0].all()  # on the right
