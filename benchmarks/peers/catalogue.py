@@ -22,7 +22,7 @@ class Peer:
     Attributes:
         name: as tables show it.
         environment: requirements/ENVIRONMENT.txt, or "rtx" for the one that the driver runs in.
-        form: what its script's `load` is told.
+        form: what its script's `load` is told, and the `prepare` of its artifact.
         checkpoints: that it is run with.
         artifact: environment whose `prepare` makes the files that it opens; None where it opens the checkpoint.
     """
@@ -57,14 +57,14 @@ PEERS = (
     Peer("sentence-transformers, ONNX int8", _ONNX, "onnx-int8", _ALL, _ONNX),
     Peer("sentence-transformers, OpenVINO", _OPENVINO, "openvino", _SMALL, _OPENVINO),
     Peer("sentence-transformers, OpenVINO int8", _OPENVINO, "openvino-int8", _ALL, _OPENVINO),
-    Peer("FastEmbed", "fastembed", "fp32", _SMALL, _ONNX),
-    Peer("FastEmbed, int8", "fastembed", "int8", _SMALL, _ONNX),
+    Peer("FastEmbed", "fastembed", "onnx", _SMALL, _ONNX),
+    Peer("FastEmbed, int8", "fastembed", "onnx-int8", _SMALL, _ONNX),
     Peer("Infinity, torch", "infinity", "torch", _SMALL),
     Peer("CTranslate2, int8", "ctranslate2", "int8", _ENCODERS, "ctranslate2"),
     Peer("plain ONNX Runtime, fused", "onnxruntime", "fp32", _ENCODERS, "onnxruntime"),
     Peer("plain ONNX Runtime, fused int8", "onnxruntime", "int8", _ENCODERS, "onnxruntime"),
     Peer("rtx, fp32", OWN, "fp32", _ALL, OWN),
-    Peer("rtx, fp32-packed", OWN, "fp32-packed", _ALL, OWN),
+    Peer("rtx, fp32-packed", OWN, "fp32-packed", _ENCODERS, OWN),
     Peer(OURS, OWN, "int8-packed", _ALL, OWN),
 )
 CHECKPOINTS: dict[ModelName, tuple[CheckpointName, ...]] = {

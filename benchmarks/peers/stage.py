@@ -235,16 +235,18 @@ class Stage:
             return
         artifact = self._artifact(environment)
         ready = artifact / "ready.json"
+        forms = {subject.peer.form for subject in users}
         wanted = {"key": key, "script": (HERE / script_of(environment)).read_text(encoding="utf-8")}
-        known = json.loads(ready.read_text(encoding="utf-8")) if ready.exists() else {}
-        if {name: known.get(name) for name in wanted} != wanted:
+        known = json.loads(ready.read_text(encoding="utf-8")) if ready.exists() else {"forms": []}
+        if {name: known.get(name) for name in wanted} != wanted or not forms <= set(known["forms"]):
             self._note(f"prepare: {environment}")
             shutil.rmtree(artifact, ignore_errors=True)
             artifact.mkdir(parents=True)
             worker = self._worker(f"prepare {environment}", environment)
-            request = self._source(artifact) | {"do": "prepare", "calibration": str(calibration)}
+            order = {"forms": sorted(forms), "calibration": str(calibration)}
+            request = {**self._source(artifact), **order, "do": "prepare"}
             try:
-                known = wanted | worker.ask(request, timeout_s=_PREPARE_S)
+                known = {**wanted, **order, **worker.ask(request, timeout_s=_PREPARE_S)}
             except EngineError as error:
                 for subject in users:
                     subject.failed = str(error)

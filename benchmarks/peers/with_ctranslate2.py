@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.tokens import in_batches, mean_pooled, open_tokenizer, padded
-from benchmarks.peers.worker import Run, Source, attempt, serve
+from benchmarks.peers.worker import Order, Run, Source, attempt, serve
 
 FORMS = {"fp32": "float32", "int8": "int8"}
 _HEAD = "classifier.npz"
@@ -50,14 +50,14 @@ def load(source: Source, form: str, threads: int) -> Run:
     return run
 
 
-def prepare(source: Source) -> Mapping[str, str]:
+def prepare(source: Source, order: Order) -> Mapping[str, str]:
     from ctranslate2.converters import TransformersConverter  # type: ignore[import-not-found]
 
     failed: dict[str, str] = {}
-    for form, quantization in FORMS.items():
+    for form in order.forms:
         with attempt(form, failed):
             converter = TransformersConverter(str(source.checkpoint))
-            converter.convert(str(source.artifact / form), quantization=quantization)
+            converter.convert(str(source.artifact / form), quantization=FORMS[form])
     if source.task == "rerank":
         # It converts encoders alone: the head is one product in numpy.
         from transformers import AutoModelForSequenceClassification

@@ -1,4 +1,4 @@
-"""FastEmbed, with the graphs that sentence-transformers exports: `fp32`, and `int8` as it quantises them."""
+"""FastEmbed, with the graphs that sentence-transformers exports: `onnx` in fp32, and `onnx-int8` as it quantises it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.worker import Run, Source, serve, width_of
 
-FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
+FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_int8.onnx"}
 _NAME = "peers/model"
 
 

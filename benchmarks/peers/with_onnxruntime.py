@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.tokens import in_batches, mean_pooled, open_tokenizer, padded
-from benchmarks.peers.worker import Run, Source, attempt, has_vnni, serve
+from benchmarks.peers.worker import Order, Run, Source, attempt, has_vnni, serve
 
 _OPSET = 17
 
@@ -51,7 +51,7 @@ def load(source: Source, form: str, threads: int) -> Run:
     return run
 
 
-def prepare(source: Source) -> Mapping[str, str]:
+def prepare(source: Source, _order: Order) -> Mapping[str, str]:
     import onnxruntime.quantization
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model

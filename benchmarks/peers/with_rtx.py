@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.peers.worker import Run, Source, serve
+from benchmarks.peers.worker import Order, Run, Source, serve
 from rtx.runtime import Budget, Embedder, Reranker
+
+if TYPE_CHECKING:
+    from rtx.export.variants import VariantName
 
 # It is told tokens, not items: the default budget of 1,024 tokens stands for batches of 8.
 _TOKENS_PER_ITEM = 128
@@ -36,10 +39,11 @@ def load(source: Source, form: str, threads: int) -> Run:
     return run
 
 
-def prepare(source: Source) -> Mapping[str, str]:
+def prepare(source: Source, order: Order) -> Mapping[str, str]:
     from rtx.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(variants=("fp32", "fp32-packed", "int8-packed"), overwrite=True)
+    variants = cast("tuple[VariantName, ...]", order.forms)
+    options = ExportOptions(variants=variants, overwrite=True)
     outcome = export_bundle(str(source.checkpoint), source.artifact / "model.rtx", options, notify=print)
     return {name: "; ".join(verdict.failures) for name, verdict in outcome.verdicts.items() if not verdict.passed}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.sentence_transformers_models import open_model, running
-from benchmarks.peers.worker import Run, Source, attempt, has_vnni, serve
+from benchmarks.peers.worker import Order, Run, Source, attempt, has_vnni, serve
 
 FILES = {"onnx-o3": "model_O3.onnx", "onnx-int8": "model_int8.onnx"}
 
@@ -32,7 +32,7 @@ def load(source: Source, form: str, threads: int) -> Run:
     return running(model, source.task)
 
 
-def prepare(source: Source) -> Mapping[str, str]:
+def prepare(source: Source, order: Order) -> Mapping[str, str]:
     """The checkpoint with graphs in the folder `onnx`: as exported, for FastEmbed too, and what is made of that."""
     from sentence_transformers.backend import export_dynamic_quantized_onnx_model, export_optimized_onnx_model
 
@@ -40,11 +40,13 @@ def prepare(source: Source) -> Mapping[str, str]:
     target = str(source.artifact)
     model.save_pretrained(target)
     failed: dict[str, str] = {}
-    with attempt("onnx-o3", failed):
-        export_optimized_onnx_model(model, "O3", target)
-    with attempt("onnx-int8", failed):
-        configuration = "avx512_vnni" if has_vnni() else "avx2"
-        export_dynamic_quantized_onnx_model(model, configuration, target, file_suffix="int8")
+    if "onnx-o3" in order.forms:
+        with attempt("onnx-o3", failed):
+            export_optimized_onnx_model(model, "O3", target)
+    if "onnx-int8" in order.forms:
+        with attempt("onnx-int8", failed):
+            configuration = "avx512_vnni" if has_vnni() else "avx2"
+            export_dynamic_quantized_onnx_model(model, configuration, target, file_suffix="int8")
     return failed
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.sentence_transformers_models import open_model, running
-from benchmarks.peers.worker import Run, Source, attempt, serve
+from benchmarks.peers.worker import Order, Run, Source, attempt, serve
 
 FILES = {"openvino": "openvino_model.xml", "openvino-int8": "openvino_model_qint8_quantized.xml"}
 
@@ -31,7 +31,7 @@ def load(source: Source, form: str, threads: int) -> Run:
     return running(model, source.task)
 
 
-def prepare(source: Source) -> Mapping[str, str]:
+def prepare(source: Source, order: Order) -> Mapping[str, str]:
     from optimum.intel import OVQuantizationConfig  # type: ignore[import-not-found]
     from sentence_transformers.backend import export_static_quantized_openvino_model
 
@@ -39,8 +39,7 @@ def prepare(source: Source) -> Mapping[str, str]:
     model.save_pretrained(str(source.artifact))
     failed: dict[str, str] = {}
     with attempt("openvino-int8", failed):
-        assert source.calibration is not None
-        texts = json.loads(source.calibration.read_text(encoding="utf-8"))
+        texts = json.loads(order.calibration.read_text(encoding="utf-8"))
         folder = source.artifact / "calibration"
         folder.mkdir()
         rows = (json.dumps({"text": text}) + "\n" for text in texts)

@@ -1,8 +1,8 @@
 """The worker's side of a comparison: a peer as a process that answers JSON, a line in and a line out.
 
-    {"do": "prepare", "checkpoint", "artifact", "task", "calibration"}   {"failed": {form: reason}}
-    {"do": "load", "checkpoint", "artifact", "task", "form", "threads"}  {"versions": {package: version}}
-    {"do": "run", "items", "batch_size", "call_items", "out"}            {"seconds": [of each call], "peak_rss_bytes"}
+    {"do": "prepare", "checkpoint", "artifact", "task", "forms", "calibration"}   {"failed": {form: reason}}
+    {"do": "load", "checkpoint", "artifact", "task", "form", "threads"}           {"versions": {package: version}}
+    {"do": "run", "items", "batch_size", "call_items", "out"}    {"seconds": [of each call], "peak_rss_bytes"}
 
 What goes wrong is answered by {"error": sentence}, and the process goes on; it ends with its input. Runs in
 environments that have nothing of rtx: standard library and numpy alone, whatever Python they have.
@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -45,22 +45,33 @@ class Source:
         checkpoint: folder in the Sentence Transformers layout.
         artifact: folder with what `prepare` made of it.
         task: "embed" or "rerank".
-        calibration: a JSON list of texts like those that will be run; for `prepare` alone.
     """
 
     checkpoint: Path
     artifact: Path
     task: Task
-    calibration: Path | None = None
 
 
-Prepare = Callable[[Source], Mapping[str, str]]
+@dataclass(frozen=True)
+class Order:
+    """What `prepare` is to make.
+
+    Attributes:
+        forms: that will be loaded.
+        calibration: a JSON list of texts like those that will be run.
+    """
+
+    forms: tuple[str, ...]
+    calibration: Path
+
+
+Prepare = Callable[[Source, Order], Mapping[str, str]]
 """Fills the artifact's folder; by form, why one could not be made."""
 Load = Callable[[Source, str, int], Run]
 """Opens a form of the model for so many threads."""
 
 
-def prepare_nothing(_source: Source) -> Mapping[str, str]:
+def prepare_nothing(_source: Source, _order: Order) -> Mapping[str, str]:
     """The `prepare` of a peer that opens the checkpoint as it is."""
     return {}
 
@@ -108,8 +119,8 @@ class _Worker:
             return self._timed(request)
         source = Source(Path(request["checkpoint"]), Path(request["artifact"]), request["task"])
         if request["do"] == "prepare":
-            source = replace(source, calibration=Path(request["calibration"]))
-            return {"failed": dict(self._prepare(source))}
+            order = Order(tuple(request["forms"]), Path(request["calibration"]))
+            return {"failed": dict(self._prepare(source, order))}
         if request["do"] == "load":
             self._run = self._load(source, request["form"], request["threads"])
             return {"versions": {name: metadata.version(name) for name in self._packages}}

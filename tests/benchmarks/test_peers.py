@@ -60,12 +60,14 @@ def load(source, form, threads):
         return np.array([[len(item), len(items), batch_size] for item in items], dtype=np.float32)
     return run
 
-def prepare(source):
+def prepare(source, order):
     failed = {{}}
-    with attempt("unmade", failed):
-        raise ValueError("cannot be made")
-    with (source.artifact / "made").open("a") as made:
-        made.write(source.calibration.read_text())
+    for form in order.forms:
+        with attempt(form, failed):
+            if form == "unmade":
+                raise ValueError("cannot be made")
+            with (source.artifact / "made").open("a") as made:
+                made.write(order.calibration.read_text())
     return failed
 
 serve(load=load, prepare=prepare, packages=("numpy",))
@@ -216,11 +218,18 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(fake_stage: Stage, tmp_
 
 def test_an_artifact_is_made_once_for_a_key(fake_stage: Stage, tmp_path: Path) -> None:
     peers = [fake("made", artifact="fake"), fake("unmade", "unmade", artifact="fake")]
-    for key, texts, made in (("1", "first", "first"), ("1", "second", "first"), ("2", "third", "third")):
+    for key, count, texts, made in (
+        ("1", 1, "first", "first"),
+        ("1", 2, "second", "second"),  # a form more
+        ("1", 2, "third", "second"),
+        ("2", 2, "fourth", "fourth"),
+        ("2", 1, "fifth", "fourth"),
+    ):
         (tmp_path / "calibration").write_text(texts)
-        with fake_stage.opened(peers, tmp_path / "calibration", {"fake": key}):
+        with fake_stage.opened(peers[:count], tmp_path / "calibration", {"fake": key}):
             assert list(fake_stage.running) == ["made"]
-            assert fake_stage.subjects["unmade"].failed == "ValueError: cannot be made"
+        reasons = [subject.failed for subject in fake_stage.subjects.values()]
+        assert reasons == [None, "ValueError: cannot be made"][:count]
         assert (tmp_path / "fake" / "made").read_text() == made
 
 
