@@ -25,26 +25,50 @@ struct Tokens {
 };
 
 // Step: uint8_t with zero point 128, or int16_t.
+template <class Step>
+constexpr int32_t kZero = std::is_same_v<Step, uint8_t> ? 128 : 0;
+
+template <class Floats, class Step>
+struct StepsOf {
+  typedef Step Type __attribute__((vector_size(kWidth<Floats> * sizeof(Step))));
+};
+
+// A NaN compares with nothing and may come out as any number; its row is poisoned by the centre.
+template <class Floats, class Step>
+RTX_INLINE typename StepsOf<Floats, Step>::Type to_steps(Floats values, float middle, float inverse) {
+  const Floats lowest = Floats{} - kLevels - 1.0f, highest = Floats{} + kLevels;
+  const Floats steps = smaller(larger(rounded((values - middle) * inverse), lowest), highest);
+  return __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + kZero<Step>,
+                                 typename StepsOf<Floats, Step>::Type);
+}
+
 template <class Floats, class Step>
 RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint8_t* bytes, float* scale,
                              float* centre) {
   constexpr int kWide = kWidth<Floats>;
-  constexpr int32_t kZero = std::is_same_v<Step, uint8_t> ? 128 : 0;
-  typedef Step Steps __attribute__((vector_size(kWide * sizeof(Step))));
+  using Steps = typename StepsOf<Floats, Step>::Type;
   Step* const to = reinterpret_cast<Step*>(bytes);
   const int64_t whole = in / kWide * kWide;
   float most = x[0], least = x[0], poison = 0.0f;
   if (whole > 0) {
-    Floats high = load<Floats>(x), low = high, spoilt = Floats{};
-    for (int64_t k = 0; k < whole; k += kWide) {
+    // Two at a time: each waits for the last of its own kind.
+    Floats high[2], low[2], spoilt[2] = {};
+    high[0] = high[1] = low[0] = low[1] = load<Floats>(x);
+    const auto take = [&](int64_t k, int which) __attribute__((always_inline)) {
       const Floats values = load<Floats>(x + k);
-      high = larger(values, high);
-      low = smaller(values, low);
-      spoilt += values * 0.0f;  // 0, or NaN of what is not finite
+      high[which] = larger(values, high[which]);
+      low[which] = smaller(values, low[which]);
+      spoilt[which] += values * 0.0f;  // 0, or NaN of what is not finite
+    };
+    int64_t k = 0;
+    for (; k + 2 * kWide <= whole; k += 2 * kWide) {
+      take(k, 0);
+      take(k + kWide, 1);
     }
-    most = largest(high);
-    least = -largest(-low);
-    poison = sum(spoilt);
+    if (k < whole) take(k, 0);
+    most = largest(larger(high[0], high[1]));
+    least = -largest(-smaller(low[0], low[1]));
+    poison = sum(spoilt[0] + spoilt[1]);
   }
   for (int64_t k = whole; k < in; ++k) {
     most = x[k] > most ? x[k] : most;
@@ -56,18 +80,16 @@ RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint
   const float inverse = 1.0f / step;
   *centre = middle + poison;
   *scale = step;
-  const Floats lowest = Floats{} - kLevels - 1.0f, highest = Floats{} + kLevels;
-  for (int64_t k = 0; k < in; k += kWide) {
-    const bool all = k < whole;
-    float some[kWide] = {};
-    if (!all) std::copy(x + k, x + in, some);
-    const Floats values = load<Floats>(all ? x + k : some);
-    // A NaN compares with nothing and may come out as any number; its row is poisoned by the centre.
-    const Floats steps = smaller(larger(rounded((values - middle) * inverse), lowest), highest);
-    const Steps found = __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + kZero, Steps);
-    std::memcpy(to + k, &found, sizeof(Step) * size_t(all ? kWide : in - k));
+  int64_t k = 0;
+  for (; k < whole; k += kWide) {
+    const Steps found = to_steps<Floats, Step>(load<Floats>(x + k), middle, inverse);
+    std::memcpy(to + k, &found, sizeof found);
   }
-  std::fill(to + in, to + padded_in, Step(kZero));  // against weights of 0
+  if (k < in) {
+    const Steps found = to_steps<Floats, Step>(load_some<Floats>(x + k, in - k), middle, inverse);
+    for (; k < in; ++k) to[k] = found[k - whole];
+  }
+  for (; k < padded_in; ++k) to[k] = Step(kZero<Step>);  // against weights of 0
 }
 
 template <class Floats>
@@ -95,34 +117,71 @@ struct Target {
   float* const* y;
 };
 
+// 16 columns or fewer of a tile, or the part of them that a vector holds.
+struct Strip {
+  const int32_t* sums;  // of the first row
+  int64_t sums_stride;
+  const float* scale;  // of rows
+  const float* centre;
+  const float* residual;  // of the first row
+  float* y;
+  int64_t stride;  // of y and residual
+  int64_t columns;
+};
+
+enum class Combine { kNone, kAdd, kMultiply };
+
+template <class Floats, Activation kActivation, Combine kCombine, bool kWhole>
+RTX_INLINE void finish_strip(const Strip& strip, int rows, Floats scale, Floats column_sum, Floats bias) {
+  for (int row = 0; row < rows; ++row) {
+    Ints<Floats> product;
+    std::memcpy(&product, strip.sums + row * strip.sums_stride, sizeof product);
+    float* const y = strip.y + row * strip.stride;
+    Floats found = activated(__builtin_convertvector(product, Floats) * scale * strip.scale[row] +
+                                 column_sum * strip.centre[row] + bias,
+                             kActivation);
+    if (kCombine != Combine::kNone) {
+      const float* from = kCombine == Combine::kAdd ? strip.residual + row * strip.stride : y;
+      const Floats other = kWhole ? load<Floats>(from) : load_some<Floats>(from, strip.columns);
+      found = kCombine == Combine::kAdd ? found + other : found * other;
+    }
+    if (kWhole)
+      store(y, found);
+    else
+      store_some(y, found, strip.columns);
+  }
+}
+
+// The loops differ in what they do, so that none of them decides anything.
+template <class Floats, Activation kActivation, Combine kCombine>
+RTX_INLINE void finish_columns(const Strip& strip, int rows, Floats scale, Floats column_sum, Floats bias) {
+  if (strip.columns >= kWidth<Floats>)
+    finish_strip<Floats, kActivation, kCombine, true>(strip, rows, scale, column_sum, bias);
+  else
+    finish_strip<Floats, kActivation, kCombine, false>(strip, rows, scale, column_sum, bias);
+}
+
 template <class Floats, Activation kActivation>
 RTX_INLINE void finish_panels(const int32_t* sums, int rows, int panels, const Target& target) {
   const PackedWeight& weight = target.weight;
   for (int at = 0; at < panels * kLanes; at += kWidth<Floats>) {
     const int64_t place = target.panel * kLanes + at;
     const PackedWeight::Panel& panel = weight.panels[size_t(place / kLanes)];
-    const int64_t columns = weight.parts[size_t(panel.part)], column = panel.column + place % kLanes;
-    const int64_t left = columns - column;
-    if (left <= 0) continue;
-    const bool second = target.around.gated && panel.part == 1;
-    const int64_t first = target.row * columns + column;
-    float* y = target.y[target.around.gated ? 0 : panel.part] + first;
-    const float* residual = target.residual == nullptr ? nullptr : target.residual + first;
+    const int64_t stride = weight.parts[size_t(panel.part)], column = panel.column + place % kLanes;
+    if (column >= stride) continue;
+    const int64_t first = target.row * stride + column;
+    const Strip strip{sums + at, panels * kLanes, target.scale, target.centre,
+                      target.residual == nullptr ? nullptr : target.residual + first,
+                      target.y[target.around.gated ? 0 : panel.part] + first, stride, stride - column};
     const Floats scale = load<Floats>(weight.scale.data() + place);
     const Floats column_sum = load<Floats>(weight.column_sum.data() + place);
     const Floats bias = load<Floats>(weight.bias.data() + place);
-    for (int row = 0; row < rows; ++row) {
-      Ints<Floats> product;
-      std::memcpy(&product, sums + row * panels * kLanes + at, sizeof product);
-      Floats found = __builtin_convertvector(product, Floats) * scale * target.scale[row] +
-                     column_sum * target.centre[row] + bias;
-      if (second)
-        found *= load_some<Floats>(y + row * columns, left);
-      else
-        found = activated(found, kActivation);
-      if (residual != nullptr) found += load_some<Floats>(residual + row * columns, left);
-      store_some(y + row * columns, found, left);
-    }
+    if (target.around.gated && panel.part == 1)
+      finish_columns<Floats, Activation::kNone, Combine::kMultiply>(strip, rows, scale, column_sum, bias);
+    else if (target.residual != nullptr)
+      finish_columns<Floats, kActivation, Combine::kAdd>(strip, rows, scale, column_sum, bias);
+    else
+      finish_columns<Floats, kActivation, Combine::kNone>(strip, rows, scale, column_sum, bias);
   }
 }
 
@@ -361,6 +420,8 @@ struct Amx {
       panels == 2 ? tile<1, 2>(factors, sums) : tile<1, 1>(factors, sums);
   }
 
+  static constexpr int64_t kAhead = 128;  // rows
+
   // Registers 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
   template <int kSixteens, int kTilePanels>
   RTX_AMX RTX_APART static void tile(const Factors& factors, int32_t* to) {
@@ -373,6 +434,15 @@ struct Amx {
     if (kSixteens > 1) _tile_loadd(2, factors.start, 0);
     if (kSixteens > 1 && kTilePanels > 1) _tile_loadd(3, factors.start + kLanes, 0);
     for (int64_t k = 0; k < factors.in; k += 64) {
+      if (kSixteens == 1) {
+        // The columns that follow: with few rows there is little to do while they come.
+        RTX_UNROLL
+        for (int line = 0; line < 16; ++line) {
+          _mm_prefetch(reinterpret_cast<const char*>(left + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
+          if (kTilePanels > 1)
+            _mm_prefetch(reinterpret_cast<const char*>(right + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
+        }
+      }
       _tile_loadd(4, above + k, stride);
       _tile_loadd(6, left + k * kLanes, 64);
       _tile_dpbusd(0, 4, 6);
@@ -531,6 +601,8 @@ void int8_linear(const float* x, const PackedWeight& weight, const Around& aroun
   switch (isa) {
 #if defined(RTX_HAS_AMX)
     case Isa::kAvx512Amx:
+      // A tile has 16 rows, and with fewer than half of them is slower than vectors are.
+      if (tokens <= Avx512Vnni::kRows) return Run<Avx512Vnni>(x, weight, around, residual, tokens, y)(parallel);
       return Run<Amx>(x, weight, around, residual, tokens, y)(parallel);
 #endif
 #if defined(__x86_64__)

@@ -109,14 +109,27 @@ RTX_INLINE Ints<Floats> lanes() {
   return found;
 }
 
+// What a compiler must not know: GCC has an instruction for the larger of two vectors, but compares and chooses where it
+// knows one of them.
+template <class Floats>
+RTX_INLINE Floats hidden(Floats values) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(values));
+#endif
+  return values;
+}
+
+// The second where one is NaN.
 template <class Floats>
 RTX_INLINE Floats larger(Floats a, Floats b) {
-  return a > b ? a : b;
+  const Floats other = hidden(b);
+  return a > other ? a : other;
 }
 
 template <class Floats>
 RTX_INLINE Floats smaller(Floats a, Floats b) {
-  return a < b ? a : b;
+  const Floats other = hidden(b);
+  return a < other ? a : other;
 }
 
 template <class Floats>
