@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from rtx.runtime.backends import onnx as backend
 from rtx.runtime.backends.onnx import OnnxEngine, usable_cores
 from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
+from rtx.runtime.text import Batch
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,32 @@ def test_a_closed_engine_says_so(engine: OnnxEngine):
     engine.close()
     with pytest.raises(EngineError, match=r"^toy:fp32: the engine is closed$"):
         engine.run(BATCH)
+
+
+def test_nothing_spins_between_two_runs(graph: bytes):
+    engine = OnnxEngine(graph, output="doubled", threads=3)
+    engine.run(BATCH)
+    start = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - start < 0.02
+    engine.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_is_given_back_where_a_batch_may_be_large(graph: bytes, packed: bool):
+    """With padding after every batch; packed after a long item, which alone can go beyond a budget."""
+
+    class Session:
+        def run(self, _outputs: object, batch: Batch, options: object) -> list[NDArray[np.float32]]:
+            used.append(options is engine._giving_back)
+            return [np.zeros(len(batch["input_ids"]), dtype=np.float32)]
+
+    used: list[bool] = []
+    engine = OnnxEngine(graph, output="doubled", threads=1, packed=packed)
+    engine._session = Session()
+    for rows, tokens in ((1, 12), (64, 512), (1, 8192), (2, 2048)):
+        engine.run({"input_ids": np.zeros((rows, tokens), dtype=np.int64)})
+    assert used == ([False, False, True, False] if packed else [True] * 4)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
