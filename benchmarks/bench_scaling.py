@@ -56,7 +56,8 @@ MIB = 2**20
 
 def texts_of(tokens: int, longest: int, *, mixed: bool) -> list[str]:
     """Texts of so many tokens together, two special ones in each; every word of WORDS is a token."""
-    random, found = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    found: list[str] = []
     while tokens >= SHORT:
         length = int(random.integers(SHORT, longest + 1))
         if mixed:
