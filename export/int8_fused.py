@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import constant_matrix, is_scoring, module_of
 from rtx.export.int8 import check_gemm, content_of, refuse_left_out
-from rtx.export.packed import RMS_NORM
-from rtx.kernels.int8_linear import quantize_rows, quantize_weight
+from rtx.export.packed import PACK_ROWS, RMS_NORM
+from rtx.kernels.int8_linear import Int8Weight, pack_weight, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN
 
 INT8_LINEAR, INT8_EMBEDDING = "Int8Linear", "Int8Embedding"
@@ -180,6 +180,12 @@ def _columns(layer: _Layer) -> int:
     return int(shape[0] if layer.transposed else shape[1])  # type: ignore[arg-type]
 
 
+def _rows(layer: _Layer) -> int:
+    shape = layer.weight.shape
+    assert shape is not None
+    return int(shape[1] if layer.transposed else shape[0])  # type: ignore[arg-type]
+
+
 class _Fuser:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
@@ -239,6 +245,7 @@ class _Fuser:
         before = min((layer.nodes[0] for layer in layers), key=self._place) if several else group.last
         norm, x = first.norm, first.x
         attributes: dict[str, int | float | str] = {
+            "in_features": _rows(first),
             "activation": first.activation,
             "gated": int(group.gate is not None),
         }
@@ -270,6 +277,11 @@ class _Fuser:
         for layer in layers:
             content = content_of("int8-packed", layer.nodes[0], layer.weight)
             contents.append(quantize_weight(content.T if layer.transposed else content))
+        whole = Int8Weight(
+            np.concatenate([one.values for one in contents], axis=1),
+            np.concatenate([one.scale for one in contents]),
+            np.concatenate([one.column_sum for one in contents]),
+        )
         name = "_".join(f"{layer.weight.name}{'_transposed' * layer.transposed}" for layer in layers)
         biases = [None if layer.bias is None else _content(layer.bias) for layer in layers]
         bias = None
@@ -278,9 +290,9 @@ class _Fuser:
             zeros = (np.zeros(count, dtype=np.float32) for count in columns)
             bias = np.concatenate([zero if one is None else one for one, zero in zip(biases, zeros, strict=True)])
         return [
-            self._constant(f"{name}_int8", np.concatenate([one.values for one in contents], axis=1)),
-            self._constant(f"{name}_scale", np.concatenate([one.scale for one in contents])),
-            self._constant(f"{name}_column_sum", np.concatenate([one.column_sum for one in contents])),
+            self._constant(f"{name}_int8", pack_weight(whole, sizes)),
+            self._constant(f"{name}_scale", whole.scale),
+            self._constant(f"{name}_column_sum", whole.column_sum),
             None if bias is None else self._constant(f"{name}_bias", bias),
             None if len(sizes) < 2 else self._constant(f"{name}_split", np.array(sizes)),
         ]
@@ -384,7 +396,11 @@ def _holds(value: ir.Value | None, ids: ir.Value) -> bool:
     """Whether a value is the ids, or those of them that were packed."""
     while value is not None and value is not ids:
         producer = value.producer()
-        if producer is None or producer.op_type not in ("Reshape", "Gather", "Unsqueeze"):
+        if producer is None or producer.op_type not in ("Reshape", "Unsqueeze", PACK_ROWS):
             return False
-        value = producer.inputs[0]
+        # Of what is packed, the ids come first.
+        packs = producer.op_type == PACK_ROWS
+        if packs and value is not producer.outputs[2]:
+            return False
+        value = producer.inputs[1 if packs else 0]
     return value is ids

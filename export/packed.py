@@ -1,13 +1,13 @@
 """The packed graph: the same inputs and the same result as the plain one, and between them no padding.
 
     input_ids, attention_mask [batch, tokens]
-        -> the tokens that the mask keeps, one row behind the other: [1, kept]
+        -> `rtx::PackRows`: the tokens that the mask keeps, one row behind the other: [1, kept]
         -> the transformer, whose linear layers see [kept, hidden] and whose attention is `rtx::PackedAttention`
         -> `rtx::PackedPool`: [batch, hidden]; head and score as ever
 
-transformers asks for attention by name: one that is registered here serves every architecture that asks. The places of
-the kept tokens are an input while the graph is exported, since torch.export cannot follow how many a mask keeps;
-afterwards they are computed from the mask.
+transformers asks for attention by name: one that is registered here serves every architecture that asks. How many
+tokens the mask keeps is told by an input while the graph is exported, since torch.export cannot follow that; afterwards
+the input is removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rtx.runtime.errors import ExportError
 from rtx.trainer import logit_score
 from rtx.trainer.model import RetrievalModel
 
-PACKED_ATTENTION, PACKED_POOL = "PackedAttention", "PackedPool"
+PACK_ROWS, PACKED_ATTENTION, PACKED_POOL = "PackRows", "PackedAttention", "PackedPool"
 RMS_NORM, ROTARY_EMBEDDING = "RMSNorm", "RotaryEmbedding"
 _ROTATION = "apply_rotary_pos_emb"
 _NAME = "rtx_packed"
@@ -62,29 +62,29 @@ class _Packed:
     pooled: Tensor | None
 
     @classmethod
-    def of(
-        cls, kept: Tensor, first: int, ids: Tensor, mask: Tensor, types: Tensor | None, pooled: Tensor | None
-    ) -> _Packed:
+    def of(cls, kept: Tensor, first: int, mask: Tensor, ids: Tensor, *others: Tensor | None) -> _Packed:
         """Pack rows with padding.
 
         Args:
-            kept: [kept] int64, the places in the flattened rows that the mask keeps.
+            kept: [kept], anything: how many the mask keeps.
             first: position of a row's first token.
-            ids, mask, types, pooled: [batch, tokens] int64 each.
+            mask, ids: [batch, tokens] int64 each.
+            others: types and what is pooled, as `mask`, or None.
         """
-
-        def packed(rows: Tensor) -> Tensor:
-            return rows.flatten().index_select(0, kept).unsqueeze(0)
-
-        ends = mask.sum(dim=1).cumsum(0)
-        return cls(
-            ids=packed(ids),
-            positions=packed(mask.cumsum(1) + (first - 1)),
-            offsets=torch.cat([torch.zeros_like(ends[:1]), ends]),
-            places=(mask.flatten().cumsum(0) - 1).clamp(min=0),
-            types=None if types is None else packed(types),
-            pooled=None if pooled is None else packed(pooled),
+        given = [rows for rows in (ids, *others) if rows is not None]
+        flat = (1, kept.shape[0])
+        offsets, positions, *packed = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{PACK_ROWS}",
+            (kept, mask, *given),
+            {"first": first},
+            dtypes=[torch.int64] * (2 + len(given)),
+            shapes=[(mask.shape[0] + 1,), *[flat] * (1 + len(given))],
+            version=1,
         )
+        kept_ids, *left = packed
+        types, pooled = (None if rows is None else left.pop(0) for rows in others)
+        places = (mask.flatten().cumsum(0) - 1).clamp(min=0)
+        return cls(kept_ids, positions, offsets, places, types, pooled)
 
 
 _packed: list[_Packed] = []
@@ -150,7 +150,7 @@ class _ExportedPacked(Exported):
         token_type_ids: Tensor | None = None,
         pooling_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        _packed.append(_Packed.of(kept, self._first, input_ids, attention_mask, token_type_ids, pooling_mask))
+        _packed.append(_Packed.of(kept, self._first, attention_mask, input_ids, token_type_ids, pooling_mask))
         model = self.model
         try:
             if not _pools(model):
@@ -190,7 +190,7 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     inputs = example_inputs(model)
     rows, columns = torch.export.Dim("batch", min=1, max=1 << 20), torch.export.Dim("tokens", min=2, max=1 << 20)
     shapes: dict[str, Any] = {name: {0: rows, 1: columns} for name in inputs}
-    inputs = {_KEPT: inputs["attention_mask"].flatten().nonzero().flatten(), **inputs}
+    inputs = {_KEPT: torch.zeros(int(inputs["attention_mask"].sum()), dtype=torch.int64), **inputs}
     shapes = {_KEPT: {0: torch.export.Dim("kept", min=2, max=1 << 30)}, **shapes}
     packing = _packing(transformer, unpacks=not _pools(model))
     operators = contextlib.ExitStack()
@@ -199,7 +199,7 @@ def export_packed(model: RetrievalModel) -> ir.Model:
     with exporting(model, model.backbone, attention=_NAME), packing, operators:
         graph = to_graph(_ExportedPacked(model, first), inputs, [contract.output], shapes, name=kind)
     _refuse_other_attention(graph, kind)
-    _compute_kept(graph)
+    _drop_kept(graph.graph)
     _split_rows(graph.graph)
     _drop_reshapes(graph.graph)
     _select_first(graph.graph)
@@ -334,15 +334,21 @@ def _refuse_other_attention(graph: ir.Model, kind: str) -> None:
         raise ExportError(f"packed: {kind} does not ask transformers for its attention, but has one of its own")
 
 
-def _compute_kept(graph: ir.Model) -> None:
-    """Let the places that the mask keeps be computed from it."""
-    main = graph.graph
-    kept, mask = (next(value for value in main.inputs if value.name == name) for name in (_KEPT, "attention_mask"))
-    editor, first, int64 = Editor(main, "pack"), main[0], ir.DataType.INT64
-    flat = editor.constant("pack_flat", np.array([-1], dtype=np.int64))
-    found = editor.insert(first, "NonZero", editor.insert(first, "Reshape", mask, flat, dtype=int64), dtype=int64)
-    ir.convenience.replace_all_uses_with(kept, editor.insert(first, "Reshape", found, flat, dtype=int64))
-    main.inputs.remove(kept)
+def _drop_kept(graph: ir.Graph) -> None:
+    """Remove the input that told how many tokens are kept."""
+    for node in list(graph):
+        if node.op_type == PACK_ROWS:
+            operator = ir.node(
+                PACK_ROWS, node.inputs[1:], node.attributes, domain=DOMAIN, num_outputs=len(node.outputs)
+            )
+            operator.metadata_props.update(node.metadata_props)
+            for old, new in zip(node.outputs, operator.outputs, strict=True):
+                new.name, new.type, new.shape = old.name, old.type, old.shape
+            graph.insert_before(node, operator)
+            for old, new in zip(node.outputs, operator.outputs, strict=True):
+                ir.convenience.replace_all_uses_with(old, new)
+            graph.remove(node, safe=True)
+    graph.inputs.remove(next(value for value in graph.inputs if value.name == _KEPT))
 
 
 def _drop_reshapes(graph: ir.Graph) -> None:

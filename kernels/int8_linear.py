@@ -32,6 +32,8 @@ u8 by s8 in ways that do not saturate, and takes at most 65,536 inputs, as its s
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,8 @@ LEVELS = 127
 SMALLEST_SCALE = 1e-30
 # Rows of a table that are widened at once: a vocabulary of 152,000 by 2,048 would take 7 GiB by itself.
 _ROWS = 4096
+# Of the order in which the operator reads a weight.
+_LANES, _QUAD, _DEPTH = 16, 4, 64
 
 
 class Int8Weight(NamedTuple):
@@ -90,6 +94,30 @@ def quantize_weight(weight: NDArray[np.floating]) -> Int8Weight:
     steps = np.rint(wide / scale)
     column_sum = (steps.sum(axis=0) * scale[0]).astype(np.float32)
     return Int8Weight((steps + ZERO_POINT).astype(np.uint8), scale[0], column_sum)
+
+
+def pack_weight(weight: Int8Weight, parts: Sequence[int] = ()) -> NDArray[np.int8]:
+    """A weight in the order in which the operator in kernels/cpu reads it, and ONNX files hold it for that.
+
+    Columns come in panels of 16, rows four together, filled up with 0: of a panel's column n, row k stands at
+    [k // 4, n, k % 4]. Each part begins with a panel of its own.
+
+    Args:
+        weight: of a matrix [in, out].
+        parts: columns of each part; all of them if there is none.
+
+    Returns:
+        [panels, depth / 4, 16, 4] int8, depth the next multiple of 64 from `in`.
+    """
+    rows, columns = weight.values.shape
+    depth = -(-rows // _DEPTH) * _DEPTH
+    panels = []
+    for start, stop in itertools.pairwise(itertools.accumulate(parts or [columns], initial=0)):
+        count = -(-(stop - start) // _LANES)
+        padded = np.zeros((depth, count * _LANES), dtype=np.int8)
+        padded[:rows, : stop - start] = weight.values[:, start:stop].astype(np.int16) - ZERO_POINT
+        panels.append(padded.reshape(depth // _QUAD, _QUAD, count, _LANES).transpose(2, 0, 3, 1))
+    return np.ascontiguousarray(np.concatenate(panels))
 
 
 def quantize_rows(table: NDArray[np.floating]) -> Int8Rows:

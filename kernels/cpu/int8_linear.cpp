@@ -527,7 +527,7 @@ class Run {
           const int some = int(std::min<int64_t>(Kernel::kRows, rows - row));
           alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
           const Factors factors{tokens.values + row * row_bytes,
-                                weight_.values.data() + panel * kLanes * weight_.padded_in,
+                                weight_.values + panel * kLanes * weight_.padded_in,
                                 weight_.start.data() + panel * kLanes, (weight_.in + kQuad - 1) / kQuad * kQuad,
                                 weight_.padded_in, row_bytes};
           Kernel::multiply(some, panels, factors, sums);
@@ -564,36 +564,33 @@ class Run {
 
 }  // namespace
 
-PackedWeight::PackedWeight(const uint8_t* from, const float* scales, const float* sums, const float* biases,
+PackedWeight::PackedWeight(const int8_t* packed, const float* scales, const float* sums, const float* biases,
                            int64_t rows, std::vector<int64_t> columns_of_parts)
-    : in(rows), padded_in((rows + kDepth - 1) / kDepth * kDepth), parts(std::move(columns_of_parts)) {
-  const int64_t columns = std::accumulate(parts.begin(), parts.end(), int64_t(0));
+    : in(rows), padded_in((rows + kDepth - 1) / kDepth * kDepth), parts(std::move(columns_of_parts)), values(packed) {
   for (size_t part = 0; part < parts.size(); ++part)
     for (int64_t column = 0; column < parts[part]; column += kLanes) panels.push_back({int64_t(part), column});
-  const size_t lanes = panels.size() * kLanes;
-  values.assign(lanes * size_t(padded_in), 0);
-  start.assign(lanes, 0);
-  scale.assign(lanes, 0.0f);
+  start.assign(panels.size() * kLanes, 0);
+  scale.assign(panels.size() * kLanes, 0.0f);
   column_sum = bias = scale;
-  int64_t first = 0;  // of the part
+  int64_t column = 0;
   for (size_t panel = 0; panel < panels.size(); ++panel) {
-    if (panel > 0 && panels[panel].column == 0) first += parts[size_t(panels[panel].part) - 1];
+    const size_t place = panel * kLanes;
     const int64_t many = std::min<int64_t>(kLanes, parts[size_t(panels[panel].part)] - panels[panel].column);
-    for (int64_t lane = 0; lane < many; ++lane) {
-      const int64_t column = first + panels[panel].column + lane;
-      const size_t place = panel * kLanes + size_t(lane);
-      scale[place] = scales[column];
-      column_sum[place] = sums[column];
-      if (biases != nullptr) bias[place] = biases[column];
-    }
-    int8_t* to = values.data() + panel * size_t(kLanes * padded_in);
-    for (int64_t k = 0; k < in; ++k)
-      for (int64_t lane = 0; lane < many; ++lane) {
-        const int32_t value = int32_t(from[k * columns + first + panels[panel].column + lane]) - 128;
-        to[(k / kQuad * kLanes + lane) * kQuad + k % kQuad] = int8_t(value);
-        start[panel * kLanes + size_t(lane)] -= 128 * value;
-      }
+    std::copy(scales + column, scales + column + many, scale.begin() + int64_t(place));
+    std::copy(sums + column, sums + column + many, column_sum.begin() + int64_t(place));
+    if (biases != nullptr) std::copy(biases + column, biases + column + many, bias.begin() + int64_t(place));
+    column += many;
+    const int8_t* from = values + int64_t(place) * padded_in;
+    for (int64_t quad = 0; quad < padded_in / kQuad; ++quad)
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int at = 0; at < kQuad; ++at) start[place + size_t(lane)] -= 128 * *from++;
   }
+}
+
+int64_t packed_size(int64_t in, const std::vector<int64_t>& parts) {
+  int64_t panels = 0;
+  for (const int64_t columns : parts) panels += (columns + kLanes - 1) / kLanes;
+  return panels * kLanes * ((in + kDepth - 1) / kDepth * kDepth);
 }
 
 void int8_linear(const float* x, const PackedWeight& weight, const Around& around, const float* residual,

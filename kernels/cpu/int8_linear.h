@@ -22,16 +22,20 @@ struct PackedWeight {
   };
 
   int64_t in = 0, padded_in = 0;
-  std::vector<int64_t> parts;    // columns of each
+  std::vector<int64_t> parts;  // columns of each
   std::vector<Panel> panels;
-  std::vector<int8_t> values;    // [panels][padded_in / 4][16][4]
-  std::vector<int32_t> start;    // [panels][16]: -128 * the sum of a column's integers
+  const int8_t* values;        // [panels][padded_in / 4][16][4], of who made it
+  std::vector<int32_t> start;  // [panels][16]: -128 * the sum of a column's integers
   std::vector<float> scale, column_sum, bias;  // [panels][16]; bias is 0 where there is none
 
-  // values: [in, columns of all parts] uint8 with zero point 128; scale, column_sum: one each; bias: one each, or null.
-  PackedWeight(const uint8_t* values, const float* scale, const float* column_sum, const float* bias, int64_t in,
+  // values: as above, and there for as long as this is; scale, column_sum: one for each column of all parts; bias:
+  // likewise, or null.
+  PackedWeight(const int8_t* values, const float* scale, const float* column_sum, const float* bias, int64_t in,
                std::vector<int64_t> parts);
 };
+
+// What `values` has to be long: as many bytes.
+int64_t packed_size(int64_t in, const std::vector<int64_t>& parts);
 
 // What is done around the product.
 struct Around {

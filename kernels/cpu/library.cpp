@@ -1,10 +1,13 @@
 // The operators for ONNX Runtime, in the domain "rtx". All that is not said to be constant or an attribute is computed.
 //
+// PackRows(mask, rows_0[, rows_1][, rows_2]; first) -> offsets, positions, packed_0[, packed_1][, packed_2]
+//   mask and rows [batch, tokens] int64; offsets [batch + 1] int64; positions and packed [1, kept] int64.
 // Int8Linear(x, values, scale, column_sum[, bias][, split][, residual][, norm_weight][, norm_bias];
-//            activation, gated, norm, norm_at, epsilon) -> y[, y_1][, y_2]
-//   x [..., in] float32. Constant: values [in, out] uint8 with zero point 128; scale, column_sum, bias [out] float32;
-//   split int64, columns of each output, or of the two halves if gated; norm_weight, norm_bias float32. activation "",
-//   "gelu", "gelu_tanh" or "silu"; norm "", "layer" or "rms", at the "input" or the "output". residual as y.
+//            in_features, activation, gated, norm, norm_at, epsilon) -> y[, y_1][, y_2]
+//   x [..., in_features] float32. Constant: values int8 [panels, depth / 4, 16, 4], not one of them -128; scale, column_sum,
+//   bias [out] float32; split int64, columns of each output, or of the two halves if gated; norm_weight, norm_bias
+//   float32. activation "", "gelu", "gelu_tanh" or "silu"; norm "", "layer" or "rms", at the "input" or the "output".
+//   residual as y.
 //   y [..., its columns] float32: see rtx/kernels/int8_linear.py.
 // Int8Embedding(values, scale, ids[, added][, norm_weight][, norm_bias]; norm, epsilon) -> y
 //   values [rows, width] int8 and scale [rows, 1] float32 constant; ids [...] int64; added as y; y [..., width] float32.
@@ -94,6 +97,59 @@ int64_t tokens_of(const std::vector<int64_t>& shape) {
   return count_of(std::vector<int64_t>(shape.begin(), shape.end() - 1));
 }
 
+class PackRows {
+ public:
+  PackRows(const void* const* table, const ort::KernelInfo* info) : check(table) {
+    first_ = int_attribute(check, info, "first");
+  }
+
+  void compute(ort::KernelContext* context) {
+    const std::vector<int64_t> shape = shape_of(check, input_of(check, context, 0));
+    if (shape.size() != 2) throw std::invalid_argument("mask: expected [batch, tokens]");
+    const int64_t* mask = data_of<int64_t>(check, input_of(check, context, 0));
+    const int64_t* rows[3] = {nullptr, nullptr, nullptr};
+    for (size_t index = 0; index < 3; ++index) {
+      const ort::Value* value = input_of(check, context, 1 + index);
+      if (value == nullptr) continue;
+      if (shape_of(check, value) != shape) throw std::invalid_argument("rows: expected the shape of the mask");
+      rows[index] = data_of<int64_t>(check, value);
+    }
+    int64_t* const offsets = output(context, 0, {shape[0] + 1});
+    int64_t kept = offsets[0] = 0;
+    for (int64_t row = 0; row < shape[0]; ++row) {
+      for (int64_t at = 0; at < shape[1]; ++at) kept += mask[row * shape[1] + at] != 0;
+      offsets[row + 1] = kept;
+    }
+    int64_t* positions = output(context, 1, {1, kept});
+    for (int64_t row = 0; row < shape[0]; ++row)
+      for (int64_t token = offsets[row]; token < offsets[row + 1]; ++token)
+        *positions++ = first_ + token - offsets[row];
+    for (size_t index = 0; index < 3; ++index) {
+      if (rows[index] == nullptr) continue;
+      int64_t* packed = output(context, 2 + index, {1, kept});
+      for (int64_t at = 0; at < shape[0] * shape[1]; ++at)
+        if (mask[at] != 0) *packed++ = rows[index][at];
+    }
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "PackRows";
+  static constexpr size_t kInputs = 4, kOutputs = 5;
+  static int input_type(size_t) { return ort::kInt64; }
+  static int output_type(size_t) { return ort::kInt64; }
+  static int input_characteristic(size_t index) { return index >= 2 ? ort::kOptional : ort::kRequired; }
+
+ private:
+  int64_t* output(ort::KernelContext* context, size_t index, const std::vector<int64_t>& shape) const {
+    ort::Value* value = nullptr;
+    check(check.api.KernelContext_GetOutput(context, index, shape.data(), shape.size(), &value));
+    return data_of<int64_t>(check, value);
+  }
+
+  int64_t first_;
+};
+
 class Int8Linear {
  public:
   Int8Linear(const void* const* table, const ort::KernelInfo* info) : check(table) {
@@ -102,25 +158,29 @@ class Int8Linear {
     const std::string at = text_attribute(check, info, "norm_at");
     if (at != "input" && at != "output") throw std::invalid_argument("norm_at: expected input or output, got " + at);
     around_.norm_of_output = at == "output";
+    const int64_t in = int_attribute(check, info, "in_features");
+    if (in < 1 || in > kMostInputs)
+      throw std::invalid_argument("in_features: expected 1 to " + std::to_string(kMostInputs));
     const ort::Value* values = constant(check, info, 1);
-    const std::vector<int64_t> shape = shape_of(check, values);
-    if (shape.size() != 2) throw std::invalid_argument("values: expected a matrix [in, out]");
-    if (shape[0] < 1 || shape[0] > kMostInputs)
-      throw std::invalid_argument("values: expected 1 to " + std::to_string(kMostInputs) + " rows");
-    // A magnitude of 128 has no opposite in 8 bits.
-    const uint8_t* first = data_of<uint8_t>(check, values);
-    if (std::memchr(first, 0, size_t(shape[0] * shape[1])) != nullptr)
-      throw std::invalid_argument("values: expected bytes from 1 to 255, which are 127 to either side of 128");
-    const std::vector<int64_t> parts = split_of(info, shape[1]);
-    around_.norm = norm_of(check, info, 7, around_.norm_of_output ? parts[0] : shape[0]);
+    const int64_t out = count_of(shape_of(check, constant(check, info, 2)));
+    const std::vector<int64_t> parts = split_of(info, out);
     outputs_ = around_.gated ? 1 : parts.size();
     if (outputs_ > kOutputs || (around_.gated && (parts.size() != 2 || parts[0] != parts[1])))
       throw std::invalid_argument("split: expected at most 3 outputs, or two equal halves if gated");
+    const int64_t size = packed_size(in, parts);
+    if (count_of(shape_of(check, values)) != size)
+      throw std::invalid_argument("values: expected " + std::to_string(size) + " of them for " + std::to_string(in) +
+                                  " in_features and " + std::to_string(out) + " outputs");
+    // A magnitude of 128 has no opposite in 8 bits.
+    const int8_t* first = data_of<int8_t>(check, values);
+    if (std::memchr(first, 0x80, size_t(size)) != nullptr)
+      throw std::invalid_argument("values: expected integers from -127 to 127");
+    around_.norm = norm_of(check, info, 7, around_.norm_of_output ? parts[0] : in);
     if (outputs_ > 1 && around_.norm_of_output && around_.norm.kind != NormKind::kNone)
       throw std::invalid_argument("norm: expected one output where it is that of the output");
-    weight_ = std::make_unique<PackedWeight>(first, numbers_of(check, info, 2, "scale", shape[1]),
-                                             numbers_of(check, info, 3, "column_sum", shape[1]),
-                                             numbers_of(check, info, 4, "bias", shape[1], true), shape[0], parts);
+    weight_ = std::make_unique<PackedWeight>(first, numbers_of(check, info, 2, "scale", out),
+                                             numbers_of(check, info, 3, "column_sum", out),
+                                             numbers_of(check, info, 4, "bias", out, true), in, parts);
   }
 
   void compute(ort::KernelContext* context) {
@@ -148,7 +208,7 @@ class Int8Linear {
 
   static constexpr const char* kName = "Int8Linear";
   static constexpr size_t kInputs = 9, kOutputs = 3;
-  static int input_type(size_t index) { return index == 1 ? ort::kUint8 : index == 5 ? ort::kInt64 : ort::kFloat; }
+  static int input_type(size_t index) { return index == 1 ? ort::kInt8 : index == 5 ? ort::kInt64 : ort::kFloat; }
   static int output_type(size_t) { return ort::kFloat; }
   static int input_characteristic(size_t index) { return index >= 4 ? ort::kOptional : ort::kRequired; }
 
@@ -360,7 +420,7 @@ class PackedPool {
 
 ort::Status* make_domain(const ort::Api& api, ort::Domain** domain) {
   if (ort::Status* failed = api.CreateCustomOpDomain("rtx", domain)) return failed;
-  for (const ort::Op* one : {op<Int8Linear>(), op<Int8Embedding>(), op<RmsNorm>(), op<RotaryEmbedding>(),
+  for (const ort::Op* one : {op<PackRows>(), op<Int8Embedding>(), op<Int8Linear>(), op<RmsNorm>(), op<RotaryEmbedding>(),
                              op<PackedAttention>(), op<PackedPool>()})
     if (ort::Status* failed = api.CustomOpDomain_Add(*domain, one)) return failed;
   return nullptr;

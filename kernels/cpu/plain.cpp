@@ -33,13 +33,13 @@ RTX_EXPORT int rtx_best_isa() { return int(detect_isa()); }
 // Use another one. 0 if this machine has it, else 1 and nothing changes.
 RTX_EXPORT int rtx_use_isa(int isa) { return use_isa(Isa(isa)) ? 0 : 1; }
 
-// A weight as the kernels read it, to be given back; bias may be NULL.
-RTX_EXPORT PackedWeight* rtx_pack(const uint8_t* values, const float* scale, const float* column_sum, const float* bias,
-                                  int64_t in, const int64_t* parts, int64_t count) {
+// A weight, to be given back; values stay where they are, and bias may be NULL.
+RTX_EXPORT PackedWeight* rtx_weight(const int8_t* values, const float* scale, const float* column_sum, const float* bias,
+                                    int64_t in, const int64_t* parts, int64_t count) {
   return new PackedWeight(values, scale, column_sum, bias, in, std::vector<int64_t>(parts, parts + count));
 }
 
-RTX_EXPORT void rtx_unpack(PackedWeight* weight) { delete weight; }
+RTX_EXPORT void rtx_drop_weight(PackedWeight* weight) { delete weight; }
 
 // activation counts as in Activation, norm as in NormKind; residual and norm_bias may be NULL.
 RTX_EXPORT void rtx_int8_linear(const float* x, const PackedWeight* weight, int activation, int gated, int norm,

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rtx.kernels import library
-from rtx.kernels.int8_linear import Int8Weight, int8_linear, quantize_rows, quantize_weight
+from rtx.kernels.int8_linear import Int8Weight, int8_linear, pack_weight, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN, ISAS, best_isa, library_file, load_library
 from rtx.kernels.norm import layer_norm, rms_norm
+from rtx.kernels.pack_rows import pack_rows
 from rtx.kernels.packed_attention import packed_attention
 from rtx.kernels.packed_pool import packed_pool
 from rtx.kernels.pool import MODES
@@ -81,10 +82,10 @@ def linear(
     parts = np.array(split or [columns], dtype=np.int64)
     y = [np.full((len(x), width), np.nan, dtype=np.float32) for width in (parts[:1] if gated else parts)]
     x = np.ascontiguousarray(x)
-    operators.rtx_pack.restype = ctypes.c_void_p
-    arrays = (weight.values, weight.scale, weight.column_sum, bias)
+    operators.rtx_weight.restype = ctypes.c_void_p
+    arrays = (pack_weight(weight, parts.tolist()), weight.scale, weight.column_sum, bias)
     packed = ctypes.c_void_p(
-        operators.rtx_pack(*map(pointer, arrays), ctypes.c_int64(rows), pointer(parts), ctypes.c_int64(len(parts)))
+        operators.rtx_weight(*map(pointer, arrays), ctypes.c_int64(rows), pointer(parts), ctypes.c_int64(len(parts)))
     )
     numbers = (list(ACTIVATIONS).index(activation), int(gated), NORMS.index(norm), int(norm_at == "output"))
     operators.rtx_int8_linear(
@@ -96,7 +97,7 @@ def linear(
         ctypes.c_int64(len(x)),
         (ctypes.c_void_p * len(y))(*(one.ctypes.data for one in y)),
     )
-    operators.rtx_unpack(packed)
+    operators.rtx_drop_weight(packed)
     return y
 
 
@@ -401,12 +402,17 @@ def test_functions_of_vectors() -> None:
 # -- in ONNX Runtime -----------------------------------------------------------------------------------------------
 
 
-def session(node: Any, inputs: dict[str, tuple[int, list[Any]]], constants: dict[str, NDArray[Any]]) -> Any:
+def session(
+    node: Any,
+    inputs: dict[str, tuple[int, list[Any]]],
+    constants: dict[str, NDArray[Any]],
+    kind: int = TensorProto.FLOAT,
+) -> Any:
     graph = helper.make_graph(
         [node],
         "one",
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
+        [helper.make_tensor_value_info(name, kind, None) for name in node.output if name],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
@@ -419,7 +425,7 @@ def session(node: Any, inputs: dict[str, tuple[int, list[Any]]], constants: dict
 
 
 def linear_node(*inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-    plain = {"activation": "", "gated": 0, "norm": "", "norm_at": "output", "epsilon": EPSILON}
+    plain = {"in_features": 8, "activation": "", "gated": 0, "norm": "", "norm_at": "output", "epsilon": EPSILON}
     names = [f"y{place}" for place in range(outputs)]
     return helper.make_node("Int8Linear", list(inputs), names, domain=DOMAIN, **{**plain, **attributes})
 
@@ -429,9 +435,16 @@ def test_linear_in_a_graph(with_bias: bool) -> None:
     random = np.random.default_rng(6)
     weight = quantize_weight(random.standard_normal((40, 56)))
     bias = random.standard_normal(56).astype(np.float32)
-    constants = {"w": weight.values, "s": weight.scale, "c": weight.column_sum, **({"b": bias} if with_bias else {})}
+    constants = {
+        "w": pack_weight(weight),
+        "s": weight.scale,
+        "c": weight.column_sum,
+        **({"b": bias} if with_bias else {}),
+    }
     opened = session(
-        linear_node("x", *constants, activation="gelu"), {"x": (TensorProto.FLOAT, ["a", "b", 40])}, constants
+        linear_node("x", *constants, activation="gelu", in_features=40),
+        {"x": (TensorProto.FLOAT, ["a", "b", 40])},
+        constants,
     )
     x = random.standard_normal((3, 67, 40)).astype(np.float32)
     (found,) = opened.run(None, {"x": x})
@@ -443,9 +456,9 @@ def test_linear_in_a_graph(with_bias: bool) -> None:
 def test_outputs_of_a_graph() -> None:
     random = np.random.default_rng(6)
     weight = quantize_weight(random.standard_normal((40, 56)))
-    constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
-    constants["p"] = np.array([16, 30, 10])
-    node = linear_node("x", "w", "s", "c", "", "p", outputs=3)
+    constants: dict[str, NDArray[Any]] = {"w": pack_weight(weight), "s": weight.scale, "c": weight.column_sum}
+    constants |= {"p": np.array([16, 30, 10]), "w": pack_weight(weight, [16, 30, 10])}
+    node = linear_node("x", "w", "s", "c", "", "p", outputs=3, in_features=40)
     x = random.standard_normal((2, 20, 40)).astype(np.float32)
     found = session(node, {"x": (TensorProto.FLOAT, ["a", "b", 40])}, constants).run(None, {"x": x})
     (expected,) = linear(load_library(), x.reshape(-1, 40), weight)
@@ -457,9 +470,9 @@ def test_norms_of_rows_whose_columns_are_divided_among_threads(tokens: int) -> N
     random = np.random.default_rng(6)
     weight = quantize_weight(random.standard_normal((1024, 640)))
     factor, bias = random.standard_normal((2, 640)).astype(np.float32)
-    constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
+    constants: dict[str, NDArray[Any]] = {"w": pack_weight(weight), "s": weight.scale, "c": weight.column_sum}
     constants |= {"f": factor, "g": bias}
-    node = linear_node("x", "w", "s", "c", "", "", "r", "f", "g", norm="layer")
+    node = linear_node("x", "w", "s", "c", "", "", "r", "f", "g", norm="layer", in_features=1024)
     kinds = {"x": (TensorProto.FLOAT, ["a", 1024]), "r": (TensorProto.FLOAT, ["a", 640])}
     opened = session(node, kinds, constants)
     x, residual = (random.standard_normal((tokens, width)).astype(np.float32) for width in (1024, 640))
@@ -491,6 +504,26 @@ def test_attention_in_a_graph() -> None:
         opened.run(None, {**arrays, "k": arrays["k"][:, :, :8]})
 
 
+def test_rows_are_packed() -> None:
+    random = np.random.default_rng(11)
+    mask = random.integers(0, 2, (5, 9))
+    mask[1] = 0
+    ids, types = random.integers(0, 100, (2, 5, 9))
+    kinds = {name: (TensorProto.INT64, ["a", "b"]) for name in ("m", "i", "t")}
+    names = ["o", "p", "ids", "types"]
+    node = helper.make_node("PackRows", ["m", "i", "", "t"], ["o", "p", "ids", "", "types"], domain=DOMAIN, first=2)
+    opened = session(node, kinds, {}, TensorProto.INT64)
+    found = dict(zip(names, opened.run(names, {"m": mask, "i": ids, "t": types}), strict=True))
+    expected = pack_rows(mask, ids, types, first=2)
+    assert found["o"].tolist() == expected.offsets.tolist()
+    for name, rows in zip(names[1:], (expected.positions, *expected.packed), strict=True):
+        assert found[name].tolist() == [rows.tolist()]
+    nothing = opened.run(names, {"m": 0 * mask, "i": ids, "t": types})
+    assert [one.shape for one in nothing] == [(6,), (1, 0), (1, 0), (1, 0)]
+    with pytest.raises(Exception, match="PackRows: rows: expected the shape of the mask"):
+        opened.run(names, {"m": mask, "i": ids[:, :3], "t": types})
+
+
 def test_embedding_and_pooling_in_a_graph() -> None:
     random = np.random.default_rng(8)
     table = quantize_rows(random.standard_normal((50, 16)))
@@ -517,7 +550,7 @@ def test_embedding_and_pooling_in_a_graph() -> None:
 
 def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
     weight = quantize_weight(np.eye(8))
-    constants: dict[str, NDArray[Any]] = {"w": weight.values, "s": weight.scale, "c": weight.column_sum}
+    constants: dict[str, NDArray[Any]] = {"w": pack_weight(weight), "s": weight.scale, "c": weight.column_sum}
     inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, ["a", 8])}
 
     def refused(message: str, node: Any, **others: NDArray[Any]) -> None:
@@ -528,16 +561,19 @@ def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
     refused("activation: expected gelu, gelu_tanh or silu, got tanh", linear_node(*plain, activation="tanh"))
     refused("norm: expected layer or rms, got batch", linear_node(*plain, norm="batch"))
     refused("norm_at: expected input or output, got top", linear_node(*plain, norm_at="top"))
-    refused("values: expected bytes from 1 to 255", linear_node(*plain), w=np.zeros((8, 8), dtype=np.uint8))
-    refused("values: expected 1 to 65536 rows", linear_node(*plain), w=np.ones((65537, 8), dtype=np.uint8))
-    refused("scale: expected 8 numbers", linear_node(*plain), s=weight.scale[:3])
+    lowest = pack_weight(weight)
+    lowest[0, 1, 7, 3] = -128
+    refused("values: expected integers from -127 to 127", linear_node(*plain), w=lowest)
+    refused("values: expected 1024 of them for 8 in_features and 8 outputs", linear_node(*plain), w=lowest[:, :3])
+    refused("in_features: expected 1 to 65536", linear_node(*plain, in_features=65537))
+    refused("column_sum: expected 8 numbers", linear_node(*plain), c=weight.scale[:3])
     halves = linear_node(*plain, "", "p", gated=1)
     refused("split: expected parts that make up 8", halves, p=np.array([4, 5]))
     refused("split: .*two equal halves if gated", halves, p=np.array([3, 5]))
     refused("split: expected at most 3 outputs", linear_node(*plain, "", "p"), p=np.array([2, 2, 2, 2]))
     some = {name: array for name, array in constants.items() if name != "w"}
     with pytest.raises(Exception, match="input 1: expected a constant"):
-        session(linear_node(*plain), {**inputs, "w": (TensorProto.UINT8, [8, 8])}, some)
+        session(linear_node(*plain), {**inputs, "w": (TensorProto.INT8, [1, 16, 16, 4])}, some)
     opened = session(linear_node(*plain), {"x": (TensorProto.FLOAT, ["a", "b"])}, constants)
     with pytest.raises(Exception, match="Int8Linear: x: expected a last dimension of 8"):
         opened.run(None, {"x": np.zeros((2, 5), dtype=np.float32)})
