@@ -27,14 +27,16 @@ test: $(READY) $(OPERATORS)   ## all tests
 test-fast: $(READY) $(OPERATORS)   ## all but the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
-lint: $(READY) build/typing/rtx   ## ruff and mypy
+lint: $(READY) build/typing/rtx   ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
 
-format: $(READY)   ## let ruff mend what it can
+format: $(READY)   ## let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/cpu/*.h kernels/cpu/*.cpp
 
 # Without that of a 2B model, which needs 16 GiB of memory: benchmarks/bench_qwen3_vl.py.
 bench: $(READY) $(OPERATORS)   ## every benchmark of benchmarks/ that fits into a small machine

@@ -137,9 +137,9 @@ RTX_INLINE void finish_strip(const Strip& strip, int rows, Floats scale, Floats 
     Ints<Floats> product;
     std::memcpy(&product, strip.sums + row * strip.sums_stride, sizeof product);
     float* const y = strip.y + row * strip.stride;
-    Floats found = activated(__builtin_convertvector(product, Floats) * scale * strip.scale[row] +
-                                 column_sum * strip.centre[row] + bias,
-                             kActivation);
+    Floats found = activated(
+        __builtin_convertvector(product, Floats) * scale * strip.scale[row] + column_sum * strip.centre[row] + bias,
+        kActivation);
     if (kCombine != Combine::kNone) {
       const float* from = kCombine == Combine::kAdd ? strip.residual + row * strip.stride : y;
       const Floats other = kWhole ? load<Floats>(from) : load_some<Floats>(from, strip.columns);
@@ -170,9 +170,14 @@ RTX_INLINE void finish_panels(const int32_t* sums, int rows, int panels, const T
     const int64_t stride = weight.parts[size_t(panel.part)], column = panel.column + place % kLanes;
     if (column >= stride) continue;
     const int64_t first = target.row * stride + column;
-    const Strip strip{sums + at, panels * kLanes, target.scale, target.centre,
+    const Strip strip{sums + at,
+                      panels * kLanes,
+                      target.scale,
+                      target.centre,
                       target.residual == nullptr ? nullptr : target.residual + first,
-                      target.y[target.around.gated ? 0 : panel.part] + first, stride, stride - column};
+                      target.y[target.around.gated ? 0 : panel.part] + first,
+                      stride,
+                      stride - column};
     const Floats scale = load<Floats>(weight.scale.data() + place);
     const Floats column_sum = load<Floats>(weight.column_sum.data() + place);
     const Floats bias = load<Floats>(weight.bias.data() + place);
@@ -226,7 +231,8 @@ void by_size(int rows, int panels, const Factors& factors, int32_t* sums) {
 
 // A kernel multiplies a tile of up to kRows rows and kPanels panels into sums, [rows][panels][16], which `finish` makes
 // numbers of. Apart, as with all that follows inlined the sums would not stay in registers while they grow. Around its
-// tiles a thread calls `begin` and `end`. Behind the last row there are as many as make up a multiple of 16, of anything.
+// tiles a thread calls `begin` and `end`. Behind the last row there are as many as make up a multiple of 16, of
+// anything.
 
 struct Plain {
   static void begin() {}
@@ -263,8 +269,9 @@ RTX_INLINE int32_t quad_at(const uint8_t* bytes) {
   return found;
 }
 
-// Without VNNI: u8 by s8 in 16 bits would saturate (vpmaddubsw). Steps of 16 bits by weights that are widened on the way
-// are exact, take no more instructions than what keeps the first from saturating, and fewer where shuffles are dear.
+// Without VNNI: u8 by s8 in 16 bits would saturate (vpmaddubsw). Steps of 16 bits by weights that are widened on the
+// way are exact, take no more instructions than what keeps the first from saturating, and fewer where shuffles are
+// dear.
 struct Avx2 : Plain {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     by_size<Avx2, kRows, kPanels>(rows, panels, factors, sums);
@@ -276,14 +283,12 @@ struct Avx2 : Plain {
     for (int quarter = 0; quarter < 4 * kTilePanels; quarter += 2) {
       const int8_t* columns = factors.columns + quarter / 4 * factors.padded_in * kLanes + quarter % 4 * 16;
       __m256i sums[kTileRows][2];
-      RTX_UNROLL
-      for (int row = 0; row < kTileRows; ++row) sums[row][0] = sums[row][1] = _mm256_setzero_si256();
+      RTX_FOR (row, kTileRows) sums[row][0] = sums[row][1] = _mm256_setzero_si256();
       for (int64_t k = 0; k < factors.in; k += kQuad) {
         const int8_t* from = columns + k * kLanes;
         const __m256i some = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
         const __m256i more = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)));
-        RTX_UNROLL
-        for (int row = 0; row < kTileRows; ++row) {
+        RTX_FOR (row, kTileRows) {
           int64_t quad;
           std::memcpy(&quad, factors.rows + row * stride + k * 2, sizeof quad);
           const __m256i steps = _mm256_set1_epi64x(quad);
@@ -291,8 +296,7 @@ struct Avx2 : Plain {
           sums[row][1] = _mm256_add_epi32(sums[row][1], _mm256_madd_epi16(steps, more));
         }
       }
-      RTX_UNROLL
-      for (int row = 0; row < kTileRows; ++row) {
+      RTX_FOR (row, kTileRows) {
         // Columns 0 1 4 5, 2 3 6 7.
         const __m256i both = _mm256_hadd_epi32(sums[row][0], sums[row][1]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row * kTilePanels * kLanes + quarter * 4),
@@ -318,30 +322,22 @@ struct AvxVnni : Plain {
     constexpr int kHalves = 2 * kTilePanels;
     const int64_t padded_in = factors.padded_in;
     __m256i sums[kTileRows][kHalves];
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
-      RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half)
+    RTX_FOR (row, kTileRows)
+      RTX_FOR (half, kHalves)
         // Bytes count from 0, steps from 128.
         sums[row][half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors.start + 8 * half));
     for (int64_t k = 0; k < factors.in; k += kQuad) {
       __m256i columns[kHalves];
-      RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half)
-        columns[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-            factors.columns + (half / 2 * padded_in + k) * kLanes + 32 * (half % 2)));
-      RTX_UNROLL
-      for (int row = 0; row < kTileRows; ++row) {
+      RTX_FOR (half, kHalves)
+        columns[half] = _mm256_loadu_si256(
+            reinterpret_cast<const __m256i*>(factors.columns + (half / 2 * padded_in + k) * kLanes + 32 * (half % 2)));
+      RTX_FOR (row, kTileRows) {
         const __m256i steps = _mm256_set1_epi32(quad_at(factors.rows + row * factors.row_bytes + k));
-        RTX_UNROLL
-        for (int half = 0; half < kHalves; ++half)
-          sums[row][half] = _mm256_dpbusd_avx_epi32(sums[row][half], steps, columns[half]);
+        RTX_FOR (half, kHalves) sums[row][half] = _mm256_dpbusd_avx_epi32(sums[row][half], steps, columns[half]);
       }
     }
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
-      RTX_UNROLL
-      for (int half = 0; half < kHalves; ++half)
+    RTX_FOR (row, kTileRows)
+      RTX_FOR (half, kHalves)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (row * kHalves + half) * 8), sums[row][half]);
   }
   RTX_AVXVNNI static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale,
@@ -361,30 +357,21 @@ struct Avx512Vnni : Plain {
   RTX_AVX512 RTX_APART static void tile(const Factors& factors, int32_t* to) {
     const int64_t padded_in = factors.padded_in;
     __m512i sums[kTileRows][kTilePanels];
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
-      RTX_UNROLL
-      for (int panel = 0; panel < kTilePanels; ++panel)
+    RTX_FOR (row, kTileRows)
+      RTX_FOR (panel, kTilePanels)
         // Bytes count from 0, steps from 128.
         sums[row][panel] = _mm512_loadu_si512(factors.start + panel * kLanes);
     for (int64_t k = 0; k < factors.in; k += kQuad) {
       __m512i columns[kTilePanels];
-      RTX_UNROLL
-      for (int panel = 0; panel < kTilePanels; ++panel)
+      RTX_FOR (panel, kTilePanels)
         columns[panel] = _mm512_loadu_si512(factors.columns + (panel * padded_in + k) * kLanes);
-      RTX_UNROLL
-      for (int row = 0; row < kTileRows; ++row) {
+      RTX_FOR (row, kTileRows) {
         const __m512i steps = _mm512_set1_epi32(quad_at(factors.rows + row * factors.row_bytes + k));
-        RTX_UNROLL
-        for (int panel = 0; panel < kTilePanels; ++panel)
-          sums[row][panel] = _mm512_dpbusd_epi32(sums[row][panel], steps, columns[panel]);
+        RTX_FOR (panel, kTilePanels) sums[row][panel] = _mm512_dpbusd_epi32(sums[row][panel], steps, columns[panel]);
       }
     }
-    RTX_UNROLL
-    for (int row = 0; row < kTileRows; ++row)
-      RTX_UNROLL
-      for (int panel = 0; panel < kTilePanels; ++panel)
-        _mm512_storeu_si512(to + (row * kTilePanels + panel) * kLanes, sums[row][panel]);
+    RTX_FOR (row, kTileRows)
+      RTX_FOR (panel, kTilePanels) _mm512_storeu_si512(to + (row * kTilePanels + panel) * kLanes, sums[row][panel]);
   }
   RTX_AVX512 static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale,
                                   float* centre) {
@@ -436,8 +423,7 @@ struct Amx {
     for (int64_t k = 0; k < factors.in; k += 64) {
       if (kSixteens == 1) {
         // The columns that follow: with few rows there is little to do while they come.
-        RTX_UNROLL
-        for (int line = 0; line < 16; ++line) {
+        RTX_FOR (line, 16) {
           _mm_prefetch(reinterpret_cast<const char*>(left + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
           if (kTilePanels > 1)
             _mm_prefetch(reinterpret_cast<const char*>(right + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
@@ -479,8 +465,14 @@ class Run {
  public:
   Run(const float* x, const PackedWeight& weight, const Around& around, const float* residual, int64_t tokens,
       float* const* y)
-      : x_(x), weight_(weight), around_(around), residual_(residual), tokens_(tokens), y_(y),
-        halves_(around.gated ? 2 : 1), panels_(int64_t(weight.panels.size()) / halves_) {}
+      : x_(x),
+        weight_(weight),
+        around_(around),
+        residual_(residual),
+        tokens_(tokens),
+        y_(y),
+        halves_(around.gated ? 2 : 1),
+        panels_(int64_t(weight.panels.size()) / halves_) {}
 
   void operator()(const Parallel& parallel) {
     // With few rows, columns are divided too, where each part is worth the waking of a thread. A part quantises its
@@ -528,11 +520,14 @@ class Run {
           alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
           const Factors factors{tokens.values + row * row_bytes,
                                 weight_.values + panel * kLanes * weight_.padded_in,
-                                weight_.start.data() + panel * kLanes, (weight_.in + kQuad - 1) / kQuad * kQuad,
-                                weight_.padded_in, row_bytes};
+                                weight_.start.data() + panel * kLanes,
+                                (weight_.in + kQuad - 1) / kQuad * kQuad,
+                                weight_.padded_in,
+                                row_bytes};
           Kernel::multiply(some, panels, factors, sums);
-          Kernel::finish(sums, some, panels,
-                         {tokens.scale + row, tokens.centre + row, weight_, around_, panel, first + row, residual_, y_});
+          Kernel::finish(
+              sums, some, panels,
+              {tokens.scale + row, tokens.centre + row, weight_, around_, panel, first + row, residual_, y_});
         }
       }
     Kernel::end();
@@ -548,8 +543,7 @@ class Run {
         x = normalized;
       }
       Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * weight_.padded_in * Kernel::kStepBytes,
-                       tokens.scale + row,
-                       tokens.centre + row);
+                       tokens.scale + row, tokens.centre + row);
     }
   }
 

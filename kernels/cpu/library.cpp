@@ -4,13 +4,13 @@
 //   mask and rows [batch, tokens] int64; offsets [batch + 1] int64; positions and packed [1, kept] int64.
 // Int8Linear(x, values, scale, column_sum[, bias][, split][, residual][, norm_weight][, norm_bias];
 //            in_features, activation, gated, norm, norm_at, epsilon) -> y[, y_1][, y_2]
-//   x [..., in_features] float32. Constant: values int8 [panels, depth / 4, 16, 4], not one of them -128; scale, column_sum,
-//   bias [out] float32; split int64, columns of each output, or of the two halves if gated; norm_weight, norm_bias
-//   float32. activation "", "gelu", "gelu_tanh" or "silu"; norm "", "layer" or "rms", at the "input" or the "output".
-//   residual as y.
-//   y [..., its columns] float32: see rtx/kernels/int8_linear.py.
+//   x [..., in_features] float32. Constant: values int8 [panels, depth / 4, 16, 4], not one of them -128; scale,
+//   column_sum, bias [out] float32; split int64, columns of each output, or of the two halves if gated; norm_weight,
+//   norm_bias float32. activation "", "gelu", "gelu_tanh" or "silu"; norm "", "layer" or "rms", at the "input" or the
+//   "output". residual as y. y [..., its columns] float32: see rtx/kernels/int8_linear.py.
 // Int8Embedding(values, scale, ids[, added][, norm_weight][, norm_bias]; norm, epsilon) -> y
-//   values [rows, width] int8 and scale [rows, 1] float32 constant; ids [...] int64; added as y; y [..., width] float32.
+//   values [rows, width] int8 and scale [rows, 1] float32 constant; ids [...] int64; added as y; y [..., width]
+//   float32.
 // RMSNorm(x, weight; epsilon) -> y
 //   x, y [..., width] float32; weight [width] float32.
 // RotaryEmbedding(x, cos, sin; heads) -> y
@@ -368,8 +368,8 @@ class PackedAttention {
     const int64_t* offsets = data_of<int64_t>(check, inputs[3]);
     check_offsets(offsets, shapes[3], tokens_of(query));
     packed_attention(data_of<float>(check, inputs[0]), data_of<float>(check, inputs[1]),
-                     data_of<float>(check, inputs[2]), offsets, shapes[3][0] - 1, shape,
-                     data_of<float>(check, output), current_isa(), in_pool(check, context));
+                     data_of<float>(check, inputs[2]), offsets, shapes[3][0] - 1, shape, data_of<float>(check, output),
+                     current_isa(), in_pool(check, context));
   }
 
   const Checked check;
@@ -420,8 +420,8 @@ class PackedPool {
 
 ort::Status* make_domain(const ort::Api& api, ort::Domain** domain) {
   if (ort::Status* failed = api.CreateCustomOpDomain("rtx", domain)) return failed;
-  for (const ort::Op* one : {op<PackRows>(), op<Int8Embedding>(), op<Int8Linear>(), op<RmsNorm>(), op<RotaryEmbedding>(),
-                             op<PackedAttention>(), op<PackedPool>()})
+  for (const ort::Op* one : {op<PackRows>(), op<Int8Embedding>(), op<Int8Linear>(), op<RmsNorm>(),
+                             op<RotaryEmbedding>(), op<PackedAttention>(), op<PackedPool>()})
     if (ort::Status* failed = api.CustomOpDomain_Add(*domain, one)) return failed;
   return nullptr;
 }

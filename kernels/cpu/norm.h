@@ -1,4 +1,5 @@
-// LayerNorm and RMSNorm of rows: the op `rms_norm` of rtx/kernels/norm.py, and what other kernels do on the way in or out.
+// LayerNorm and RMSNorm of rows: the op `rms_norm` of rtx/kernels/norm.py, and what other kernels do on the way in or
+// out.
 #pragma once
 
 #include <cmath>

@@ -21,8 +21,8 @@ struct Op;
 constexpr uint32_t kVersion = 21;
 
 struct ApiBase {
-  const void* const*(*GetApi)(uint32_t version);  // NULL if the library is older
-  const char*(*GetVersionString)();
+  const void* const* (*GetApi)(uint32_t version);  // NULL if the library is older
+  const char* (*GetVersionString)();
 };
 
 // Functions by their place in the table.
@@ -30,9 +30,7 @@ class Api {
  public:
   explicit Api(const void* const* table) : table_(table) {}
 
-  Status* CreateStatus(int code, const char* message) const {
-    return at<Status*(int, const char*)>(0)(code, message);
-  }
+  Status* CreateStatus(int code, const char* message) const { return at<Status*(int, const char*)>(0)(code, message); }
   Status* CreateCustomOpDomain(const char* name, Domain** domain) const {
     return at<Status*(const char*, Domain**)>(26)(name, domain);
   }
@@ -42,9 +40,7 @@ class Api {
   Status* AddCustomOpDomain(SessionOptions* options, Domain* domain) const {
     return at<Status*(SessionOptions*, Domain*)>(28)(options, domain);
   }
-  Status* GetTensorMutableData(Value* value, void** data) const {
-    return at<Status*(Value*, void**)>(51)(value, data);
-  }
+  Status* GetTensorMutableData(Value* value, void** data) const { return at<Status*(Value*, void**)>(51)(value, data); }
   Status* GetDimensionsCount(const TensorInfo* info, size_t* count) const {
     return at<Status*(const TensorInfo*, size_t*)>(61)(info, count);
   }
@@ -69,7 +65,7 @@ class Api {
   Status* KernelContext_GetOutput(KernelContext* context, size_t index, const int64_t* dimensions, size_t count,
                                   Value** value) const {
     return at<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, dimensions, count,
-                                                                                   value);
+                                                                                    value);
   }
   void ReleaseStatus(Status* status) const { at<void(Status*)>(93)(status); }
   void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) const { at<void(TensorInfo*)>(99)(info); }

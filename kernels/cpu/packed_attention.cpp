@@ -35,25 +35,18 @@ RTX_INLINE void dot(const Head& head, int64_t first, int64_t panel, float factor
   const float* query = head.query + first * head.query_stride;
   const float* keys = head.keys + panel * head.width * kLanes;
   Floats sums[kRows][kVectors];
-  RTX_UNROLL
-  for (int row = 0; row < kRows; ++row)
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at) sums[row][at] = Floats{};
+  RTX_FOR (row, kRows)
+    RTX_FOR (at, kVectors) sums[row][at] = Floats{};
   for (int64_t k = 0; k < head.width; ++k) {
     Floats some[kVectors];
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at)
-      some[at] = load<Floats>(keys + (at / kParts<Floats> * head.width + k) * kLanes + at % kParts<Floats> * kWidth<Floats>);
-    RTX_UNROLL
-    for (int row = 0; row < kRows; ++row)
-      RTX_UNROLL
-      for (int at = 0; at < kVectors; ++at) sums[row][at] += query[row * head.query_stride + k] * some[at];
+    RTX_FOR (at, kVectors)
+      some[at] =
+          load<Floats>(keys + (at / kParts<Floats> * head.width + k) * kLanes + at % kParts<Floats> * kWidth<Floats>);
+    RTX_FOR (row, kRows)
+      RTX_FOR (at, kVectors) sums[row][at] += query[row * head.query_stride + k] * some[at];
   }
-  RTX_UNROLL
-  for (int row = 0; row < kRows; ++row)
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at)
-      store(scores + row * stride + panel * kLanes + at * kWidth<Floats>, sums[row][at] * factor);
+  RTX_FOR (row, kRows)
+    RTX_FOR (at, kVectors) store(scores + row * stride + panel * kLanes + at * kWidth<Floats>, sums[row][at] * factor);
 }
 
 // y[row][kColumns * 16 numbers] = factor[row] * sum of weights[row][key] * values[key]
@@ -62,29 +55,23 @@ RTX_INLINE void mix(const Head& head, int64_t first, int64_t column, int64_t low
                     int64_t stride, const float* factors) {
   constexpr int kVectors = kColumns * kParts<Floats>;
   Floats sums[kRows][kVectors];
-  RTX_UNROLL
-  for (int row = 0; row < kRows; ++row)
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at) sums[row][at] = Floats{};
+  RTX_FOR (row, kRows)
+    RTX_FOR (at, kVectors) sums[row][at] = Floats{};
   for (int64_t key = low; key < high; ++key) {
     Floats some[kVectors];
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at)
+    RTX_FOR (at, kVectors)
       some[at] = load<Floats>(head.values + key * head.value_stride + column + at * kWidth<Floats>);
-    RTX_UNROLL
-    for (int row = 0; row < kRows; ++row)
-      RTX_UNROLL
-      for (int at = 0; at < kVectors; ++at) sums[row][at] += weights[row * stride + key] * some[at];
+    RTX_FOR (row, kRows)
+      RTX_FOR (at, kVectors) sums[row][at] += weights[row * stride + key] * some[at];
   }
-  RTX_UNROLL
-  for (int row = 0; row < kRows; ++row)
-    RTX_UNROLL
-    for (int at = 0; at < kVectors; ++at)
+  RTX_FOR (row, kRows)
+    RTX_FOR (at, kVectors)
       store_some(head.y + (first + row) * head.y_stride + column + at * kWidth<Floats>, sums[row][at] * factors[row],
                  head.width - column - at * kWidth<Floats>);
 }
 
-// Scores to 2^(score - the largest) over keys low ... high - 1, next to nothing elsewhere in those panels; 1 / their sum.
+// Scores to 2^(score - the largest) over keys low ... high - 1, next to nothing elsewhere in those panels; 1 / their
+// sum.
 template <class Floats>
 RTX_INLINE float softmax(float* scores, int64_t low, int64_t high) {
   const int64_t begin = low / kLanes * kLanes, end = (high + kLanes - 1) / kLanes * kLanes;
@@ -125,7 +112,8 @@ RTX_INLINE void attend_rows(const Head& head, int64_t first, float* scores, int6
   const int64_t end = (high + kLanes - 1) / kLanes;
   const float factor = shape.scale * 1.44269504f;  // powers of 2 in place of e
   int64_t panel = low / kLanes;
-  for (; panel + kAtOnce <= end; panel += kAtOnce) dot<Floats, kRows, kAtOnce>(head, first, panel, factor, scores, stride);
+  for (; panel + kAtOnce <= end; panel += kAtOnce)
+    dot<Floats, kRows, kAtOnce>(head, first, panel, factor, scores, stride);
   for (; panel < end; ++panel) dot<Floats, kRows, 1>(head, first, panel, factor, scores, stride);
   float factors[kRows];
   for (int row = 0; row < kRows; ++row) {
@@ -157,7 +145,9 @@ RTX_INLINE void attend(const Head& head, float* scores, int64_t stride) {
 
 void attend_portable(const Head& head, float* scores, int64_t stride) { attend<Floats4, 2, 1>(head, scores, stride); }
 #if defined(__x86_64__)
-RTX_AVX2 void attend_avx2(const Head& head, float* scores, int64_t stride) { attend<Floats8, 4, 1>(head, scores, stride); }
+RTX_AVX2 void attend_avx2(const Head& head, float* scores, int64_t stride) {
+  attend<Floats8, 4, 1>(head, scores, stride);
+}
 RTX_AVX512 void attend_avx512(const Head& head, float* scores, int64_t stride) {
   attend<Floats16, 8, 2>(head, scores, stride);
 }

@@ -14,7 +14,8 @@ struct AttentionShape {
   int64_t window;  // keys at most so far away are seen; negative for all
 };
 
-// query, y: [tokens, heads, width]; key, value: [tokens, key_heads, width]; offsets: [sequences + 1], where each begins.
+// query, y: [tokens, heads, width]; key, value: [tokens, key_heads, width]; offsets: [sequences + 1], where each
+// begins.
 void packed_attention(const float* query, const float* key, const float* value, const int64_t* offsets,
                       int64_t sequences, const AttentionShape& shape, float* y, Isa isa, const Parallel& parallel);
 

@@ -34,8 +34,8 @@ RTX_EXPORT int rtx_best_isa() { return int(detect_isa()); }
 RTX_EXPORT int rtx_use_isa(int isa) { return use_isa(Isa(isa)) ? 0 : 1; }
 
 // A weight, to be given back; values stay where they are, and bias may be NULL.
-RTX_EXPORT PackedWeight* rtx_weight(const int8_t* values, const float* scale, const float* column_sum, const float* bias,
-                                    int64_t in, const int64_t* parts, int64_t count) {
+RTX_EXPORT PackedWeight* rtx_weight(const int8_t* values, const float* scale, const float* column_sum,
+                                    const float* bias, int64_t in, const int64_t* parts, int64_t count) {
   return new PackedWeight(values, scale, column_sum, bias, in, std::vector<int64_t>(parts, parts + count));
 }
 
@@ -45,8 +45,8 @@ RTX_EXPORT void rtx_drop_weight(PackedWeight* weight) { delete weight; }
 RTX_EXPORT void rtx_int8_linear(const float* x, const PackedWeight* weight, int activation, int gated, int norm,
                                 int norm_of_output, float epsilon, const float* norm_weight, const float* norm_bias,
                                 const float* residual, int64_t tokens, float* const* y) {
-  const Around around{{NormKind(norm), epsilon, norm_weight, norm_bias}, norm_of_output != 0, Activation(activation),
-                      gated != 0};
+  const Around around{
+      {NormKind(norm), epsilon, norm_weight, norm_bias}, norm_of_output != 0, Activation(activation), gated != 0};
   int8_linear(x, *weight, around, residual, tokens, y, current_isa(), serially);
 }
 
@@ -87,11 +87,21 @@ RTX_EXPORT void rtx_map(int function, const float* x, int64_t count, float* y) {
   for (int64_t at = 0; at < count; at += 4) {
     const Floats4 values = load<Floats4>(x + at);
     switch (function) {
-      case 0: store(y + at, exponential(values)); break;
-      case 1: store(y + at, error_function(values)); break;
-      case 2: store(y + at, gelu(values)); break;
-      case 3: store(y + at, gelu_tanh(values)); break;
-      default: store(y + at, silu(values)); break;
+      case 0:
+        store(y + at, exponential(values));
+        break;
+      case 1:
+        store(y + at, error_function(values));
+        break;
+      case 2:
+        store(y + at, gelu(values));
+        break;
+      case 3:
+        store(y + at, gelu_tanh(values));
+        break;
+      default:
+        store(y + at, silu(values));
+        break;
     }
   }
 }

@@ -1,5 +1,5 @@
-// Vectors as wide as the registers of an instruction set, and the functions that kernels need of them. Everything here is
-// inlined into a function that is compiled for one instruction set. Wider vectors than it has would be taken apart.
+// Vectors as wide as the registers of an instruction set, and the functions that kernels need of them. Everything here
+// is inlined into a function that is compiled for one instruction set. Wider vectors than it has would be taken apart.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 #define RTX_INLINE static inline __attribute__((always_inline))
 // Where a function sums into registers: with what follows inlined, compilers keep the sums in memory while they grow.
 #define RTX_APART __attribute__((noinline))
-// The same holds for loops over a tile that are still loops.
-#define RTX_UNROLL _Pragma("GCC unroll 8")
+// A loop over a tile, which holds the sums of one: the same goes for what is still a loop.
+#define RTX_FOR(index, count) _Pragma("GCC unroll 8") for (int index = 0; index < (count); ++index)
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -109,8 +109,8 @@ RTX_INLINE Ints<Floats> lanes() {
   return found;
 }
 
-// What a compiler must not know: GCC has an instruction for the larger of two vectors, but compares and chooses where it
-// knows one of them.
+// What a compiler must not know: GCC has an instruction for the larger of two vectors, but compares and chooses where
+// it knows one of them.
 template <class Floats>
 RTX_INLINE Floats hidden(Floats values) {
 #if defined(__x86_64__)
@@ -167,7 +167,9 @@ RTX_INLINE float sum_by(Floats values) {
 }
 
 template <class Floats>
-RTX_INLINE float sum(Floats values) { return sum_by<kWidth<Floats> / 2>(values); }
+RTX_INLINE float sum(Floats values) {
+  return sum_by<kWidth<Floats> / 2>(values);
+}
 
 template <int kStep, class Floats>
 RTX_INLINE float largest_by(Floats values) {
@@ -179,7 +181,9 @@ RTX_INLINE float largest_by(Floats values) {
 }
 
 template <class Floats>
-RTX_INLINE float largest(Floats values) { return largest_by<kWidth<Floats> / 2>(values); }
+RTX_INLINE float largest(Floats values) {
+  return largest_by<kWidth<Floats> / 2>(values);
+}
 
 // To the nearest whole number, ties to even, for magnitudes below 2^22.
 template <class Floats>
@@ -253,7 +257,9 @@ RTX_INLINE Floats error_function(Floats x) {
 }
 
 template <class Floats>
-RTX_INLINE Floats gelu(Floats x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
+RTX_INLINE Floats gelu(Floats x) {
+  return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+}
 
 template <class Floats>
 RTX_INLINE Floats gelu_tanh(Floats x) {
@@ -263,6 +269,8 @@ RTX_INLINE Floats gelu_tanh(Floats x) {
 }
 
 template <class Floats>
-RTX_INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+RTX_INLINE Floats silu(Floats x) {
+  return x / (1.0f + exponential(-x));
+}
 
 }  // namespace rtx
