@@ -94,7 +94,8 @@ def tables(result: Result) -> Iterator[str]:
         yield from _qualities(result.quality)
     if result.failed:
         yield ""
-        yield from (f"- {result.name}, {name}: left out: {reason}" for name, reason in result.failed.items())
+        for name, reason in result.failed.items():
+            yield f"- {result.name}, {name}: not measured, or not all of it: {reason.removeprefix(f'{name}: ')}"
 
 
 def plain(result: Result) -> dict[str, Any]:

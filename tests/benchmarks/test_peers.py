@@ -428,7 +428,7 @@ def test_tables() -> None:
         tuned={},
         counts={"single queries": 64},
         versions={},
-        failed={"third": "load: no"},
+        failed={"third": "third: load: no"},
     )
     assert "\n".join(tables(result)).splitlines() == [
         "",
@@ -447,7 +447,7 @@ def test_tables() -> None:
         f"| {BASELINE} | 1.0000 | 1.0000 |",
         "| other | 1.0000 | 0.5000 |",
         "",
-        "- minilm, third: left out: load: no",
+        "- minilm, third: not measured, or not all of it: load: no",
     ]
 
 
@@ -540,7 +540,7 @@ def test_from_peers_to_tables(script: Path, tmp_path: Path, monkeypatch: pytest.
         "### pairs: against sentence-transformers",
     ]
     assert f"| {OURS} | 1.0000 | 0.0000 |" in done.stdout
-    assert "- minilm, broken: left out: broken: load: ImportError: no such thing" in done.stdout
+    assert "- minilm, broken: not measured, or not all of it: load: ImportError: no such thing" in done.stdout
     assert "- absent: not installed: pip: no such package" in done.stdout
     assert "minilm: round 2 of 2: single queries, rtx, int8-packed" in done.stderr
     report = json.loads(out.read_text())
