@@ -72,7 +72,10 @@ def main(isa: Isa | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = derive(model, Path(folder))
         sizes = {name: file.stat().st_size / 1e6 for name, file in files.items()}
-        engines = {name: OnnxEngine(file, output=model.contract.output, name=name) for name, file in files.items()}
+        engines = {
+            name: OnnxEngine(file, output=model.contract.output, name=name, packed=name in (PACKED, PACKED_INT8))
+            for name, file in files.items()
+        }
         quality = {name: measure(engine, model.preprocessor, items) for name, engine in engines.items()}
 
         mix = items[:TIMED]

@@ -258,11 +258,17 @@ def release_weights(model: RetrievalModel) -> None:
     gc.collect()
 
 
-def _open(gate: Gate, folder: Path, files: Files, threads: int | None, name: str) -> GraphEngine:
+def _open(gate: Gate, folder: Path, files: Files, threads: int | None, name: VariantName) -> GraphEngine:
     image = None if files.image is None else folder / files.image
     # No image is kept: each pass over the golden items should run all of it.
     return open_graphs(
-        gate.preprocessor.contract, folder / files.tokens, image, threads=threads, name=name, cache_bytes=0
+        gate.preprocessor.contract,
+        folder / files.tokens,
+        image,
+        threads=threads,
+        name=name,
+        cache_bytes=0,
+        packed=is_packed(name),
     )
 
 

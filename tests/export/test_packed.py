@@ -36,9 +36,9 @@ Exported = Callable[..., Any]
 PACKED = ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert", "qwen3")
 
 
-def engine(graph: ir.Model, model: RetrievalModel) -> OnnxEngine:
+def engine(graph: ir.Model, model: RetrievalModel, *, packed: bool = True) -> OnnxEngine:
     content = ir.to_proto(graph).SerializeToString()
-    return OnnxEngine(content, output=model.contract.output, threads=1)
+    return OnnxEngine(content, output=model.contract.output, threads=1, packed=packed)
 
 
 def encoded(model: RetrievalModel) -> list[Any]:
@@ -54,7 +54,7 @@ def held(exported: Exported, architecture: str, task: str = "embed", **layout: A
     items = encoded(model)
     assert [value.name for value in packed_graph.graph.inputs] == list(model.contract.inputs)
     assert [value.name for value in packed_graph.graph.outputs] == [model.contract.output]
-    plain, packed = engine(plain_graph, model), engine(packed_graph, model)
+    plain, packed = engine(plain_graph, model, packed=False), engine(packed_graph, model)
     whole, each = Budget(max_batch_items=64, max_batch_tokens=1 << 20), Budget(max_batch_items=1)
     expected = run_items(plain, model.preprocessor, items, whole)
     np.testing.assert_allclose(run_items(packed, model.preprocessor, items, whole), expected, atol=2e-6)
@@ -62,7 +62,7 @@ def held(exported: Exported, architecture: str, task: str = "embed", **layout: A
     assert quantize_int8_fused(packed_graph)
     kinds = [node.op_type for node in packed_graph.graph]
     assert "MatMul" not in kinds[: max(place for place, kind in enumerate(kinds) if kind == "PackedAttention")]
-    int8, standard = engine(packed_graph, model), engine(derive("int8", plain_graph), model)
+    int8, standard = engine(packed_graph, model), engine(derive("int8", plain_graph), model, packed=False)
     found = run_items(int8, model.preprocessor, items, whole)
     rounded = run_items(standard, model.preprocessor, items, whole)
     # A number at the edge of a step may fall on either side of it.
@@ -113,7 +113,9 @@ def test_what_stands_around_a_linear_layer_becomes_one_with_it(exported: Exporte
     quantize_int8_fused(graph)
     kinds = [node.op_type for node in graph.graph if node.domain == library.DOMAIN]
     behind = ["PackedAttention", "Int8Linear", "Int8Linear", "Int8Linear"]
-    assert sorted(kinds) == sorted(["PackRows", "Int8Embedding", *2 * ["Int8Linear", *FUSED[architecture], *behind], "PackedPool"])
+    assert sorted(kinds) == sorted(
+        ["PackRows", "Int8Embedding", *2 * ["Int8Linear", *FUSED[architecture], *behind], "PackedPool"]
+    )
     assert kinds[:2] == ["PackRows", "Int8Embedding"]
     assert kinds[-5:] == [*behind, "PackedPool"]
     # Between the embeddings and pooling nothing else computes.
