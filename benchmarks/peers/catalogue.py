@@ -49,9 +49,9 @@ OURS = "rtx, int8-packed"
 
 _ONNX, _OPENVINO = "sentence_transformers_onnx", "sentence_transformers_openvino"
 # Not all at every size: FastEmbed and Infinity run ONNX Runtime and PyTorch, which stand for them with larger models;
-# fp32 through ONNX Runtime is there as plain ONNX Runtime. Of Qwen3, CTranslate2 converts only the language model, the
-# export for plain ONNX Runtime fails in PyTorch 2.13 ("unordered_map::at"), and the graph that sentence-transformers 5.7
-# exports asks for position_ids, which it then does not give.
+# fp32 through ONNX Runtime is there as plain ONNX Runtime. Of Qwen3, CTranslate2 converts only the language model; the
+# export for plain ONNX Runtime fails in PyTorch 2.13 ("unordered_map::at"); and the graph that sentence-transformers
+# 5.7 exports asks for position_ids, which it then does not give.
 PEERS = (
     Peer(BASELINE, "sentence_transformers", "torch", _ALL),
     Peer("sentence-transformers, torch int8", "sentence_transformers", "torch-int8", _ALL),
