@@ -14,6 +14,7 @@ Infinity in an activation stays visible in the result. NaN need not: ONNX leaves
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +30,14 @@ from rtx.runtime.errors import ExportError
 _PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv", "Transpose")
 
 
-def quantize_int8(model: ir.Model) -> list[str]:
+def quantize_int8(model: ir.Model, keep: Collection[str] = ()) -> list[str]:
     """Quantise a plain graph in place.
 
     Every product in the backbone by a constant matrix becomes an int8 linear layer, and the word embeddings int8 rows.
 
     Args:
         model: what `rtx.export.graph.export_graph` made.
+        keep: modules whose weights stay float32, named as what is returned.
 
     Returns:
         Names of the modules whose weights are now int8, as `RetrievalModel.named_modules` calls them.
@@ -43,30 +45,53 @@ def quantize_int8(model: ir.Model) -> list[str]:
     Raises:
         ExportError: a weight holds NaN or infinity, or is used in a way that is not known here.
     """
-    embedded = [value for value in model.graph.inputs if value.name == "input_ids"]
     quantizer = _Quantizer(Editor(model.graph, "int8"))
     done: dict[str, None] = {}
-    for node in list(model.graph):
-        if is_scoring(node):
+    for node, weight in list(quantizable(model.graph)):
+        if module_of(node) in keep:
             continue
-        if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
-            quantizer.replace_linear(node, weight)
-        elif node.op_type == "Gather" and node.inputs[1] in embedded and (table := constant_matrix(node.inputs[0])):
-            replace_embedding("int8", quantizer.editor, node, table)
+        if node.op_type == "Gather":
+            replace_embedding("int8", quantizer.editor, node, weight)
         else:
-            continue
+            quantizer.replace_linear(node, weight)
         done[module_of(node)] = None
     drop_dead(quantizer.editor.graph)
-    refuse_left_out(model.graph, "int8")
+    refuse_left_out(model.graph, "int8", keep)
     return list(done)
 
 
-def refuse_left_out(graph: ir.Graph, variant: str) -> None:
+def quantizable(
+    graph: ir.Graph, holds_ids: Callable[[ir.Value | None, ir.Value], bool] = lambda value, ids: value is ids
+) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """The nodes whose weights become int8, each with its weight: MatMul and Gemm, and Gather of the word embeddings.
+
+    Args:
+        graph: a plain one, or a packed one.
+        holds_ids: whether a value is the token ids, which are the graph's input that is given with it.
+    """
+    embedded = [value for value in graph.inputs if value.name == "input_ids"]
+    for node in graph:
+        if is_scoring(node):
+            continue
+        if node.op_type in ("MatMul", "Gemm"):
+            weight = constant_matrix(node.inputs[1])
+        elif node.op_type == "Gather" and any(holds_ids(node.inputs[1], ids) for ids in embedded):
+            weight = constant_matrix(node.inputs[0])
+        else:
+            continue
+        if weight is not None:
+            yield node, weight
+
+
+def refuse_left_out(graph: ir.Graph, variant: str, keep: Collection[str] = ()) -> None:
     """Raise ExportError for a layer left in float32 unnoticed: the variant would be larger and slower than it says."""
     left = {
         f"{module_of(node)} ({node.op_type})": None
         for node in graph
-        if node.op_type in _PRODUCTS and not is_scoring(node) and any(constant_matrix(value) for value in node.inputs)
+        if node.op_type in _PRODUCTS
+        and not is_scoring(node)
+        and module_of(node) not in keep
+        and any(constant_matrix(value) for value in node.inputs)
     }
     if left:
         raise ExportError(f"{variant}: layers that are written in a way that is not known here: {', '.join(left)}")

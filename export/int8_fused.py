@@ -11,7 +11,7 @@ and the word embeddings, with what is added to them and their norm, one `rtx::In
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +19,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rtx.export.edit import Editor, drop_dead
-from rtx.export.graph import constant_matrix, is_scoring, module_of
-from rtx.export.int8 import check_gemm, content_of, refuse_left_out
+from rtx.export.graph import is_scoring, module_of
+from rtx.export.int8 import check_gemm, content_of, quantizable, refuse_left_out
 from rtx.export.packed import PACK_ROWS, RMS_NORM
 from rtx.kernels.int8_linear import Int8Weight, pack_weight, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN
@@ -30,28 +30,29 @@ _MOST_OUTPUTS = 3
 _NORMS = {"LayerNormalization": "layer", RMS_NORM: "rms"}
 
 
-def quantize_int8_fused(model: ir.Model) -> list[str]:
-    """Quantise a packed graph in place; what of it, and what is returned and raised, is as for `quantize_int8`."""
+def quantize_int8_fused(model: ir.Model, keep: Collection[str] = ()) -> list[str]:
+    """Quantise a packed graph in place; what is given, returned and raised is as for `quantize_int8`.
+
+    A layer that is kept stays as it is, with its bias, activation, residual and norm: those that read the same as it
+    form a group without it.
+    """
     graph = model.graph
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
     fuser = _Fuser(Editor(graph, "int8"))
     done: dict[str, None] = {}
     layers: list[_Layer] = []
-    for node in list(graph):
-        if is_scoring(node):
+    for node, weight in list(quantizable(graph, _holds)):
+        if module_of(node) in keep:
             continue
-        if node.op_type in ("MatMul", "Gemm") and (weight := constant_matrix(node.inputs[1])):
-            layers.append(fuser.layer(node, weight))
-        elif node.op_type == "Gather" and _holds(node.inputs[1], ids) and (table := constant_matrix(node.inputs[0])):
-            fuser.replace_embedding(node, table)
+        if node.op_type == "Gather":
+            fuser.replace_embedding(node, weight)
         else:
-            continue
+            layers.append(fuser.layer(node, weight))
         done[module_of(node)] = None
     for group in _groups(layers):
         fuser.replace(group)
     drop_dead(graph)
     graph.opset_imports[DOMAIN] = 1
-    refuse_left_out(graph, "int8-packed")
+    refuse_left_out(graph, "int8-packed", keep)
     return list(done)
 
 
