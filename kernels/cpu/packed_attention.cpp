@@ -11,6 +11,15 @@ namespace {
 // Below every score, and still a number.
 constexpr float kUnseen = -3e38f;
 
+// 16 of it, 32 of what is above every score, 16 of it. Infinity, so that what was NaN is not finite afterwards either.
+constexpr struct Bounds {
+  constexpr Bounds() : bounds() {
+    for (int at = 0; at < 4 * kLanes; ++at) bounds[at] = at < kLanes || at >= 3 * kLanes ? kUnseen : __builtin_inff();
+  }
+  float bounds[4 * kLanes];
+} kAllBounds;
+constexpr const float* kBounds = kAllBounds.bounds;
+
 // One head of one sequence, brought into the order in which it is read.
 struct Head {
   const float* query;  // of the first token
@@ -79,8 +88,11 @@ RTX_INLINE float softmax(float* scores, int64_t low, int64_t high) {
   for (int64_t key = begin; key < end; key += kWidth<Floats>) {
     Floats some = load<Floats>(scores + key);
     if (key < low || key + kWidth<Floats> > high) {
-      const Ints<Floats> place = lanes<Floats>() + int32_t(key - low);
-      some = select<Floats>((place >= 0) & (place < int32_t(high - low)), some, Floats{} + kUnseen);
+      // Bounded by what is above every score in lanes that are seen, and below in the others.
+      const int64_t unseen = std::clamp<int64_t>(low - key, 0, kLanes),
+                    seen = std::clamp<int64_t>(high - key, 0, kLanes);
+      some = smaller(some, load<Floats>(kBounds + kLanes - unseen));
+      some = smaller(some, load<Floats>(kBounds + 3 * kLanes - seen));
       store(scores + key, some);
     }
     most = larger(some, most);

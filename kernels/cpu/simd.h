@@ -100,15 +100,6 @@ RTX_INLINE Floats select(Ints<Floats> mask, Floats yes, Floats no) {
   return mask ? yes : no;
 }
 
-// 0, 1, 2, ...
-template <class Floats>
-RTX_INLINE Ints<Floats> lanes() {
-  constexpr int32_t kAll[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Ints<Floats> found;
-  std::memcpy(&found, kAll, sizeof found);
-  return found;
-}
-
 // What a compiler must not know: GCC has an instruction for the larger of two vectors, but compares and chooses where
 // it knows one of them.
 template <class Floats>

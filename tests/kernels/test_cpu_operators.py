@@ -378,6 +378,8 @@ def test_attention_on_what_goes_wrong_elsewhere(operators: ctypes.CDLL) -> None:
     poisoned = attention(operators, query, key, value, offsets, scale=1.0)
     assert np.isnan(poisoned[: offsets[1]]).all()
     assert (poisoned[offsets[1] :] == found[offsets[1] :]).all()
+    key[5, 0, 3], key[offsets[1], 0, 3] = 0.0, np.nan  # where fewer keys are left than a register holds
+    assert np.isnan(attention(operators, query, key, value, offsets, scale=1.0)[offsets[1] :]).all()
 
 
 def test_functions_of_vectors() -> None:
