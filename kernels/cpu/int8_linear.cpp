@@ -401,52 +401,89 @@ struct Amx {
   RTX_AMX static void end() { _tile_release(); }
 
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
-    if (rows > 16)
-      panels == 2 ? tile<2, 2>(factors, sums) : tile<2, 1>(factors, sums);
-    else
-      panels == 2 ? tile<1, 2>(factors, sums) : tile<1, 1>(factors, sums);
+    const int stride = panels * kLanes;
+    if (rows <= 16) {
+      panels == 4   ? wide<4>(factors, sums, stride)
+      : panels == 3 ? wide<3>(factors, sums, stride)
+      : panels == 2 ? wide<2>(factors, sums, stride)
+                    : wide<1>(factors, sums, stride);
+      return;
+    }
+    for (int panel = 0; panel < panels; panel += 2) {
+      const Factors some{factors.rows,
+                         factors.columns + panel * factors.padded_in * kLanes,
+                         factors.start + panel * kLanes,
+                         factors.in,
+                         factors.padded_in,
+                         factors.row_bytes};
+      panels - panel > 1 ? tall<2>(some, sums + panel * kLanes, stride) : tall<1>(some, sums + panel * kLanes, stride);
+    }
   }
 
-  static constexpr int64_t kAhead = 128;  // rows
+  // A product waits for the last one into the same sums, some 50 cycles, and takes 16: there are four at a time.
+  // Registers 0 to 3 are sums, which begin with the same numbers in each row, as bytes count from 0 and steps from 128.
 
-  // Registers 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
-  template <int kSixteens, int kTilePanels>
-  RTX_AMX RTX_APART static void tile(const Factors& factors, int32_t* to) {
-    const int64_t stride = factors.row_bytes;
-    const uint8_t *above = factors.rows, *below = above + 16 * stride;
-    const int8_t *left = factors.columns, *right = left + kLanes * factors.padded_in;
-    // Bytes count from 0, steps from 128: each row of the sums begins with the same numbers.
+  // 16 rows and up to four panels.
+  template <int kTilePanels>
+  RTX_AMX RTX_APART static void wide(const Factors& factors, int32_t* to, int stride) {
+    const int64_t panel_bytes = factors.padded_in * kLanes;
     _tile_loadd(0, factors.start, 0);
     if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
-    if (kSixteens > 1) _tile_loadd(2, factors.start, 0);
-    if (kSixteens > 1 && kTilePanels > 1) _tile_loadd(3, factors.start + kLanes, 0);
+    if (kTilePanels > 2) _tile_loadd(2, factors.start + 2 * kLanes, 0);
+    if (kTilePanels > 3) _tile_loadd(3, factors.start + 3 * kLanes, 0);
     for (int64_t k = 0; k < factors.in; k += 64) {
-      if (kSixteens == 1) {
-        // The columns that follow: with few rows there is little to do while they come.
-        RTX_FOR (line, 16) {
-          _mm_prefetch(reinterpret_cast<const char*>(left + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
-          if (kTilePanels > 1)
-            _mm_prefetch(reinterpret_cast<const char*>(right + (k + kAhead) * kLanes + line * 64), _MM_HINT_T0);
-        }
+      const int8_t* columns = factors.columns + k * kLanes;
+      _tile_loadd(4, factors.rows + k, factors.row_bytes);
+      _tile_loadd(5, columns, 64);
+      _tile_dpbusd(0, 4, 5);
+      if (kTilePanels > 1) {
+        _tile_loadd(6, columns + panel_bytes, 64);
+        _tile_dpbusd(1, 4, 6);
       }
-      _tile_loadd(4, above + k, stride);
+      if (kTilePanels > 2) {
+        _tile_loadd(7, columns + 2 * panel_bytes, 64);
+        _tile_dpbusd(2, 4, 7);
+      }
+      if (kTilePanels > 3) {
+        _tile_loadd(5, columns + 3 * panel_bytes, 64);
+        _tile_dpbusd(3, 4, 5);
+      }
+    }
+    _tile_stored(0, to, stride * sizeof(int32_t));
+    if (kTilePanels > 1) _tile_stored(1, to + kLanes, stride * sizeof(int32_t));
+    if (kTilePanels > 2) _tile_stored(2, to + 2 * kLanes, stride * sizeof(int32_t));
+    if (kTilePanels > 3) _tile_stored(3, to + 3 * kLanes, stride * sizeof(int32_t));
+  }
+
+  // 32 rows and up to two panels.
+  template <int kTilePanels>
+  RTX_AMX RTX_APART static void tall(const Factors& factors, int32_t* to, int stride) {
+    const uint8_t *above = factors.rows, *below = above + 16 * factors.row_bytes;
+    const int8_t *left = factors.columns, *right = left + kLanes * factors.padded_in;
+    _tile_loadd(0, factors.start, 0);
+    _tile_loadd(2, factors.start, 0);
+    if (kTilePanels > 1) {
+      _tile_loadd(1, factors.start + kLanes, 0);
+      _tile_loadd(3, factors.start + kLanes, 0);
+    }
+    for (int64_t k = 0; k < factors.in; k += 64) {
+      _tile_loadd(4, above + k, factors.row_bytes);
       _tile_loadd(6, left + k * kLanes, 64);
       _tile_dpbusd(0, 4, 6);
+      _tile_loadd(5, below + k, factors.row_bytes);
+      _tile_dpbusd(2, 5, 6);
       if (kTilePanels > 1) {
         _tile_loadd(7, right + k * kLanes, 64);
         _tile_dpbusd(1, 4, 7);
-      }
-      if (kSixteens > 1) {
-        _tile_loadd(5, below + k, stride);
-        _tile_dpbusd(2, 5, 6);
-        if (kTilePanels > 1) _tile_dpbusd(3, 5, 7);
+        _tile_dpbusd(3, 5, 7);
       }
     }
-    constexpr int kStride = kTilePanels * kLanes * int(sizeof(int32_t));
-    _tile_stored(0, to, kStride);
-    if (kTilePanels > 1) _tile_stored(1, to + kLanes, kStride);
-    if (kSixteens > 1) _tile_stored(2, to + 16 * kTilePanels * kLanes, kStride);
-    if (kSixteens > 1 && kTilePanels > 1) _tile_stored(3, to + (16 * kTilePanels + 1) * kLanes, kStride);
+    _tile_stored(0, to, stride * sizeof(int32_t));
+    _tile_stored(2, to + 16 * stride, stride * sizeof(int32_t));
+    if (kTilePanels > 1) {
+      _tile_stored(1, to + kLanes, stride * sizeof(int32_t));
+      _tile_stored(3, to + 16 * stride + kLanes, stride * sizeof(int32_t));
+    }
   }
 
   static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale, float* centre) {
@@ -454,7 +491,7 @@ struct Amx {
   }
   static void finish(RTX_FINISH_ARGUMENTS) { Avx512Vnni::finish(RTX_FINISH_VALUES); }
   static void normalize(RTX_ROW_ARGUMENTS) { Avx512Vnni::normalize(RTX_ROW_VALUES); }
-  static constexpr int kRows = 32, kPanels = 2, kStepBytes = 1;
+  static constexpr int kRows = 32, kPanels = 4, kStepBytes = 1;
 };
 
 #endif  // RTX_HAS_AMX
