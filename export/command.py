@@ -11,6 +11,7 @@ from typing import cast
 import click
 
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
+from rtx.export.mixed import Mixed, in_words
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
 from rtx.export.variants import ON_CPU, VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
@@ -31,7 +32,8 @@ _AUTO = "auto"
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Variant to export; may be given several times. auto: fp32 and int8, also packed; the fastest is opened.",
+    help="Variant to export; may be given several times. auto: fp32 and int8, also packed, with layers in fp32 where "
+    "int8 fails else; the fastest is opened.",
 )
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")
@@ -94,6 +96,7 @@ def export(
         candidates=read_candidates(candidates, evalset) if candidates is not None and evalset is not None else None,
         max_ndcg_drop=max_ndcg_drop,
         min_cosine=min_cosine,
+        mixed=_AUTO in variants,
         threads=threads,
         overwrite=overwrite,
         command=shlex.join(["rtx", *_without_folders(sys.argv[1:])]),
@@ -152,10 +155,21 @@ def _print(outcome: Outcome, output: Path) -> None:
             cells += ["–"] * 4
         table.add_row(name, *cells, _speed(name, outcome), _gate(name, outcome))
     Console().print(table)
+    for name, mixed in outcome.mixed.items():
+        click.echo(f"{name}: {_mixed(mixed)}")
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
+
+
+def _mixed(mixed: Mixed) -> str:
+    """What stayed float32, and what would have been without."""
+    without = mixed.without
+    quality = [] if without.parity is None else [f"least cosine {without.parity.min_cosine:.5f}"]
+    quality += [] if without.ranking is None else [f"NDCG@{without.ranking.k} {without.ranking.difference:+.4f}"]
+    layers = f"{len(mixed.kept)} of {mixed.layers} layers in float32"
+    return f"{layers} (without: {', '.join(quality)}): {in_words(mixed.kept)}"
 
 
 def _speed(name: VariantName, outcome: Outcome) -> str:

@@ -9,22 +9,25 @@ last file, so that a folder left behind by a kill is no bundle.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
-from rtx.export.graphs import check_exportable, export_graphs
+from rtx.export.graphs import Graphs, check_exportable, export_graphs
+from rtx.export.mixed import Mixed, Mixer, fails_on_quality
 from rtx.export.packed import export_packed
 from rtx.export.variants import (
     VARIANTS,
     Files,
     VariantName,
+    can_be_mixed,
     files_of,
     is_packed,
     map_weights,
@@ -72,6 +75,7 @@ class ExportOptions:
         max_ndcg_drop: NDCG@10 that a variant may lose against PyTorch.
         min_cosine: least cosine to PyTorch on the golden inputs that a variant other than fp32 may have; None for the
             precision's own limit.
+        mixed: whether layers of an int8 variant may stay float32 where it fails on quality.
         threads: of ONNX Runtime, for ranking and speed.
         overwrite: replace a bundle that is there.
         command: for the record.
@@ -88,6 +92,7 @@ class ExportOptions:
     candidates: Candidates | None = None
     max_ndcg_drop: float = MAX_NDCG_DROP
     min_cosine: float | None = None
+    mixed: bool = False
     threads: int | None = None
     overwrite: bool = False
     command: str = ""
@@ -112,12 +117,14 @@ class Outcome:
         verdicts: of all variants that were asked for, and of the plain graph.
         reference: PyTorch's own ranking; None without an evaluation set.
         seconds: of one pass over some golden items, for each variant that is in the bundle.
+        mixed: how those came to pass that have layers in float32.
     """
 
     manifest: Manifest
     verdicts: dict[VariantName, Verdict]
     reference: Evaluation | None
     seconds: dict[VariantName, float]
+    mixed: dict[VariantName, Mixed] = field(default_factory=dict)
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
@@ -149,7 +156,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             max_ndcg_drop=options.max_ndcg_drop,
             min_cosine=options.min_cosine,
         )
-        verdicts = _make_variants(model, gate, folder, options, notify)
+        verdicts, mixed = _make_variants(model, gate, folder, options, notify)
         passed = [name for name in options.variants if verdicts[name].passed]
         if not passed:
             raise GateError(_refusal([verdicts[name] for name in options.variants]))
@@ -166,9 +173,10 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             source=source,
             command=options.command,
             seconds=seconds,
+            mixed=mixed,
             default_variant=choose_default(seconds),
         )
-    return Outcome(manifest, verdicts, gate.reference, seconds)
+    return Outcome(manifest, verdicts, gate.reference, seconds, mixed)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -208,7 +216,7 @@ def _load(source: str, options: ExportOptions) -> RetrievalModel:
 
 def _make_variants(
     model: RetrievalModel, gate: Gate, folder: Path, options: ExportOptions, notify: Notify
-) -> dict[VariantName, Verdict]:
+) -> tuple[dict[VariantName, Verdict], dict[VariantName, Mixed]]:
     """Write each variant into the bundle's folder and judge it as it lies there."""
     images = model.contract.takes_images
     notify("exporting the graphs" if images else "exporting the graph")
@@ -222,21 +230,49 @@ def _make_variants(
     # ONNX Runtime's copy would not fit into memory together.
     map_weights(plain, folder, files_of("fp32", images=images))
     release_weights(model)
+    judge = functools.partial(_judge, gate, plain, folder, options.threads)
     verdicts: dict[VariantName, Verdict] = {}
+    mixed: dict[VariantName, Mixed] = {}
+    mixer: Mixer | None = None
     for name in dict.fromkeys(("fp32", *options.variants)):
-        precision = precision_of(name, images=images)
         notify(f"{name}: deriving and judging")
-        try:
-            write_variant(name, plain, folder)
-            engine = _open(gate, folder, files_of(name, images=images), options.threads, name)
-        except (ExportError, EngineError) as broken:
-            verdicts[name] = gate.refuse(name, precision, str(broken))
-        else:
-            with contextlib.closing(engine):
-                verdicts[name] = gate.judge(name, precision, engine)
+        verdicts[name] = judge(name)
         if not verdicts["fp32"].passed:
             raise GateError(_refusal([verdicts["fp32"]]))
-    return verdicts
+        if options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
+            if mixer is None:
+                mixer = Mixer(gate, plain, folder, threads=options.threads, judge=judge, notify=notify)
+            verdicts[name], found = mixer.mix(name, verdicts[name])
+            mixed |= {} if found is None else {name: found}
+    return verdicts, mixed
+
+
+def _has_graph_of_its_own(name: VariantName, options: ExportOptions) -> bool:
+    """Whether layers of a variant can stay float32, and those of no other variant with them."""
+    file = files_of(name, images=False).tokens
+    others = [other for other in options.variants if other != name and files_of(other, images=False).tokens == file]
+    return can_be_mixed(name) and not others
+
+
+def _judge(
+    gate: Gate, plain: Graphs, folder: Path, threads: int | None, name: VariantName, keep: Collection[str] = ()
+) -> Verdict:
+    """Write a variant, with some modules in float32, and judge it as it lies there."""
+    images = plain.image is not None
+    precision = precision_of(name, images=images)
+    try:
+        write_variant(name, plain, folder, keep)
+        engine = _open(gate, folder, files_of(name, images=images), threads, name)
+    except (ExportError, EngineError) as broken:
+        return gate.refuse(name, precision, str(broken))
+    with contextlib.closing(engine):
+        if keep:
+            # Of many that are tried, most are not close enough: those need no ranking of the evaluation set.
+            found = gate.golden.run(engine, gate.preprocessor, Budget(max_batch_items=1))
+            if not found.within(gate.limits(precision).parity):
+                closeness = f"least cosine {found.min_cosine:.6f}, largest difference {found.max_abs:.2e}"
+                return gate.refuse(name, precision, closeness)
+        return gate.judge(name, precision, engine)
 
 
 def _packed(model: RetrievalModel) -> ir.Model | ExportError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rtx.export.mixed import in_words
 from rtx.runtime.plots import Mark, Point, Span, svg_dots, svg_scatter
 from rtx.runtime.report import (
     Cell,
@@ -34,6 +35,8 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
     colors = assign_colors(list(verdicts))
     ranked = {variant: found["ranking"] for variant, found in verdicts.items() if found["ranking"] is not None}
     parts = [_gate(report), _parity(verdicts)]
+    if mixed := {variant: found for variant, found in verdicts.items() if found["mixed"] is not None}:
+        parts.append(_mixed(mixed))
     if ranked:
         parts += [_ranking(ranked, report["seconds"], colors), _worst(ranked)]
     provenance = report["provenance"]
@@ -120,6 +123,36 @@ def _parity(verdicts: Mapping[str, Any]) -> Html:
     return section("Parity and invariance", shown, note=note)
 
 
+def _mixed(verdicts: Mapping[str, Any]) -> Html:
+    rows: list[list[str | Cell]] = []
+    for variant, verdict in verdicts.items():
+        found, without = verdict["mixed"], verdict["mixed"]["without"]
+        rows.append(
+            [
+                Cell(variant, note=f"{len(found['kept'])} of {found['layers']} layers"),
+                in_words(found["kept"]),
+                _decimals(without["parity"], "min_cosine"),
+                _decimals(verdict["parity"], "min_cosine"),
+                _change(without["ranking"]),
+                _change(verdict["ranking"]),
+            ]
+        )
+    shown = table(
+        [
+            Column("variant", left=True),
+            Column("in float32", left=True),
+            Column("cosine", note="least, all in int8"),
+            Column("cosine", note="least, as it is"),
+            Column("NDCG", note="change, all in int8"),
+            Column("NDCG", note="change, as it is"),
+        ],
+        rows,
+        label="Layers in float32",
+    )
+    note = "With all layers in int8 the gate refused these; the layers that cost most stayed float32."
+    return section("Layers in float32", shown, note=note)
+
+
 def _ranking(ranked: Mapping[str, Any], seconds: Mapping[str, float], colors: Mapping[str, int]) -> Html:
     first = next(iter(ranked.values()))
     k, queries = first["k"], first["queries"]
@@ -192,6 +225,10 @@ def _worst(ranked: Mapping[str, Any]) -> Html:
         return section("Queries that lost most", paragraph("None lost anything."))
     columns = [Column("query", left=True), Column("PyTorch"), Column("variant")]
     return section("Queries that lost most", table(columns, rows, label="Queries that lost most"))
+
+
+def _change(ranking: Mapping[str, Any] | None) -> str:
+    return "–" if ranking is None else f"{ranking['difference']:+.4f}".translate(_MINUS)
 
 
 def _decimals(found: Mapping[str, float | None] | None, name: str) -> str:

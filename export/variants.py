@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -91,6 +92,11 @@ def is_packed(name: VariantName) -> bool:
     return _RECIPES[name].tokens in ("fp32-packed", "int8-packed")
 
 
+def can_be_mixed(name: VariantName) -> bool:
+    """Whether layers of a variant may stay float32: those of the graph for what has tokens, if that is in int8."""
+    return _RECIPES[name].tokens in ("int8", "int8-packed")
+
+
 def files_of(name: VariantName, *, images: bool) -> Files:
     """Where a variant's graphs are; two variants may have one in common."""
     recipe = _RECIPES[name]
@@ -111,13 +117,14 @@ def precision_of(name: VariantName, *, images: bool) -> Precision:
     return max(tokens, image, key=order.index) if images else tokens
 
 
-def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
+def write_variant(name: VariantName, plain: Graphs, folder: Path, keep: Collection[str] = ()) -> None:
     """Derive a variant's graphs and write those that are not there yet.
 
     Args:
         name: of the variant.
         plain: what they are derived from, which stays as it is.
         folder: of the bundle.
+        keep: modules that stay float32 in the graph for what has tokens; if there are any, it is written anew.
 
     Raises:
         ExportError: a graph does not lend itself to it.
@@ -126,10 +133,15 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path) -> None:
     tokens = plain.packed if is_packed(name) else plain.tokens
     if isinstance(tokens, ExportError):
         raise tokens
-    pairs = [(recipe.tokens, tokens, files.tokens), (recipe.image, plain.image, files.image)]
-    for form, graph, file in pairs:
+    if keep:
+        for path in (folder / files.tokens, *external_files(folder / files.tokens)):
+            path.unlink(missing_ok=True)
+    for form, graph, file, kept in (
+        (recipe.tokens, tokens, files.tokens, keep),
+        (recipe.image, plain.image, files.image, ()),
+    ):
         if graph is not None and file is not None and not (folder / file).exists():
-            save(derive(form, graph), folder / file)
+            save(derive(form, graph, kept), folder / file)
             if external_files(folder / file):
                 # A graph refers to itself: large weights of its own would stay until Python looks for such circles.
                 gc.collect()
@@ -150,8 +162,13 @@ def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
                 value.const_value = written[name].const_value
 
 
-def derive(form: Form, plain: ir.Model) -> ir.Model:
+def derive(form: Form, plain: ir.Model, keep: Collection[str] = ()) -> ir.Model:
     """A plain graph in another form, or the packed one for a form of that; it stays as it is.
+
+    Args:
+        form: what to.
+        plain: what of.
+        keep: for a form in int8, modules whose weights stay float32.
 
     Raises:
         ExportError: the graph does not lend itself to it.
@@ -160,9 +177,9 @@ def derive(form: Form, plain: ir.Model) -> ir.Model:
     if form == "fp16":
         to_fp16(variant)
     elif form == "int8":
-        quantize_int8(variant)
+        quantize_int8(variant, keep)
     elif form == "int8-packed":
-        quantize_int8_fused(variant)
+        quantize_int8_fused(variant, keep)
     elif form == "int4":
         quantize_int4(variant)
     elif form == "fused":

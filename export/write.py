@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
+from rtx.export.mixed import Mixed
 from rtx.export.report import render_report
 from rtx.export.variants import VariantName, external_files, files_of, is_packed, precisions_of
 from rtx.runtime.hashing import sha256_of
@@ -41,6 +42,7 @@ def write_bundle(
     source: str,
     command: str,
     seconds: Mapping[VariantName, float],
+    mixed: Mapping[VariantName, Mixed],
     default_variant: VariantName,
 ) -> Manifest:
     """Write everything beside the graphs, the manifest last.
@@ -54,6 +56,7 @@ def write_bundle(
         source: folder or hub name of the checkpoint.
         command: for the record.
         seconds: of one pass over the golden items, for each variant that is in the bundle.
+        mixed: how those came to pass that have layers in float32.
         default_variant: the one that is opened where none is named.
     """
     write_side_files(model, folder)
@@ -67,12 +70,16 @@ def write_bundle(
         versions=_versions(),
     )
     variants: dict[str, Variant] = {
-        variant: _variant(folder, variant, verdicts[variant], images=model.contract.takes_images) for variant in seconds
+        variant: _variant(folder, variant, verdicts[variant], mixed.get(variant), images=model.contract.takes_images)
+        for variant in seconds
     }
     report = {
         "provenance": dataclasses.asdict(provenance),
         "golden_items": len(gate.golden.items),
-        "verdicts": {variant: verdict.to_dict() for variant, verdict in verdicts.items()},
+        "verdicts": {
+            variant: {**verdict.to_dict(), "mixed": mixed[variant].to_dict() if variant in mixed else None}
+            for variant, verdict in verdicts.items()
+        },
         "reference": gate.reference.to_dict() if gate.reference is not None else None,
         "max_ndcg_drop": gate.max_ndcg_drop,
         "seconds": dict(seconds),
@@ -110,7 +117,7 @@ def hash_checkpoint(source: str) -> str:
     return sha256_of(Source.open(source).folder, without="checkpoints")
 
 
-def _variant(folder: Path, name: VariantName, verdict: Verdict, *, images: bool) -> Variant:
+def _variant(folder: Path, name: VariantName, verdict: Verdict, mixed: Mixed | None, *, images: bool) -> Variant:
     files, (tokens, image) = files_of(name, images=images), precisions_of(name)
     beside = [path for file in files if file is not None for path in external_files(folder / file)]
     return Variant(
@@ -121,6 +128,7 @@ def _variant(folder: Path, name: VariantName, verdict: Verdict, *, images: bool)
         tolerance=verdict.limits.parity,
         external=tuple(f"onnx/{path.name}" for path in beside),
         operators=is_packed(name),
+        kept=() if mixed is None else mixed.kept,
     )
 
 

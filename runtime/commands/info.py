@@ -202,7 +202,7 @@ def _print_variants(found: Mapping[str, Any]) -> None:
         rows.append(
             (
                 f"{name} (default)" if name == found["default_variant"] else name,
-                variant["precision"],
+                _precision(variant),
                 _size(variant["bytes"]),
                 f"{parity['min_cosine']:.6f}" if parity else "",
                 f"{parity['max_abs']:.1e}" if parity else "",
@@ -214,6 +214,11 @@ def _print_variants(found: Mapping[str, Any]) -> None:
     _print_table("Variants, against PyTorch in fp32", columns, rows)
     if found["rejected"]:
         _print_pairs("Did not pass the gate", found["rejected"])
+
+
+def _precision(variant: Mapping[str, Any]) -> str:
+    kept = len(variant["kept"])
+    return f"{variant['precision']}, {kept} layer{'s' * (kept > 1)} fp32" if kept else str(variant["precision"])
 
 
 def _show_machine(found: Mapping[str, Any]) -> None:
