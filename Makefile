@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Newer than the operators in kernels/cpu, which the installation has built if there is a compiler.
 OPERATORS := $(VENV)/.operators
 
-.PHONY: help demo demo-pages test test-fast lint format bench interop clean
+.PHONY: help demo demo-pages test test-fast lint format bench peers interop clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
@@ -41,6 +41,10 @@ format: $(READY)   ## let ruff and clang-format mend what they can
 # Without that of a 2B model, which needs 16 GiB of memory: benchmarks/bench_qwen3_vl.py.
 bench: $(READY) $(OPERATORS)   ## every benchmark of benchmarks/ that fits into a small machine
 	for script in $(filter-out %/bench_qwen3_vl.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
+
+# Needs the network once, for the packages of the peers.
+peers: $(READY) $(OPERATORS)   ## rtx beside its peers on this CPU, each in a venv of its own
+	$(BIN)/python benchmarks/peers/run.py
 
 interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-transformers, each in a venv of its own
 	$(BIN)/python tests/interop/run.py
