@@ -593,6 +593,23 @@ class Run {
   int64_t halves_, panels_;  // panels of a half
 };
 
+template <class Kernel>
+int64_t run_tiles(int64_t in, int64_t times) {
+  constexpr int kRows = (Kernel::kRows + 15) / 16 * 16;
+  const int64_t row_bytes = in * Kernel::kStepBytes;
+  // Tiles are read in lines of a cache. All panels are the same one, so that a deep tile fits into the first cache.
+  std::vector<uint8_t> bytes(size_t(kRows * row_bytes + kLanes * in + 64), 1);
+  uint8_t* const rows = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
+  const int8_t* const columns = reinterpret_cast<const int8_t*>(rows + kRows * row_bytes);
+  const int32_t start[Kernel::kPanels * kLanes] = {};
+  alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
+  Kernel::begin();
+  for (int64_t time = 0; time < times; ++time)
+    Kernel::multiply(Kernel::kRows, Kernel::kPanels, {rows, columns, start, in, 0, row_bytes}, sums);
+  Kernel::end();
+  return 2 * times * Kernel::kRows * Kernel::kPanels * kLanes * in;
+}
+
 }  // namespace
 
 PackedWeight::PackedWeight(const int8_t* packed, const float* scales, const float* sums, const float* biases,
@@ -643,6 +660,25 @@ void int8_linear(const float* x, const PackedWeight& weight, const Around& aroun
 #endif
     default:
       return Run<Portable>(x, weight, around, residual, tokens, y)(parallel);
+  }
+}
+
+int64_t int8_tiles(int64_t in, int64_t times, Isa isa) {
+  switch (isa) {
+#if defined(RTX_HAS_AMX)
+    case Isa::kAvx512Amx:
+      return run_tiles<Amx>(in, times);
+#endif
+#if defined(__x86_64__)
+    case Isa::kAvx512Vnni:
+      return run_tiles<Avx512Vnni>(in, times);
+    case Isa::kAvxVnni:
+      return run_tiles<AvxVnni>(in, times);
+    case Isa::kAvx2:
+      return run_tiles<Avx2>(in, times);
+#endif
+    default:
+      return run_tiles<Portable>(in, times);
   }
 }
 

@@ -50,4 +50,8 @@ struct Around {
 void int8_linear(const float* x, const PackedWeight& weight, const Around& around, const float* residual,
                  int64_t tokens, float* const* y, Isa isa, const Parallel& parallel);
 
+// The largest tile of an instruction set, `in` deep (a multiple of 64), again and again on the same data, with nothing
+// around it: what the product can reach at most. Returns how many multiplications and additions that were.
+int64_t int8_tiles(int64_t in, int64_t times, Isa isa);
+
 }  // namespace rtx

@@ -20,10 +20,13 @@
 //   y as query.
 // PackedPool(x, offsets[, pooled]; mode) -> y
 //   x [..., width] float32; offsets [sequences + 1] int64; pooled [...] int64; y [sequences, width] float32.
+// MaxSim(query, documents, offsets) -> scores
+//   query and documents [..., dim] float32; offsets [documents + 1] int64; scores [documents] float32.
 #include <memory>
 
 #include "embedding.h"
 #include "int8_linear.h"
+#include "maxsim.h"
 #include "norm.h"
 #include "ort_operator.h"
 #include "packed_attention.h"
@@ -418,10 +421,39 @@ class PackedPool {
   Pooling pooling_;
 };
 
+class MaxSim {
+ public:
+  MaxSim(const void* const* table, const ort::KernelInfo*) : check(table) {}
+
+  void compute(ort::KernelContext* context) {
+    const ort::Value *query = input_of(check, context, 0), *documents = input_of(check, context, 1);
+    const ort::Value* ends = input_of(check, context, 2);
+    const std::vector<int64_t> asked = shape_of(check, query), found = shape_of(check, documents);
+    const std::vector<int64_t> count = shape_of(check, ends);
+    if (asked.empty() || found.empty() || asked.back() != found.back())
+      throw std::invalid_argument("expected query and documents [..., dim]");
+    const int64_t* offsets = data_of<int64_t>(check, ends);
+    check_offsets(offsets, count, tokens_of(found));
+    const int64_t scores = count[0] - 1;
+    ort::Value* output = nullptr;
+    check(check.api.KernelContext_GetOutput(context, 0, &scores, 1, &output));
+    maxsim(data_of<float>(check, query), tokens_of(asked), data_of<float>(check, documents), offsets, scores,
+           found.back(), data_of<float>(check, output), current_isa(), in_pool(check, context));
+  }
+
+  const Checked check;
+
+  static constexpr const char* kName = "MaxSim";
+  static constexpr size_t kInputs = 3, kOutputs = 1;
+  static int input_type(size_t index) { return index == 2 ? ort::kInt64 : ort::kFloat; }
+  static int output_type(size_t) { return ort::kFloat; }
+  static int input_characteristic(size_t) { return ort::kRequired; }
+};
+
 ort::Status* make_domain(const ort::Api& api, ort::Domain** domain) {
   if (ort::Status* failed = api.CreateCustomOpDomain("rtx", domain)) return failed;
   for (const ort::Op* one : {op<PackRows>(), op<Int8Embedding>(), op<Int8Linear>(), op<RmsNorm>(),
-                             op<RotaryEmbedding>(), op<PackedAttention>(), op<PackedPool>()})
+                             op<RotaryEmbedding>(), op<PackedAttention>(), op<PackedPool>(), op<MaxSim>()})
     if (ort::Status* failed = api.CustomOpDomain_Add(*domain, one)) return failed;
   return nullptr;
 }

@@ -3,6 +3,7 @@
 
 #include "embedding.h"
 #include "int8_linear.h"
+#include "maxsim.h"
 #include "norm.h"
 #include "packed_attention.h"
 #include "packed_pool.h"
@@ -21,6 +22,50 @@ namespace {
 void serially(int64_t count, const std::function<void(int64_t)>& fn) {
   for (int64_t index = 0; index < count; ++index) fn(index);
 }
+
+// As many sums as hide how long one takes, and no more than the registers hold.
+constexpr int kSums = 3;
+
+template <class Floats>
+RTX_INLINE float multiply_add(int64_t times) {
+  const Floats factor = hidden(Floats{} + 0.5f), term = hidden(Floats{} + 1.0f);
+  Floats sums[4][kSums] = {};
+  for (int64_t time = 0; time < times; ++time) {
+    RTX_FOR (row, 4)
+      RTX_FOR (at, kSums) sums[row][at] = sums[row][at] * factor + term;
+  }
+  Floats total = Floats{};
+  RTX_FOR (row, 4)
+    RTX_FOR (at, kSums) total += sums[row][at];
+  return sum(total);
+}
+
+template <class Floats>
+RTX_INLINE float read_all(const float* from, int64_t count, int64_t times) {
+  constexpr int kAtOnce = 8;
+  Ints<Floats> mixed[kAtOnce] = {};
+  for (int64_t time = 0; time < times; ++time)
+    for (int64_t k = 0; k < count; k += kAtOnce * kWidth<Floats>)
+      RTX_FOR (at, kAtOnce) mixed[at] ^= (Ints<Floats>)load<Floats>(from + k + at * kWidth<Floats>);
+  for (int at = 1; at < kAtOnce; ++at) mixed[0] ^= mixed[at];
+  return sum((Floats)mixed[0]);
+}
+
+float multiply_add_portable(int64_t times) { return multiply_add<Floats4>(times); }
+float read_portable(const float* from, int64_t count, int64_t times) { return read_all<Floats4>(from, count, times); }
+#if defined(__x86_64__)
+RTX_AVX2 float multiply_add_avx2(int64_t times) { return multiply_add<Floats8>(times); }
+RTX_AVX2 float read_avx2(const float* from, int64_t count, int64_t times) {
+  return read_all<Floats8>(from, count, times);
+}
+RTX_AVX512 float multiply_add_avx512(int64_t times) { return multiply_add<Floats16>(times); }
+RTX_AVX512 float read_avx512(const float* from, int64_t count, int64_t times) {
+  return read_all<Floats16>(from, count, times);
+}
+#endif
+
+// Where results go that nobody needs: what gives them must not be left out.
+volatile float unused;
 
 }  // namespace
 
@@ -80,6 +125,43 @@ RTX_EXPORT void rtx_packed_attention(const float* query, const float* key, const
 RTX_EXPORT void rtx_packed_pool(const float* x, int64_t width, const int64_t* offsets, int64_t sequences,
                                 const int64_t* pooled, int pooling, float* y) {
   packed_pool(x, width, offsets, sequences, pooled, Pooling(pooling), y, serially);
+}
+
+RTX_EXPORT void rtx_maxsim(const float* query, int64_t query_tokens, const float* documents, const int64_t* offsets,
+                           int64_t count, int64_t dim, float* scores) {
+  maxsim(query, query_tokens, documents, offsets, count, dim, scores, current_isa(), serially);
+}
+
+// What this machine reaches at most, with nothing but the one thing done. See `int8_tiles`.
+RTX_EXPORT int64_t rtx_int8_tiles(int64_t in, int64_t times) { return int8_tiles(in, times, current_isa()); }
+
+// Independent multiplications with additions in float32, in registers. Returns how many of both together.
+RTX_EXPORT int64_t rtx_multiply_add(int64_t times) {
+  auto* run = multiply_add_portable;
+  int64_t width = kWidth<Floats4>;
+#if defined(__x86_64__)
+  if (current_isa() >= Isa::kAvx512Vnni) {
+    run = multiply_add_avx512;
+    width = kWidth<Floats16>;
+  } else if (current_isa() >= Isa::kAvx2) {
+    run = multiply_add_avx2;
+    width = kWidth<Floats8>;
+  }
+#endif
+  unused = run(times);
+  return 2 * times * 4 * kSums * width;
+}
+
+// Reads `count` numbers, a multiple of 128, so many times.
+RTX_EXPORT void rtx_read(const float* from, int64_t count, int64_t times) {
+  auto* run = read_portable;
+#if defined(__x86_64__)
+  if (current_isa() >= Isa::kAvx512Vnni)
+    run = read_avx512;
+  else if (current_isa() >= Isa::kAvx2)
+    run = read_avx2;
+#endif
+  unused = run(from, count, times);
 }
 
 // Functions of vectors: 0 e^x, 1 erf, 2 gelu, 3 gelu_tanh, 4 silu; count a multiple of 4.

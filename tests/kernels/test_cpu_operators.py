@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtx.kernels import library
 from rtx.kernels.int8_linear import Int8Weight, int8_linear, pack_weight, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN, ISAS, best_isa, library_file, load_library
+from rtx.kernels.maxsim import maxsim
 from rtx.kernels.norm import layer_norm, rms_norm
 from rtx.kernels.pack_rows import pack_rows
 from rtx.kernels.packed_attention import packed_attention
@@ -123,6 +125,28 @@ def attention(
         pointer(y),
     )
     return y
+
+
+def late_interaction(
+    operators: ctypes.CDLL, query: NDArray[np.float32], documents: NDArray[np.float32], offsets: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    scores = np.full(len(offsets) - 1, np.inf, dtype=np.float32)
+    operators.rtx_maxsim(
+        pointer(query),
+        ctypes.c_int64(len(query)),
+        *map(pointer, (documents, offsets)),
+        ctypes.c_int64(len(scores)),
+        ctypes.c_int64(query.shape[1]),
+        pointer(scores),
+    )
+    return scores
+
+
+def maxsim_tolerance(
+    query: NDArray[np.float32], documents: NDArray[np.float32], offsets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    steps = (query.shape[1] + len(query)) * FLOAT_STEP
+    return steps * maxsim(np.abs(query), np.abs(documents), offsets)
 
 
 def assert_linear(
@@ -382,6 +406,62 @@ def test_attention_on_what_goes_wrong_elsewhere(operators: ctypes.CDLL) -> None:
     assert np.isnan(attention(operators, query, key, value, offsets, scale=1.0)[offsets[1] :]).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    query_tokens=st.integers(0, 70),
+    dim=st.integers(1, 140),
+    lengths=st.lists(st.integers(0, 40), max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_maxsim_is_the_reference(query_tokens: int, dim: int, lengths: list[int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    query = random.standard_normal((query_tokens, dim)).astype(np.float32)
+    documents = random.standard_normal((offsets[-1], dim)).astype(np.float32)
+    expected, tolerance = maxsim(query, documents, offsets), maxsim_tolerance(query, documents, offsets)
+    operators = load_library()
+    for number in range(len(ISAS)):
+        if operators.rtx_use_isa(number) == 0:
+            found = late_interaction(operators, query, documents, offsets)
+            assert (np.abs(found - expected) <= tolerance).all()
+            assert not found[np.array(lengths, dtype=int) == 0].any()
+    operators.rtx_use_isa(operators.rtx_best_isa())
+
+
+def test_maxsim_takes_one_document_at_a_time(operators: ctypes.CDLL) -> None:
+    random = np.random.default_rng(12)
+    lengths = [1, 7, 0, 8, 9, 33]
+    offsets = np.cumsum([0, *lengths])
+    query = random.standard_normal((37, 20)).astype(np.float32)
+    documents = random.standard_normal((offsets[-1], 20)).astype(np.float32) - 3  # no product of some tokens is above 0
+    found = late_interaction(operators, query, documents, offsets)
+    assert (np.abs(found - maxsim(query, documents, offsets)) <= maxsim_tolerance(query, documents, offsets)).all()
+    for place, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        alone = late_interaction(operators, query, documents[start:stop], np.array([0, stop - start]))
+        assert alone[0] == found[place]
+        for token, value in ((start, np.nan), (stop - 1, np.inf), (start, -np.inf), (stop - 1, 3e38)):
+            if start == stop:
+                continue
+            poisoned = documents.copy()
+            poisoned[token, token % 20] = value
+            scores = late_interaction(operators, query, poisoned, offsets)
+            assert np.isnan(scores[place])
+            assert (np.delete(scores, place) == np.delete(found, place)).all()
+    query[36, 3] = np.nan  # of the last token, where lanes are left over
+    spoilt = late_interaction(operators, query, documents, offsets)
+    assert np.isnan(spoilt).tolist() == [length > 0 for length in lengths]
+
+
+def test_maxsim_of_a_long_document(operators: ctypes.CDLL) -> None:
+    random = np.random.default_rng(13)
+    offsets = np.array([0, 8192, 8193])
+    query = random.standard_normal((32, 128)).astype(np.float32)
+    documents = random.standard_normal((8193, 128)).astype(np.float32)
+    documents[8191] = 5 * query[31]  # the best of all is the last
+    found = late_interaction(operators, query, documents, offsets)
+    assert (np.abs(found - maxsim(query, documents, offsets)) <= maxsim_tolerance(query, documents, offsets)).all()
+
+
 def test_functions_of_vectors() -> None:
     operators = load_library()
     x = np.linspace(-20, 20, 40_000, dtype=np.float32)
@@ -504,6 +584,25 @@ def test_attention_in_a_graph() -> None:
             opened.run(None, {**arrays, "o": np.array(wrong, dtype=np.int64)})
     with pytest.raises(Exception, match="PackedAttention: expected query"):
         opened.run(None, {**arrays, "k": arrays["k"][:, :, :8]})
+
+
+def test_maxsim_in_a_graph() -> None:
+    node = helper.make_node("MaxSim", ["q", "d", "o"], ["y"], domain=DOMAIN)
+    kinds = {name: (TensorProto.FLOAT, [f"{name}_tokens", None]) for name in "qd"}
+    opened = session(node, {**kinds, "o": (TensorProto.INT64, ["n"])}, {})
+    random = np.random.default_rng(14)
+    # So many that threads share them, and of so different lengths that shares differ.
+    offsets = np.cumsum([0, *random.integers(0, 90, 300)])
+    query = random.standard_normal((20, 48)).astype(np.float32)
+    documents = random.standard_normal((offsets[-1], 48)).astype(np.float32)
+    (found,) = opened.run(None, {"q": query, "d": documents, "o": offsets})
+    assert (found == late_interaction(load_library(), query, documents, offsets)).all()
+    assert opened.run(None, {"q": query, "d": documents[:0], "o": offsets[:1]})[0].shape == (0,)
+    for wrong in (offsets[:-1], offsets + 1, offsets[::-1], offsets[:0]):
+        with pytest.raises(Exception, match="MaxSim: offsets: expected to rise"):
+            opened.run(None, {"q": query, "d": documents, "o": np.ascontiguousarray(wrong)})
+    with pytest.raises(Exception, match="MaxSim: expected query and documents"):
+        opened.run(None, {"q": query[:, :40], "d": documents, "o": offsets})
 
 
 def test_rows_are_packed() -> None:
