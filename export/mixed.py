@@ -93,7 +93,7 @@ class Mixer:
         self._threads, self._judge, self._notify = threads, judge, notify
         self._units = units_of(plain.tokens.graph)
         self._ranked: list[Unit] | None = None
-        self._first = 1  # what sufficed for one variant is likely to be right for the next
+        self._first = 1  # what came of one variant is likely to be right for the next
 
     def mix(self, name: VariantName, without: Verdict) -> tuple[Verdict, Mixed | None]:
         """Try to make a variant pass that has failed on quality.
@@ -120,6 +120,7 @@ class Mixer:
         most = len(ranked) // 2
         count = least_kept(most, passes, self._first)
         if count is None:
+            self._first = most
             last = f": {'; '.join(verdicts[most].failures)}" if most in verdicts else ""
             reason = f"half of the layers in float32, where int8 gains nothing any more, do not mend that{last}"
             return _failed(without, reason), None
