@@ -109,11 +109,13 @@ void maxsim(const float* query, int64_t query_tokens, const float* documents, co
     score = score_avx2;
 #endif
   const int64_t panels = (query_tokens + kLanes - 1) / kLanes;
-  std::vector<float> packed(size_t(panels * dim * kLanes));
+  // At the begin of a line of a cache: a vector across two of them takes two loads.
+  std::vector<float> memory(size_t(panels * dim * kLanes) + kLanes);
+  float* const packed = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(float);
   for (int64_t token = 0; token < query_tokens; ++token)
     for (int64_t k = 0; k < dim; ++k)
-      packed[size_t((token / kLanes * dim + k) * kLanes + token % kLanes)] = query[token * dim + k];
-  const Query in_panels{packed.data(), query_tokens, dim};
+      packed[(token / kLanes * dim + k) * kLanes + token % kLanes] = query[token * dim + k];
+  const Query in_panels{packed, query_tokens, dim};
   const int64_t work = offsets[count] * dim * panels;
   const int64_t parts = std::clamp<int64_t>(work / kWorthAThread, 1, std::max<int64_t>(count, 1));
   parallel(parts, [&](int64_t part) {
