@@ -5,8 +5,8 @@
     least_kept  the 1, 2, 4, ... most sensitive units in float32 until the gate passes, then as few as it passes with
 
 Errors of units add up: on MiniLM to 2.3e-3 of mean cosine, where the graph with all in int8 has 2.2e-3. The other way
-round, all in int8 but for one unit, the error of that unit is lost among those of the others: the twelve best by it have
-17.6M weights, the word embeddings among them, and leave 3.1e-4; by the error of each alone, 6.3M weights leave 3.0e-4.
+round, all in int8 but for one unit, the error of that unit is lost among the others': the twelve best by it have 17.6M
+weights, the word embeddings among them, and leave 3.1e-4; by the error of each alone, 6.3M weights leave 3.0e-4.
 By error for each weight the sets hardly differ.
 
 The graphs are those of `rtx.export.int8` for every variant: the packed one has the same layers and the same arithmetic.
