@@ -251,9 +251,10 @@ def test_a_variant_that_does_not_load_is_left_out_and_engines_are_closed(export,
     opened, closed = [], []
 
     class Engine(OnnxEngine):
-        def __init__(self, contract, graph, image_graph, *, threads, name, cache_bytes):
+        def __init__(self, contract, graph, image_graph, *, threads, name, cache_bytes, packed):
             assert image_graph is None
             assert cache_bytes == 0
+            assert packed is False
             if name == "fp16":
                 raise EngineError("fp16: ONNX Runtime cannot load the graph")
             super().__init__(graph, output=contract.output, threads=threads, name=name)
