@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -234,12 +235,14 @@ void by_size(int rows, int panels, const Factors& factors, int32_t* sums) {
 // tiles a thread calls `begin` and `end`. Behind the last row there are as many as make up a multiple of 16, of
 // anything.
 
+template <int kMostPanels>
 struct Plain {
   static void begin() {}
   static void end() {}
+  static constexpr int kPanels = kMostPanels;
 };
 
-struct Portable : Plain {
+struct Portable : Plain<1> {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     for (int row = 0; row < rows; ++row) {
       const uint8_t* bytes = factors.rows + row * factors.row_bytes;
@@ -258,7 +261,7 @@ struct Portable : Plain {
   }
   static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats4>(RTX_FINISH_VALUES); }
   static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats4>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 1, kPanels = 1, kStepBytes = 1;
+  static constexpr int kRows = 1, kStepBytes = 1;
 };
 
 #if defined(__x86_64__)
@@ -272,7 +275,7 @@ RTX_INLINE int32_t quad_at(const uint8_t* bytes) {
 // Without VNNI: u8 by s8 in 16 bits would saturate (vpmaddubsw). Steps of 16 bits by weights that are widened on the
 // way are exact, take no more instructions than what keeps the first from saturating, and fewer where shuffles are
 // dear.
-struct Avx2 : Plain {
+struct Avx2 : Plain<1> {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     by_size<Avx2, kRows, kPanels>(rows, panels, factors, sums);
   }
@@ -310,10 +313,10 @@ struct Avx2 : Plain {
   }
   RTX_AVX2 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
   RTX_AVX2 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 6, kPanels = 1, kStepBytes = 2;
+  static constexpr int kRows = 6, kStepBytes = 2;
 };
 
-struct AvxVnni : Plain {
+struct AvxVnni : Plain<1> {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     by_size<AvxVnni, kRows, kPanels>(rows, panels, factors, sums);
   }
@@ -346,10 +349,10 @@ struct AvxVnni : Plain {
   }
   RTX_AVXVNNI static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats8>(RTX_FINISH_VALUES); }
   RTX_AVXVNNI static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats8>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 6, kPanels = 1, kStepBytes = 1;
+  static constexpr int kRows = 6, kStepBytes = 1;
 };
 
-struct Avx512Vnni : Plain {
+struct Avx512Vnni : Plain<4> {
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
     by_size<Avx512Vnni, kRows, kPanels>(rows, panels, factors, sums);
   }
@@ -379,7 +382,7 @@ struct Avx512Vnni : Plain {
   }
   RTX_AVX512 static void finish(RTX_FINISH_ARGUMENTS) { finish_tile<Floats16>(RTX_FINISH_VALUES); }
   RTX_AVX512 static void normalize(RTX_ROW_ARGUMENTS) { normalize_row<Floats16>(RTX_ROW_VALUES); }
-  static constexpr int kRows = 6, kPanels = 4, kStepBytes = 1;
+  static constexpr int kRows = 6, kStepBytes = 1;
 };
 
 #if defined(RTX_HAS_AMX)
@@ -512,12 +515,14 @@ class Run {
         panels_(int64_t(weight.panels.size()) / halves_) {}
 
   void operator()(const Parallel& parallel) {
+    if (tokens_ == 0) return;
     // With few rows, columns are divided too, where each part is worth the waking of a thread. A part quantises its
     // rows itself, which is little beside the rest.
     const int64_t blocks = (tokens_ + kBlockRows - 1) / kBlockRows;
     const int64_t groups = (panels_ + Kernel::kPanels - 1) / Kernel::kPanels;
     const int64_t worth = tokens_ * weight_.in * int64_t(weight_.panels.size()) * kLanes / kLeastProducts;
-    const int64_t parts = std::clamp<int64_t>(std::min<int64_t>(worth, kMostParts) / blocks, 1, groups);
+    static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const int64_t parts = std::clamp<int64_t>(std::min({worth, threads, kMostParts}) / blocks, 1, groups);
     std::atomic<int64_t> left[kMostParts];  // of each block, where there are parts
     if (parts > 1)
       for (int64_t block = 0; block < blocks; ++block) left[block] = parts;

@@ -158,7 +158,7 @@ RTX_INLINE void attend(const Head& head, float* scores, int64_t stride) {
 void attend_portable(const Head& head, float* scores, int64_t stride) { attend<Floats4, 2, 1>(head, scores, stride); }
 #if defined(__x86_64__)
 RTX_AVX2 void attend_avx2(const Head& head, float* scores, int64_t stride) {
-  attend<Floats8, 4, 1>(head, scores, stride);
+  attend<Floats8, 6, 1>(head, scores, stride);
 }
 RTX_AVX512 void attend_avx512(const Head& head, float* scores, int64_t stride) {
   attend<Floats16, 8, 2>(head, scores, stride);
@@ -212,9 +212,13 @@ void packed_attention(const float* query, const float* key, const float* value, 
     const int64_t panels = (length + kLanes - 1) / kLanes, stride = panels * kLanes;
     thread_local std::vector<float> scratch;
     const int64_t key_floats = panels * width * kLanes;
-    const int64_t value_floats = width == padded_width ? 0 : length * padded_width;
-    scratch.resize(size_t(key_floats + value_floats + 8 * stride));
-    float *keys = scratch.data(), *copied = keys + key_floats, *scores = copied + value_floats;
+    // Rows that are a multiple of so many bytes apart share a few places of a cache, and push each other out of it.
+    const bool crowded = length > 64 && row * int64_t(sizeof(float)) % 2048 == 0;
+    const int64_t value_floats = width == padded_width && !crowded ? 0 : length * padded_width;
+    // From the begin of a line of a cache on: a vector across two of them takes two loads.
+    scratch.resize(size_t(key_floats + value_floats + 8 * stride + kLanes));
+    float* const keys = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63) / sizeof(float);
+    float *copied = keys + key_floats, *scores = copied + value_floats;
     pack_keys(key + first * row + key_head * width, row, length, width, keys);
     const float* values = value + first * row + key_head * width;
     if (value_floats > 0) {
