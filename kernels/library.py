@@ -46,6 +46,25 @@ def load_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(file))
 
 
+def use_isa(isa: Isa | None) -> Isa:
+    """Let the operators of this process use another instruction set than the best, as tests and benchmarks do.
+
+    Args:
+        isa: to use; None for the one in use.
+
+    Returns:
+        The one in use now.
+
+    Raises:
+        FileNotFoundError: there are no operators.
+        ValueError: this machine does not have it.
+    """
+    operators = load_library()
+    if isa is not None and operators.rtx_use_isa(ISAS.index(isa)):
+        raise ValueError(f"this machine does not have {isa}")
+    return ISAS[int(operators.rtx_isa())]
+
+
 def best_isa() -> Isa | None:
     """The instruction set that the operators use on this machine; None where there is no library that can be loaded."""
     try:

@@ -687,6 +687,9 @@ def test_a_graph_that_does_not_fit_is_refused_when_it_is_loaded() -> None:
 def test_the_best_instruction_set_is_one_of_those_that_run() -> None:
     assert best_isa() in available()
     assert load_library().rtx_use_isa(99) == 1
+    assert library.use_isa(None) == best_isa()
+    assert library.use_isa("portable") == library.use_isa(None) == "portable"
+    assert library.use_isa(best_isa()) == best_isa()
 
 
 def test_without_a_library_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
