@@ -326,8 +326,11 @@ class _Fuser:
         self.editor.replace(last, insert(last, INT8_EMBEDDING, *inputs, attributes=attributes, domain=DOMAIN))
 
     def _constant(self, name: str, values: NDArray[np.generic]) -> ir.Value:
+        """A constant, which layers that share a weight share too, where theirs is the same."""
         known = self.editor.graph.initializers.get(name)
-        return known if known is not None else self.editor.constant(name, values)
+        if known is None:
+            return self.editor.constant(name, values)
+        return known if np.array_equal(_content(known), values) else self._constant(f"{name}_", values)
 
 
 def _norm_before(x: ir.Value, layers: Sequence[_Layer]) -> _Norm | None:

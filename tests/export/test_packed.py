@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from rtx.export.graph import module_of
 from rtx.export.int8_fused import quantize_int8_fused
 from rtx.export.packed import export_packed
 from rtx.export.pipeline import ExportOptions, export_bundle
@@ -122,6 +123,21 @@ def test_what_stands_around_a_linear_layer_becomes_one_with_it(exported: Exporte
     every = [node.op_type for node in graph.graph]
     between = every[every.index("PackedAttention") : every.index("PackedPool")]
     assert {*between} <= {*kinds, "Reshape"}
+
+
+def test_layers_that_share_a_weight_keep_their_own_biases(exported: Exported) -> None:
+    model, graph = exported("bert", packed=True)
+    dense = [node for node in graph.graph if module_of(node).endswith("attention.output.dense")]
+    first, second = (node for node in dense if node.op_type == "MatMul")
+    second.replace_input_with(1, first.inputs[1])
+    for number, node in enumerate(node for node in dense if node.op_type == "Add"):
+        bias = next(value for value in node.inputs if value is not None and value.is_initializer())
+        size = bias.const_value.shape[0]
+        bias.const_value = ir.tensor(np.linspace(-number, 3 * number, size, dtype=np.float32), name=bias.name)
+    batch = model.preprocessor.collate([item for item in encoded(model) if hasattr(item, "ids")])
+    expected = engine(graph, model).run(batch)
+    quantize_int8_fused(graph)
+    assert (engine(graph, model).run(batch) * expected).sum(axis=1).min() > 0.99
 
 
 def test_padding_on_either_side(exported: Exported) -> None:
