@@ -2,10 +2,11 @@
 
 The least time of a call is the larger of two: its operations at the peak rate of the instruction set, and the bytes
 that it must move at the bandwidth of where they lie. Peaks are measured in the same rounds: int8 by the kernel's own
-tile on data in the first cache, float32 by independent multiplications with additions, bandwidth by a loop that only
-reads. Operations are those of the products (of attention, both); what is done around them, quantising, norms, GELU and
-softmax, counts as time lost. Where there is no product, additions and multiplications are counted. Each operand counts
-once, wherever a kernel reads it again, and what is written as if it was read.
+tile on data in the first cache, bfloat16 as half of it (tiles are half as deep), float32 by independent multiplications
+with additions, bandwidth by a loop that only reads. Operations are those of the products (of attention, both); what is
+done around them, quantising, norms, GELU and softmax, counts as time lost. Where there is no product, additions and
+multiplications are counted. Each operand counts once, wherever a kernel reads it again, and what is written as if it
+was read.
 
 "L2" weights are those of calls that repeat; "far" ones are read again only after so many others as do not fit into L2,
 as in a model. The other operands are those of the last call, in the smallest cache that holds them all: where they are
@@ -52,6 +53,7 @@ TILE_DEPTH = 768
 TILES, MULTIPLY_ADDS = 50, 20_000
 READ_BYTES = 4 << 20
 LENGTHS = (10, 82, 256, 512)
+LEAST_TILED = 64  # tokens: attention over fewer is in float32 everywhere
 VOCABULARY = 30_522
 LINE = 64
 # Where the system does not tell.
@@ -59,8 +61,10 @@ L1_BYTES, L2_BYTES = 32 << 10, 1 << 20
 EPSILON = 1e-5
 # Distance from the reference, of its norm: a number at the edge of a step may fall on either side of it.
 TOLERANCE = 1e-3
+# As that, where weights and values are rounded to bfloat16.
+ROUNDED_TOLERANCE = 5e-3
 NORMS, ACTIVATIONS, POOLINGS = ("", "layer", "rms"), ("", "gelu", "gelu_tanh", "silu"), ("cls", "max", "mean")
-INT8, FP32, L1, L2, FAR = "int8", "fp32", "L1", "L2", "far"
+INT8, BF16, FP32, L1, L2, FAR = "int8", "bf16", "fp32", "L1", "L2", "far"
 NOTHING = "nothing"
 WITH_WEIGHTS = ("int8_linear", "int8_embedding")
 
@@ -181,6 +185,7 @@ def main(isa: Isa | None, only: str, rounds: int) -> None:
         for case in limits
         if case.name != NOTHING
     }
+    rates[BF16] = rates[INT8] / 2
     show(cases, taken, rates, caches)
     found = {"isa": used, "rates": rates, "nothing_s": nothing, "cache_bytes": caches}
     rounds_s = {name: values.tolist() for name, values in taken.items()}
@@ -208,7 +213,16 @@ def limit_cases(operators: ctypes.CDLL, caches: Mapping[str, int]) -> list[Case]
     for array in arrays.values():
         array[:] = 1.0
     # With no sequence, and as many arguments as any kernel has.
-    idle = (*[None] * 3, *pointers(np.zeros(1, np.int64)), *longs(0, 1, 1, 1), ctypes.c_float(1), 0, *longs(-1), None)
+    idle = (
+        *[None] * 3,
+        *pointers(np.zeros(1, np.int64)),
+        *longs(0, 1, 1, 1),
+        ctypes.c_float(1),
+        0,
+        *longs(-1),
+        0,
+        None,
+    )
     tile, adds = longs(TILE_DEPTH, TILES), longs(MULTIPLY_ADDS)
     return [
         case(NOTHING, operators.rtx_packed_attention, *idle),
@@ -321,9 +335,13 @@ def linear_reference(
 
 
 def attention_cases(operators: ctypes.CDLL, _: Mapping[str, int]) -> Iterator[Case]:
-    """As many sequences as a batch of about a thousand tokens has."""
+    """As many sequences as a batch of about a thousand tokens has, in float32, and with tiles in bfloat16."""
     random = np.random.default_rng(2)
-    for (heads, key_heads, width), length in itertools.product(((12, 12, 32), (12, 12, 64), (16, 8, 128)), LENGTHS):
+    has_tiles = ISAS[operators.rtx_isa()] == "avx512-amx"
+    shapes = ((12, 12, 32), (12, 12, 64), (16, 8, 128))
+    for (heads, key_heads, width), length, bfloat16 in itertools.product(shapes, LENGTHS, (False, True)):
+        if bfloat16 and (not has_tiles or length < LEAST_TILED):
+            continue
         offsets = np.arange(0, TOKENS[-1] + length // 2, length)
         tokens = int(offsets[-1])
         query, y = normal(random, tokens, heads, width), aligned((tokens, heads, width), np.float32)
@@ -334,19 +352,28 @@ def attention_cases(operators: ctypes.CDLL, _: Mapping[str, int]) -> Iterator[Ca
             ctypes.c_float(width**-0.5),
             0,
             *longs(-1),
+            int(bfloat16),
             *pointers(y),
         )
 
-        def check(y: Floats = y, inputs: Any = (query, key, value, offsets), scale: float = width**-0.5) -> None:
-            assert_near(y, packed_attention(*inputs, scale=scale))
+        def check(
+            y: Floats = y,
+            inputs: Any = (query, key, value, offsets),
+            scale: float = width**-0.5,
+            tolerance: float = ROUNDED_TOLERANCE if bfloat16 else TOLERANCE,
+        ) -> None:
+            assert_near(y, packed_attention(*inputs, scale=scale), tolerance)
 
+        keys, kind = f", {key_heads} keys" * (key_heads < heads), ", bfloat16" * bfloat16
         yield Case(
             "packed_attention",
-            f"{len(offsets) - 1} × {length}, {heads} heads of {width}" + (f", {key_heads} keys" * (key_heads < heads)),
+            f"{len(offsets) - 1} × {length}, {heads} heads of {width}{keys}{kind}",
             tokens,
             operators.rtx_packed_attention,
             itertools.repeat(arguments),
-            operations=4.0 * tokens * length * heads * width,
+            # Queries and keys are two numbers each: three products for one.
+            operations=(8.0 if bfloat16 else 4.0) * tokens * length * heads * width,
+            peak=BF16 if bfloat16 else FP32,
             near_bytes=sum(side.nbytes for side in (query, key, value, y)),
             check=check,
         )
@@ -512,9 +539,9 @@ def longs(*numbers: int) -> tuple[ctypes.c_int64, ...]:
     return tuple(map(ctypes.c_int64, numbers))
 
 
-def assert_near(found: NDArray[Any], expected: NDArray[Any]) -> None:
+def assert_near(found: NDArray[Any], expected: NDArray[Any], tolerance: float = TOLERANCE) -> None:
     distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    assert distance <= TOLERANCE, f"{distance} from the reference"
+    assert distance <= tolerance, f"{distance} from the reference"
 
 
 def cache_bytes() -> dict[str, int]:
@@ -543,7 +570,8 @@ def show(
 ) -> None:
     print(
         ", ".join(
-            f"{name} {rate / 1e9:,.0f} {'GOP/s' if name in (INT8, FP32) else 'GB/s'}" for name, rate in rates.items()
+            f"{name} {rate / 1e9:,.0f} {'GOP/s' if name in (INT8, BF16, FP32) else 'GB/s'}"
+            for name, rate in rates.items()
         )
     )
     print("\n| kernel | of | tokens | weights | µs | quartiles | GOP/s | bound | % of roofline | quartiles |")

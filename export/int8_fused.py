@@ -7,6 +7,7 @@
 
 and the word embeddings, with what is added to them and their norm, one `rtx::Int8Embedding`. The arithmetic is that of
 `rtx.export.int8`, which writes it in standard operators; `rtx.kernels.int8_linear` has the contract and the reference.
+Attention may round its weights and values to bfloat16 where a layer in 8 bits is behind it, which rounds more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from rtx.export.edit import Editor, drop_dead
 from rtx.export.graph import is_scoring, module_of
 from rtx.export.int8 import check_gemm, content_of, quantizable, refuse_left_out
-from rtx.export.packed import PACK_ROWS, RMS_NORM
+from rtx.export.packed import PACK_ROWS, PACKED_ATTENTION, RMS_NORM
 from rtx.kernels.int8_linear import Int8Weight, pack_weight, quantize_rows, quantize_weight
 from rtx.kernels.library import DOMAIN
 
@@ -51,6 +52,10 @@ def quantize_int8_fused(model: ir.Model, keep: Collection[str] = ()) -> list[str
     for group in _groups(layers):
         fuser.replace(group)
     drop_dead(graph)
+    for node in graph:
+        if node.op_type == PACKED_ATTENTION:
+            rounds = all(reader.op_type == INT8_LINEAR for reader in node.outputs[0].consumers())
+            node.attributes["bfloat16"] = ir.AttrInt64("bfloat16", int(rounds))
     graph.opset_imports[DOMAIN] = 1
     refuse_left_out(graph, "int8-packed", keep)
     return list(done)

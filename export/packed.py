@@ -112,7 +112,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = {"heads": query.shape[1], "key_heads": key.shape[1]}
     seen = {"scale": float(scale), "causal": int(causal), "window": window}
-    found = _operator(PACKED_ATTENTION, (*sides, _packed[-1].offsets), sides[0].shape, **heads, **seen)
+    found = _operator(PACKED_ATTENTION, (*sides, _packed[-1].offsets), sides[0].shape, **heads, **seen, bfloat16=0)
     return found.view(1, -1, query.shape[1], query.shape[3]), None
 
 

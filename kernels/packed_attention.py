@@ -9,6 +9,11 @@ A sequence is computed by itself: what else is in the batch does not change it b
 score subtracted before the exponential, so that nothing overflows; the difference to exact arithmetic is below
 
     |difference| <= (2 * width * |scale| * max|query| * max|key| + length) * 2**-23 * max|value|
+
+With `bfloat16` an operator may round weights and values to it, and make two numbers of it of each query and key, where
+a machine multiplies these faster. Two have 16 bits, and what their product leaves out is below 2**-16 of it:
+
+    |difference| <= (width * |scale| * max|query| * max|key| * 2**-15 + 2**-7) * max|value|
 """
 
 from __future__ import annotations

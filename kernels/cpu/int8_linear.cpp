@@ -8,46 +8,60 @@
 #include <utility>
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace rtx {
 namespace {
 
 // Rows of a column that lie together, and to a multiple of which all are filled up with 0.
 constexpr int kQuad = 4, kDepth = 64;
+constexpr int64_t kLine = 64;  // bytes of a cache
 // Multiplications that take some microseconds, and into how many parts a product is divided at most.
 constexpr int64_t kLeastProducts = 1 << 21, kMostParts = 8;
 constexpr float kLevels = 127.0f, kSmallestScale = 1e-30f;
 
 // Rows in whole steps, each by its own range.
 struct Tokens {
-  uint8_t* values;  // [rows, padded_in] of what the kernel takes: bytes with zero point 128, or 16 bits
-  float* scale;     // [rows]
-  float* centre;    // [rows]
+  uint8_t* values;    // [rows, padded_in] of what the kernel takes: bytes with zero point 128, or 16 bits
+  int64_t row_bytes;  // from row to row
+  float* scale;       // [rows]
+  float* centre;      // [rows]
 };
 
 // Step: uint8_t with zero point 128, or int16_t.
 template <class Step>
 constexpr int32_t kZero = std::is_same_v<Step, uint8_t> ? 128 : 0;
 
-template <class Floats, class Step>
-struct StepsOf {
-  typedef Step Type __attribute__((vector_size(kWidth<Floats> * sizeof(Step))));
-};
+// The lowest bits of each. What GCC makes of a conversion to bytes takes them one by one.
+template <class Step, class Ints>
+RTX_INLINE void store_low(Ints values, Step* to) {
+  constexpr int kCount = sizeof(Ints) / sizeof(int32_t);
+  typedef int16_t Shorts __attribute__((vector_size(kCount * sizeof(int16_t))));
+  typedef Step Steps __attribute__((vector_size(kCount * sizeof(Step))));
+#if defined(__x86_64__)
+  if constexpr (sizeof(Step) == 1 && kCount == 16) {
+    __asm__("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Steps*>(to)) : "v"(values));
+    return;
+  }
+#endif
+  const Steps found = __builtin_convertvector(__builtin_convertvector(values, Shorts), Steps);
+  std::memcpy(to, &found, sizeof found);
+}
 
 // A NaN compares with nothing and may come out as any number; its row is poisoned by the centre.
 template <class Floats, class Step>
-RTX_INLINE typename StepsOf<Floats, Step>::Type to_steps(Floats values, float middle, float inverse) {
-  const Floats lowest = Floats{} - kLevels - 1.0f, highest = Floats{} + kLevels;
-  const Floats steps = smaller(larger(rounded((values - middle) * inverse), lowest), highest);
-  return __builtin_convertvector(__builtin_convertvector(steps, Ints<Floats>) + kZero<Step>,
-                                 typename StepsOf<Floats, Step>::Type);
+RTX_INLINE void store_steps(Floats values, float middle, float inverse, Step* to) {
+  // 1.5 * 2^23, behind which no fraction fits, and the zero point: the lowest bits are the whole number.
+  const float shift = 12582912.0f + kZero<Step>;
+  const Floats lowest = Floats{} + (shift - kLevels - 1.0f), highest = Floats{} + (shift + kLevels);
+  const Floats shifted = smaller(larger((values - middle) * inverse + shift, lowest), highest);
+  store_low((Ints<Floats>)shifted, to);
 }
 
 template <class Floats, class Step>
 RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint8_t* bytes, float* scale,
                              float* centre) {
   constexpr int kWide = kWidth<Floats>;
-  using Steps = typename StepsOf<Floats, Step>::Type;
   Step* const to = reinterpret_cast<Step*>(bytes);
   const int64_t whole = in / kWide * kWide;
   float most = x[0], least = x[0], poison = 0.0f;
@@ -82,12 +96,10 @@ RTX_INLINE void quantize_row(const float* x, int64_t in, int64_t padded_in, uint
   *centre = middle + poison;
   *scale = step;
   int64_t k = 0;
-  for (; k < whole; k += kWide) {
-    const Steps found = to_steps<Floats, Step>(load<Floats>(x + k), middle, inverse);
-    std::memcpy(to + k, &found, sizeof found);
-  }
+  for (; k < whole; k += kWide) store_steps(load<Floats>(x + k), middle, inverse, to + k);
   if (k < in) {
-    const Steps found = to_steps<Floats, Step>(load_some<Floats>(x + k, in - k), middle, inverse);
+    Step found[kWide];
+    store_steps(load_some<Floats>(x + k, in - k), middle, inverse, found);
     for (; k < in; ++k) to[k] = found[k - whole];
   }
   for (; k < padded_in; ++k) to[k] = Step(kZero<Step>);  // against weights of 0
@@ -232,13 +244,12 @@ void by_size(int rows, int panels, const Factors& factors, int32_t* sums) {
 
 // A kernel multiplies a tile of up to kRows rows and kPanels panels into sums, [rows][panels][16], which `finish` makes
 // numbers of. Apart, as with all that follows inlined the sums would not stay in registers while they grow. Around its
-// tiles a thread calls `begin` and `end`. Behind the last row there are as many as make up a multiple of 16, of
+// tiles a thread has `Registers`. Behind the last row there are as many as make up a multiple of 16, of
 // anything.
 
 template <int kMostPanels>
 struct Plain {
-  static void begin() {}
-  static void end() {}
+  struct Registers {};
   static constexpr int kPanels = kMostPanels;
 };
 
@@ -389,104 +400,44 @@ struct Avx512Vnni : Plain<4> {
 
 // Products of 16 rows by 16 columns, 64 deep, in registers of their own.
 struct Amx {
-  struct Configuration {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t columns[16];  // bytes
-    uint8_t rows[16];
-  };
-
-  RTX_AMX static void begin() {
-    // Constant: GCC takes only the first bytes of it for read, and would leave out what is written to the others.
-    alignas(64) static constexpr Configuration kWanted{
-        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&kWanted);
-  }
-  RTX_AMX static void end() { _tile_release(); }
+  using Registers = Tiles;
 
   static void multiply(int rows, int panels, const Factors& factors, int32_t* sums) {
-    const int stride = panels * kLanes;
-    if (rows <= 16) {
-      panels == 4   ? wide<4>(factors, sums, stride)
-      : panels == 3 ? wide<3>(factors, sums, stride)
-      : panels == 2 ? wide<2>(factors, sums, stride)
-                    : wide<1>(factors, sums, stride);
-      return;
-    }
-    for (int panel = 0; panel < panels; panel += 2) {
-      const Factors some{factors.rows,
-                         factors.columns + panel * factors.padded_in * kLanes,
-                         factors.start + panel * kLanes,
-                         factors.in,
-                         factors.padded_in,
-                         factors.row_bytes};
-      panels - panel > 1 ? tall<2>(some, sums + panel * kLanes, stride) : tall<1>(some, sums + panel * kLanes, stride);
-    }
+    if (rows > 16)
+      panels > 1 ? tile<true, 2>(factors, sums) : tile<true, 1>(factors, sums);
+    else
+      panels > 1 ? tile<false, 2>(factors, sums) : tile<false, 1>(factors, sums);
   }
 
-  // A product waits for the last one into the same sums, some 50 cycles, and takes 16: there are four at a time.
-  // Registers 0 to 3 are sums, which begin with the same numbers in each row, as bytes count from 0 and steps from 128.
-
-  // 16 rows and up to four panels.
-  template <int kTilePanels>
-  RTX_AMX RTX_APART static void wide(const Factors& factors, int32_t* to, int stride) {
-    const int64_t panel_bytes = factors.padded_in * kLanes;
-    _tile_loadd(0, factors.start, 0);
-    if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
-    if (kTilePanels > 2) _tile_loadd(2, factors.start + 2 * kLanes, 0);
-    if (kTilePanels > 3) _tile_loadd(3, factors.start + 3 * kLanes, 0);
-    for (int64_t k = 0; k < factors.in; k += 64) {
-      const int8_t* columns = factors.columns + k * kLanes;
-      _tile_loadd(4, factors.rows + k, factors.row_bytes);
-      _tile_loadd(5, columns, 64);
-      _tile_dpbusd(0, 4, 5);
-      if (kTilePanels > 1) {
-        _tile_loadd(6, columns + panel_bytes, 64);
-        _tile_dpbusd(1, 4, 6);
-      }
-      if (kTilePanels > 2) {
-        _tile_loadd(7, columns + 2 * panel_bytes, 64);
-        _tile_dpbusd(2, 4, 7);
-      }
-      if (kTilePanels > 3) {
-        _tile_loadd(5, columns + 3 * panel_bytes, 64);
-        _tile_dpbusd(3, 4, 5);
-      }
-    }
-    _tile_stored(0, to, stride * sizeof(int32_t));
-    if (kTilePanels > 1) _tile_stored(1, to + kLanes, stride * sizeof(int32_t));
-    if (kTilePanels > 2) _tile_stored(2, to + 2 * kLanes, stride * sizeof(int32_t));
-    if (kTilePanels > 3) _tile_stored(3, to + 3 * kLanes, stride * sizeof(int32_t));
-  }
-
-  // 32 rows and up to two panels.
-  template <int kTilePanels>
-  RTX_AMX RTX_APART static void tall(const Factors& factors, int32_t* to, int stride) {
+  // 16 rows, or 32, and one panel or two. Registers 0 to 3 are sums, which begin with the same numbers in each row, as
+  // bytes count from 0 and steps from 128.
+  template <bool kTall, int kTilePanels>
+  RTX_AMX RTX_APART static void tile(const Factors& factors, int32_t* to) {
+    constexpr int64_t kStride = kTilePanels * kLanes;
     const uint8_t *above = factors.rows, *below = above + 16 * factors.row_bytes;
     const int8_t *left = factors.columns, *right = left + kLanes * factors.padded_in;
     _tile_loadd(0, factors.start, 0);
-    _tile_loadd(2, factors.start, 0);
-    if (kTilePanels > 1) {
-      _tile_loadd(1, factors.start + kLanes, 0);
-      _tile_loadd(3, factors.start + kLanes, 0);
-    }
+    if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
+    if (kTall) _tile_loadd(2, factors.start, 0);
+    if (kTall && kTilePanels > 1) _tile_loadd(3, factors.start + kLanes, 0);
     for (int64_t k = 0; k < factors.in; k += 64) {
       _tile_loadd(4, above + k, factors.row_bytes);
       _tile_loadd(6, left + k * kLanes, 64);
       _tile_dpbusd(0, 4, 6);
-      _tile_loadd(5, below + k, factors.row_bytes);
-      _tile_dpbusd(2, 5, 6);
+      if (kTall) {
+        _tile_loadd(5, below + k, factors.row_bytes);
+        _tile_dpbusd(2, 5, 6);
+      }
       if (kTilePanels > 1) {
         _tile_loadd(7, right + k * kLanes, 64);
         _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(3, 5, 7);
+        if (kTall) _tile_dpbusd(3, 5, 7);
       }
     }
-    _tile_stored(0, to, stride * sizeof(int32_t));
-    _tile_stored(2, to + 16 * stride, stride * sizeof(int32_t));
-    if (kTilePanels > 1) {
-      _tile_stored(1, to + kLanes, stride * sizeof(int32_t));
-      _tile_stored(3, to + 16 * stride + kLanes, stride * sizeof(int32_t));
-    }
+    _tile_stored(0, to, kStride * sizeof(int32_t));
+    if (kTilePanels > 1) _tile_stored(1, to + kLanes, kStride * sizeof(int32_t));
+    if (kTall) _tile_stored(2, to + 16 * kStride, kStride * sizeof(int32_t));
+    if (kTall && kTilePanels > 1) _tile_stored(3, to + 16 * kStride + kLanes, kStride * sizeof(int32_t));
   }
 
   static void quantize(const float* x, int64_t in, int64_t padded_in, uint8_t* to, float* scale, float* centre) {
@@ -494,7 +445,7 @@ struct Amx {
   }
   static void finish(RTX_FINISH_ARGUMENTS) { Avx512Vnni::finish(RTX_FINISH_VALUES); }
   static void normalize(RTX_ROW_ARGUMENTS) { Avx512Vnni::normalize(RTX_ROW_VALUES); }
-  static constexpr int kRows = 32, kPanels = 4, kStepBytes = 1;
+  static constexpr int kRows = 32, kPanels = 2, kStepBytes = 1;
 };
 
 #endif  // RTX_HAS_AMX
@@ -548,12 +499,14 @@ class Run {
   void multiply(int64_t first, int64_t rows, int64_t begin, int64_t end) {
     thread_local std::vector<uint8_t> bytes;
     thread_local std::vector<float> numbers;
-    const int64_t row_bytes = weight_.padded_in * Kernel::kStepBytes;
-    bytes.resize(size_t((rows + 15) / 16 * 16 * row_bytes));
+    // Rows begin where lines of a cache do, an odd number of them apart: an even number share a few places.
+    const int64_t row_bytes = (weight_.padded_in * Kernel::kStepBytes / kLine | 1) * kLine;
+    bytes.resize(size_t((rows + 15) / 16 * 16 * row_bytes + kLine));
     numbers.resize(size_t(2 * rows + weight_.in));
-    const Tokens tokens{bytes.data(), numbers.data(), numbers.data() + rows};
+    const Tokens tokens{bytes.data() + (-reinterpret_cast<uintptr_t>(bytes.data()) & (kLine - 1)), row_bytes,
+                        numbers.data(), numbers.data() + rows};
     quantize(first, rows, tokens, numbers.data() + 2 * rows);
-    Kernel::begin();
+    [[maybe_unused]] const typename Kernel::Registers registers{};
     for (int64_t half = 0; half < halves_; ++half)
       for (int64_t panel = half * panels_ + begin; panel < half * panels_ + end; panel += Kernel::kPanels) {
         const int panels = int(std::min<int64_t>(Kernel::kPanels, half * panels_ + end - panel));
@@ -572,7 +525,6 @@ class Run {
               {tokens.scale + row, tokens.centre + row, weight_, around_, panel, first + row, residual_, y_});
         }
       }
-    Kernel::end();
   }
 
   void quantize(int64_t first, int64_t rows, const Tokens& tokens, float* normalized) {
@@ -584,8 +536,8 @@ class Run {
         Kernel::normalize(x, in, around_.norm, normalized);
         x = normalized;
       }
-      Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * weight_.padded_in * Kernel::kStepBytes,
-                       tokens.scale + row, tokens.centre + row);
+      Kernel::quantize(x, in, weight_.padded_in, tokens.values + row * tokens.row_bytes, tokens.scale + row,
+                       tokens.centre + row);
     }
   }
 
@@ -608,10 +560,9 @@ int64_t run_tiles(int64_t in, int64_t times) {
   const int8_t* const columns = reinterpret_cast<const int8_t*>(rows + kRows * row_bytes);
   const int32_t start[Kernel::kPanels * kLanes] = {};
   alignas(64) int32_t sums[Kernel::kRows * Kernel::kPanels * kLanes];
-  Kernel::begin();
+  [[maybe_unused]] const typename Kernel::Registers registers{};
   for (int64_t time = 0; time < times; ++time)
     Kernel::multiply(Kernel::kRows, Kernel::kPanels, {rows, columns, start, in, 0, row_bytes}, sums);
-  Kernel::end();
   return 2 * times * Kernel::kRows * Kernel::kPanels * kLanes * in;
 }
 

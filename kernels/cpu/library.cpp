@@ -15,7 +15,7 @@
 //   x, y [..., width] float32; weight [width] float32.
 // RotaryEmbedding(x, cos, sin; heads) -> y
 //   x, y [..., heads * width], cos and sin [..., width] float32.
-// PackedAttention(query, key, value, offsets; heads, key_heads, scale, causal, window) -> y
+// PackedAttention(query, key, value, offsets; heads, key_heads, scale, causal, window, bfloat16) -> y
 //   query [..., heads * width], key and value [..., key_heads * width] float32; offsets [sequences + 1] int64;
 //   y as query.
 // PackedPool(x, offsets[, pooled]; mode) -> y
@@ -349,6 +349,7 @@ class PackedAttention {
     shape_.scale = float_attribute(check, info, "scale");
     shape_.causal = int_attribute(check, info, "causal") != 0;
     shape_.window = int_attribute(check, info, "window");
+    shape_.bfloat16 = int_attribute(check, info, "bfloat16") != 0;
     if (shape_.key_heads < 1 || shape_.heads < 1 || shape_.heads % shape_.key_heads != 0)
       throw std::invalid_argument("heads: expected a multiple of key_heads");
   }

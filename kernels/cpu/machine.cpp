@@ -37,8 +37,9 @@ bool has_avx512_vnni() {
 bool has_amx() {
 #if defined(RTX_HAS_AMX)
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-  // Leaf 7: bits 24 (AMX-TILE) and 25 (AMX-INT8) of EDX.
-  if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 24 & 3) != 3) return false;
+  // Leaf 7: bits 22 (AMX-BF16), 24 (AMX-TILE) and 25 (AMX-INT8) of EDX, and bit 5 (AVX512_BF16) of EAX in subleaf 1.
+  if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 22 & 13) != 13) return false;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax >> 5 & 1) == 0) return false;
   // The process asks for the registers, which are large: ARCH_REQ_XCOMP_PERM for XTILEDATA (docs.kernel.org,
   // arch/x86/xstate).
   static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;

@@ -4,12 +4,17 @@
 #include <vector>
 
 #include "simd.h"
+#include "tiled_attention.h"
 
 namespace rtx {
 namespace {
 
 // Below every score, and still a number.
 constexpr float kUnseen = -3e38f;
+
+#if defined(RTX_HAS_AMX)
+constexpr int64_t kLeastTiled = 64;
+#endif
 
 // 16 of it, 32 of what is above every score, 16 of it. Infinity, so that what was NaN is not finite afterwards either.
 constexpr struct Bounds {
@@ -108,19 +113,10 @@ RTX_INLINE float softmax(float* scores, int64_t low, int64_t high) {
   return 1.0f / sum(total);
 }
 
-// Which keys a token sees.
-RTX_INLINE int64_t low_of(const AttentionShape& shape, int64_t token) {
-  return shape.window < 0 ? 0 : std::max<int64_t>(0, token - shape.window);
-}
-RTX_INLINE int64_t high_of(const AttentionShape& shape, int64_t token, int64_t length) {
-  const int64_t high = shape.causal ? token + 1 : length;
-  return shape.window < 0 ? high : std::min(high, token + shape.window + 1);
-}
-
 template <class Floats, int kRows, int kAtOnce>
 RTX_INLINE void attend_rows(const Head& head, int64_t first, float* scores, int64_t stride) {
   const AttentionShape& shape = head.shape;
-  const int64_t low = low_of(shape, first), high = high_of(shape, first + kRows - 1, head.length);
+  const int64_t low = shape.low(first), high = shape.high(first + kRows - 1, head.length);
   const int64_t end = (high + kLanes - 1) / kLanes;
   const float factor = shape.scale * 1.44269504f;  // powers of 2 in place of e
   int64_t panel = low / kLanes;
@@ -130,7 +126,7 @@ RTX_INLINE void attend_rows(const Head& head, int64_t first, float* scores, int6
   float factors[kRows];
   for (int row = 0; row < kRows; ++row) {
     float* own = scores + row * stride;
-    const int64_t own_low = low_of(shape, first + row), own_high = high_of(shape, first + row, head.length);
+    const int64_t own_low = shape.low(first + row), own_high = shape.high(first + row, head.length);
     factors[row] = softmax<Floats>(own, own_low, own_high);
     // Panels that other rows see and this one does not.
     for (int64_t key = low; key < own_low / kLanes * kLanes; ++key) own[key] = 0.0f;
@@ -209,6 +205,13 @@ void packed_attention(const float* query, const float* key, const float* value, 
     const int64_t sequence = task / shape.key_heads, key_head = task % shape.key_heads;
     const int64_t first = offsets[sequence], length = offsets[sequence + 1] - first;
     if (length == 0) return;
+#if defined(RTX_HAS_AMX)
+    // With less, what surrounds the products costs more than they do.
+    if (shape.bfloat16 && isa == Isa::kAvx512Amx && length >= kLeastTiled) {
+      const int64_t start = (first * heads + key_head * groups) * width, key_start = first * row + key_head * width;
+      return tiled_attention(query + start, key + key_start, value + key_start, length, shape, y + start);
+    }
+#endif
     const int64_t panels = (length + kLanes - 1) / kLanes, stride = panels * kLanes;
     thread_local std::vector<float> scratch;
     const int64_t key_floats = panels * width * kLanes;

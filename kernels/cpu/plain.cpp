@@ -116,9 +116,10 @@ RTX_EXPORT void rtx_rotary_embedding(const float* x, const float* cos, const flo
 
 RTX_EXPORT void rtx_packed_attention(const float* query, const float* key, const float* value, const int64_t* offsets,
                                      int64_t sequences, int64_t heads, int64_t key_heads, int64_t width, float scale,
-                                     int causal, int64_t window, float* y) {
+                                     int causal, int64_t window, int bfloat16, float* y) {
   packed_attention(query, key, value, offsets, sequences,
-                   AttentionShape{heads, key_heads, width, scale, causal != 0, window}, y, current_isa(), serially);
+                   AttentionShape{heads, key_heads, width, scale, causal != 0, window, bfloat16 != 0}, y, current_isa(),
+                   serially);
 }
 
 // pooling counts as in Pooling; pooled may be NULL.
@@ -164,7 +165,7 @@ RTX_EXPORT void rtx_read(const float* from, int64_t count, int64_t times) {
   unused = run(from, count, times);
 }
 
-// Functions of vectors: 0 e^x, 1 erf, 2 gelu, 3 gelu_tanh, 4 silu; count a multiple of 4.
+// Functions of vectors: 0 e^x, 1 gelu, 2 gelu_tanh, 3 silu; count a multiple of 4.
 RTX_EXPORT void rtx_map(int function, const float* x, int64_t count, float* y) {
   for (int64_t at = 0; at < count; at += 4) {
     const Floats4 values = load<Floats4>(x + at);
@@ -173,12 +174,9 @@ RTX_EXPORT void rtx_map(int function, const float* x, int64_t count, float* y) {
         store(y + at, exponential(values));
         break;
       case 1:
-        store(y + at, error_function(values));
-        break;
-      case 2:
         store(y + at, gelu(values));
         break;
-      case 3:
+      case 2:
         store(y + at, gelu_tanh(values));
         break;
       default:

@@ -121,7 +121,7 @@ def test_kept_layers_are_those_of_fp32_and_the_others_int8(exported: Exported, p
     np.testing.assert_allclose(outputs(form, EVERY), fp32, atol=2e-6)
     # The same as where the others' weights and inputs alone are rounded, in standard operators.
     rounded = outputs("int8", keep, exported("bert").graph)
-    assert np.abs(mixed - rounded).max() < 0.1 * np.abs(mixed - int8).max()
+    assert np.abs(mixed - rounded).max() < 0.25 * np.abs(mixed - int8).max()
     assert 1e-3 < np.linalg.norm(mixed - fp32) < np.linalg.norm(int8 - fp32)
 
 
