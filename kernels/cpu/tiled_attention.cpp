@@ -24,8 +24,8 @@ constexpr int64_t kTileNumbers = kTileRows * kTileDepth, kTileSums = kTileRows *
 constexpr int64_t kBlock = 2 * kTileRows;
 // Keys whose scores fit into the first cache.
 constexpr int64_t kGroup = 4 * kBlock;
-// 2^kMostScore times every number of keys and what values are used to be is still a number.
-constexpr float kMostScore = 64.0f;
+// 2^kMostScore times kMostValue (2^40) times every number of keys is still a number.
+constexpr float kMostScore = 64.0f, kMostValue = 1.09951163e12f;
 // Below every score, and still a number.
 constexpr float kUnseen = -3e38f;
 
@@ -47,7 +47,7 @@ RTX_AMX RTX_INLINE void split(__m512 a, __m512 b, __m512i* high, __m512i* low) {
 // rows[i][j] to rows[j][i].
 RTX_AMX RTX_INLINE void transpose(__m512i (&rows)[16]) {
   __m512i other[16];
-  // Pairs of rows, then of pairs: afterwards other[i] has columns i % 4 + {0, 4, 8, 12} of rows 4 * (i / 4) + 0 ... 3.
+  // Rows by twos, and these by twos.
   RTX_FOR (at, 8) {
     other[2 * at] = _mm512_unpacklo_epi32(rows[2 * at], rows[2 * at + 1]);
     other[2 * at + 1] = _mm512_unpackhi_epi32(rows[2 * at], rows[2 * at + 1]);
@@ -135,7 +135,8 @@ RTX_AMX void pack_keys(const float* from, int64_t stride, int64_t length, int64_
 }
 
 // Values to tiles [keys / 32][(width + 1) / 16], rows of which are 16 columns of two keys; the last column is 1.
-RTX_AMX void pack_values(const float* from, int64_t stride, int64_t length, int64_t width, Bfloat16* to) {
+// Returns the largest magnitude.
+RTX_AMX float pack_values(const float* from, int64_t stride, int64_t length, int64_t width, Bfloat16* to) {
   alignas(64) static constexpr struct Order {
     constexpr Order() : places() {
       for (uint16_t at = 0; at < kTileDepth; ++at) places[at] = uint16_t(at / 2 + at % 2 * kLanes);
@@ -145,18 +146,22 @@ RTX_AMX void pack_values(const float* from, int64_t stride, int64_t length, int6
   const __m512i order = _mm512_load_si512(kOrder.places);
   const __m512 one = _mm512_set1_ps(1.0f);
   const int64_t columns = tiles_of(width + 1, kLanes);
+  __m512 largest = one;
   for (int64_t column = 0; column < columns; ++column) {
     const __mmask16 lanes = first_lanes(width - column * kLanes);
     const __mmask16 ones = first_lanes(width + 1 - column * kLanes) & ~lanes;
     const float* numbers = from + column * kLanes;
     for (int64_t key = 0; key < tiles_of(length, kBlock) * kBlock; key += 2) {
       __m512 pair[2] = {};
-      for (int64_t at = 0; at < 2 && key + at < length; ++at)
+      for (int64_t at = 0; at < 2 && key + at < length; ++at) {
         pair[at] = _mm512_mask_mov_ps(_mm512_maskz_loadu_ps(lanes, numbers + (key + at) * stride), ones, one);
+        largest = _mm512_max_ps(_mm512_abs_ps(pair[at]), largest);
+      }
       _mm512_store_si512(to + (key / kBlock * columns + column) * kTileNumbers + key % kBlock / 2 * kTileDepth,
                          _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(pair[1], pair[0])));
     }
   }
+  return _mm512_reduce_max_ps(largest);
 }
 
 // One block of queries against 32 keys: scores, tiles of 16 by 16, of which those of the second 16 rows are `below`
@@ -290,9 +295,9 @@ RTX_AMX void find_largest(float* scores, int64_t begin, int64_t end, const Seen&
 // values of 0, whatever their weight.
 RTX_AMX void weigh(const float* scores, int64_t begin, int64_t end, const Seen& seen, const float* largest,
                    Bfloat16* weights) {
-  const bool bounded = seen.shape.causal || seen.shape.window >= 0;
+  const bool hides = seen.shape.causal || seen.shape.window >= 0;
   for (int64_t key = begin; key < end; key += kBlock, scores += 2 * kTileSums, weights += kTileNumbers) {
-    const bool all = !bounded || seen.all(key);
+    const bool all = !hides || seen.all(key);
     RTX_FOR (row, kTileRows) {
       const __m512 top = _mm512_set1_ps(largest[row]);
       __m512 a = rough_power_of_two(_mm512_load_ps(scores + row * kLanes) - top);
@@ -315,6 +320,7 @@ struct Task {
   int64_t chunks, columns;  // tiles of a query or key, and of a value with its 1
   const Bfloat16 *keys, *values;
   const __m512* most_key;
+  float most_value;
   // Room for a block:
   __m512* most_query;
   Bfloat16 *queries, *weights;
@@ -339,7 +345,7 @@ RTX_AMX Block prepare(const Task& task, int64_t head, int64_t first) {
                factor, task.queries, task.most_query);
   __m512 bound = {};
   for (int64_t at = 0; at < 2 * task.chunks; ++at) bound += task.most_query[at] * task.most_key[at];
-  if (!(_mm512_reduce_add_ps(bound) <= kMostScore)) {
+  if (!(_mm512_reduce_add_ps(bound) <= kMostScore && task.most_value <= kMostValue)) {
     block.small = false;
     block.group = block.end - block.begin;
   }
@@ -444,7 +450,7 @@ RTX_AMX void tiled_attention(const float* query, const float* key, const float* 
     if (counting) scratch.resize(std::max(scratch.size(), size_t(reinterpret_cast<uintptr_t>(room) + 64)));
   }
   pack_keys(key, row, length, width, keys, most_key);
-  pack_values(value, row, length, width, values);
+  task.most_value = pack_values(value, row, length, width, values);
   const Tiles tiles;
   for (Block block = prepare(task, 0, 0); block.rows > 0;)
     block = block.rows > kTileRows ? attend<true>(task, block) : attend<false>(task, block);

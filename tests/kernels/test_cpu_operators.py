@@ -431,6 +431,20 @@ def test_attention_in_bfloat16_with_a_row_that_is_not_finite(operators: ctypes.C
         np.testing.assert_allclose(found[:3], expected[:3], atol=0.02)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_attention_over_values_of_any_size(operators: ctypes.CDLL, bfloat16: bool) -> None:
+    random = np.random.default_rng(6)
+    offsets = np.array([0, 150], dtype=np.int64)
+    query, key, value = (2 * random.standard_normal((150, 1, 32)).astype(np.float32) for _ in range(3))
+    for size in (1e-30, 1e30):
+        given_ = (query, key, np.float32(size) * value, offsets)
+        found, expected = (
+            attention(operators, *given_, scale=0.18, bfloat16=bfloat16),
+            packed_attention(*given_, scale=0.18),
+        )
+        assert np.abs(found - expected).max() <= 2.0**-7 * np.abs(given_[2]).max()
+
+
 def test_attention_on_what_goes_wrong_elsewhere(operators: ctypes.CDLL) -> None:
     random = np.random.default_rng(5)
     offsets = np.array([0, 8192 // 8, 8192 // 8 + 3], dtype=np.int64)
