@@ -246,17 +246,21 @@ def linear_cases(operators: ctypes.CDLL, caches: Mapping[str, int]) -> Iterator[
     random = np.random.default_rng(0)
     for layer in LAYERS:
         plain = Layer(layer.model, layer.inputs, layer.outputs)
-        columns = sum(layer.outputs)
-        values = random.integers(1, 256, (layer.inputs, columns), dtype=np.uint8)
-        scale = np.full(columns, 0.01 / math.sqrt(layer.inputs), dtype=np.float32)
-        weight = Int8Weight(values, scale, (values - 128.0).sum(axis=0).astype(np.float32) * scale)
+        weight = random_weight(random, layer)
         copies = copies_of(weight, layer, caches)
         packed = [packed_weight(operators, weight, layer.outputs, copy) for copy in copies]
         for kind, tokens in itertools.product([layer] if layer == plain else [plain, layer], TOKENS):
             # Many tokens read a weight so often that it matters little where it lay before.
-            near = tokens < TOKENS[-1] and values.nbytes <= 3 * caches[L2] // 4
+            near = tokens < TOKENS[-1] and weight.values.nbytes <= 3 * caches[L2] // 4
             for used in [packed[:1], packed] if near else [packed]:
                 yield linear_case(operators, kind, weight, used, tokens, copies)
+
+
+def random_weight(random: np.random.Generator, layer: Layer) -> Int8Weight:
+    columns = sum(layer.outputs)
+    values = random.integers(1, 256, (layer.inputs, columns), dtype=np.uint8)
+    scale = np.full(columns, 0.01 / math.sqrt(layer.inputs), dtype=np.float32)
+    return Int8Weight(values, scale, (values - 128.0).sum(axis=0).astype(np.float32) * scale)
 
 
 def copies_of(weight: Int8Weight, layer: Layer, caches: Mapping[str, int]) -> NDArray[np.int8]:
