@@ -10,16 +10,26 @@ from typing import cast
 
 import click
 
+from rtx.export.engines import BUILDABLE, EngineOptions
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
+from rtx.export.tensorrt import TARGETS
 from rtx.export.variants import ON_CPU, VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
+from rtx.runtime.manifest import EngineEntry, Target
 
 _AUTO = "auto"
+
+
+def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in (given or "").split(",") if number.strip())
+    except ValueError:
+        raise click.BadParameter(f"expected whole numbers with commas between them, got '{given}'") from None
 
 
 @click.command()
@@ -62,6 +72,24 @@ _AUTO = "auto"
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime while measuring; default: all cores."
 )
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    help=f"Also build engines of {' and '.join(BUILDABLE)}: tensorrt-rtx ahead of time, without a GPU; tensorrt for "
+    "the GPU of this machine.",
+)
+@click.option(
+    "--sm",
+    "capabilities",
+    callback=_numbers,
+    help="For tensorrt-rtx: compute capabilities to build for, as 80,86,89,120.",
+)
+@click.option(
+    "--lengths",
+    callback=_numbers,
+    help="Ends of the buckets of lengths that engines are tuned for, in tokens, as 32,128,512; default: those that "
+    "fit the texts of --eval best.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(
     checkpoint: str,
@@ -76,6 +104,9 @@ def export(
     max_ndcg_drop: float,
     min_cosine: float | None,
     threads: int | None,
+    target: Target | None,
+    capabilities: tuple[int, ...],
+    lengths: tuple[int, ...],
     overwrite: bool,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs, through the gate.
@@ -86,6 +117,8 @@ def export(
     check_target(output, overwrite=overwrite)
     if candidates is not None and eval_dir is None:
         raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
+    if target is None and (capabilities or lengths):
+        raise UsageError("--sm and --lengths: are of engines, which --target asks for")
     evalset = load_evalset(eval_dir, split=split) if eval_dir is not None else None
     options = ExportOptions(
         variants=_expanded(variants),
@@ -97,6 +130,7 @@ def export(
         max_ndcg_drop=max_ndcg_drop,
         min_cosine=min_cosine,
         mixed=_AUTO in variants,
+        engines=None if target is None else EngineOptions(target=target, capabilities=capabilities, lengths=lengths),
         threads=threads,
         overwrite=overwrite,
         command=shlex.join(["rtx", *_without_folders(sys.argv[1:])]),
@@ -160,6 +194,8 @@ def _print(outcome: Outcome, output: Path) -> None:
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
+    for file, engine in outcome.manifest.engines.items():
+        click.echo(f"{file}: {_engine(engine)}, {outcome.manifest.files[file].bytes / 1e6:,.1f} MB")
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
 
 
@@ -170,6 +206,14 @@ def _mixed(mixed: Mixed) -> str:
     quality += [] if without.ranking is None else [f"NDCG@{without.ranking.k} {without.ranking.difference:+.4f}"]
     layers = f"{len(mixed.kept)} of {mixed.layers} layers in float32"
     return f"{layers} (without: {', '.join(quality)}): {in_words(mixed.kept)}"
+
+
+def _engine(engine: EngineEntry) -> str:
+    """What it was built with and for; that it has run nowhere is what the docs say of all of them."""
+    capabilities = f", sm {' '.join(map(str, engine.capabilities))}" if engine.capabilities else ""
+    ends = [str(profile["tokens"][2]) for profile in engine.profiles if "tokens" in profile]
+    buckets = f", up to {' '.join(ends)} tokens" if ends else ""
+    return f"{engine.target} {engine.version}{capabilities}{buckets}"
 
 
 def _speed(name: VariantName, outcome: Outcome) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from rtx.export.engines import EngineOptions, build_engines, token_lengths
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import Graphs, check_exportable, export_graphs
 from rtx.export.mixed import Mixed, Mixer, fails_on_quality
@@ -76,6 +77,7 @@ class ExportOptions:
         min_cosine: least cosine to PyTorch on the golden inputs that a variant other than fp32 may have; None for the
             precision's own limit.
         mixed: whether layers of an int8 variant may stay float32 where it fails on quality.
+        engines: what to build of the variants that pass; None for no engines.
         threads: of ONNX Runtime, for ranking and speed.
         overwrite: replace a bundle that is there.
         command: for the record.
@@ -93,6 +95,7 @@ class ExportOptions:
     max_ndcg_drop: float = MAX_NDCG_DROP
     min_cosine: float | None = None
     mixed: bool = False
+    engines: EngineOptions | None = None
     threads: int | None = None
     overwrite: bool = False
     command: str = ""
@@ -141,7 +144,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
     Raises:
         UsageError: something is in the way at the target, or the options do not fit the model.
         CheckpointError: the checkpoint cannot be opened.
-        ExportError: the graph cannot be made.
+        ExportError: the graph, or an engine of it, cannot be made.
         GateError: the plain graph or every variant failed the gate; nothing was written.
     """
     check_target(target, overwrite=options.overwrite)
@@ -164,6 +167,10 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         remove_unused(folder, {file for pair in files.values() for file in pair if file is not None})
         notify("comparing speed")
         seconds = _measure_speed(gate, folder, files, options.threads)
+        engines = {}
+        if options.engines is not None:
+            lengths = token_lengths(gate.preprocessor, options.evalset, options.candidates)
+            engines = build_engines(folder, files, model.contract, options.engines, lengths, notify=notify)
         manifest = write_bundle(
             folder,
             model,
@@ -174,6 +181,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             command=options.command,
             seconds=seconds,
             mixed=mixed,
+            engines=engines,
             default_variant=choose_default(seconds),
         )
     return Outcome(manifest, verdicts, gate.reference, seconds, mixed)
@@ -211,6 +219,8 @@ def _load(source: str, options: ExportOptions) -> RetrievalModel:
         raise UsageError(f"variants: {source} takes no images, so that there is no {' and no '.join(unknown)}")
     settings = {"max_tokens": options.max_tokens, "truncate_dim": options.dimensions}
     model.configure(**{name: value for name, value in settings.items() if value is not None})
+    if options.engines is not None:
+        options.engines.check(options.variants, model.contract.max_tokens)
     return model
 
 

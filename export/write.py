@@ -21,6 +21,7 @@ from rtx.runtime.manifest import (
     GOLDEN_FILE,
     MANIFEST_FILE,
     TOKENIZER_FILE,
+    EngineEntry,
     FileEntry,
     Manifest,
     Provenance,
@@ -43,12 +44,13 @@ def write_bundle(
     command: str,
     seconds: Mapping[VariantName, float],
     mixed: Mapping[VariantName, Mixed],
+    engines: Mapping[str, EngineEntry],
     default_variant: VariantName,
 ) -> Manifest:
     """Write everything beside the graphs, the manifest last.
 
     Args:
-        folder: holds the graphs that passed, and nothing else.
+        folder: holds the graphs that passed, their engines, and nothing else.
         model: that they were made from.
         gate: that they passed.
         verdicts: on all variants.
@@ -57,6 +59,7 @@ def write_bundle(
         command: for the record.
         seconds: of one pass over the golden items, for each variant that is in the bundle.
         mixed: how those came to pass that have layers in float32.
+        engines: that lie in the folder, by file.
         default_variant: the one that is opened where none is named.
     """
     write_side_files(model, folder)
@@ -102,6 +105,7 @@ def write_bundle(
         },
         provenance=provenance,
         rejected={variant: "; ".join(found.failures) for variant, found in verdicts.items() if found.failures},
+        engines=dict(engines),
     )
     (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
     return manifest

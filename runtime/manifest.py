@@ -47,6 +47,8 @@ class Tolerance:
 
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+Target = Literal["tensorrt-rtx", "tensorrt"]
+"""What engines are built with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,30 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineEntry:
+    """An engine of TensorRT, built ahead of time. It runs with what it was built for and with nothing else.
+
+    Attributes:
+        target: which TensorRT.
+        version: of it.
+        graph: path of the graph in the bundle that it was built from.
+        graph_sha256: of that graph's file.
+        capabilities: compute capabilities that it was built for, as 89; none with classic TensorRT, which builds for
+            the GPU at hand.
+        profiles: of each bucket of sizes, the least, best and largest size of the graph's axes by their names.
+        layers: how many there are of each kind and type of what they give, "SOFTMAX FLOAT".
+    """
+
+    target: Target
+    version: str
+    graph: str
+    graph_sha256: str
+    capabilities: tuple[int, ...]
+    profiles: tuple[dict[str, tuple[int, ...]], ...]
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where a bundle comes from.
 
@@ -101,7 +127,19 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that the runtime needs to know of a bundle before it opens a graph."""
+    """Everything that the runtime needs to know of a bundle before it opens a graph.
+
+    Attributes:
+        format_version: of bundles.
+        name: of the bundle.
+        contract: of the model.
+        variants: by name.
+        default_variant: the one that is opened where none is named.
+        files: all of the bundle but this one.
+        provenance: where it comes from.
+        rejected: variants that did not pass the gate, and why.
+        engines: by file.
+    """
 
     format_version: int
     name: str
@@ -111,13 +149,17 @@ class Manifest:
     files: dict[str, FileEntry]
     provenance: Provenance
     rejected: dict[str, str] = field(default_factory=dict)
+    engines: dict[str, EngineEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.default_variant not in self.variants:
             raise ValueError(f"default_variant: '{self.default_variant}' is not one of {', '.join(self.variants)}")
         listed = {file for v in self.variants.values() for file in (*v.graphs, *v.external)}
-        if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed} - set(self.files)):
+        if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed, *self.engines} - set(self.files)):
             raise ValueError(f"files: {', '.join(absent)} missing")
+        for file, engine in self.engines.items():
+            if engine.graph not in self.files or self.files[engine.graph].sha256 != engine.graph_sha256:
+                raise ValueError(f"engines: {file} was built from another {engine.graph}")
         if outside := sorted(file for file in self.files if not _is_inside(file)):
             raise ValueError(f"files: {', '.join(outside)}: expected plain paths inside the bundle")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -82,6 +83,10 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "default_variant": manifest.default_variant,
         "variants": variants,
         "rejected": manifest.rejected,
+        "engines": {
+            file: {**dataclasses.asdict(engine), "bytes": manifest.files[file].bytes}
+            for file, engine in manifest.engines.items()
+        },
         "provenance": dataclasses.asdict(manifest.provenance),
     }
 
@@ -142,6 +147,7 @@ def _show(found: Mapping[str, Any]) -> None:
         size = _size(found["bytes"])
         _print_pairs(f"{found['name']}: a bundle of format version {found['format_version']}, {size}", {})
         _print_variants(found)
+        _print_engines(found["engines"])
         _print_pairs("Contract", _contract_rows(found["contract"]))
         provenance = dict(found["provenance"])
         versions = provenance.pop("versions")
@@ -214,6 +220,33 @@ def _print_variants(found: Mapping[str, Any]) -> None:
     _print_table("Variants, against PyTorch in fp32", columns, rows)
     if found["rejected"]:
         _print_pairs("Did not pass the gate", found["rejected"])
+
+
+def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
+    if not engines:
+        return
+    rows = []
+    for file, engine in engines.items():
+        types = Counter({name.split()[1]: 0 for name in engine["layers"]})
+        for name, count in engine["layers"].items():
+            types[name.split()[1]] += count
+        rows.append(
+            (
+                Path(file).name,
+                f"{engine['target']} {engine['version']}",
+                " ".join(map(str, engine["capabilities"])) or "this GPU",
+                _size(engine["bytes"]),
+                _axes(engine["profiles"]),
+                ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),
+            )
+        )
+    _print_table("Engines", ("engine", "built with", "sm", "size", "buckets", "layers by type"), rows)
+
+
+def _axes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """Each axis with the largest size of each bucket."""
+    sizes = {axis: [profile[axis][2] for profile in profiles] for axis in profiles[0]}
+    return "; ".join(f"{axis} {' '.join(map(str, ends))}" for axis, ends in sizes.items())
 
 
 def _precision(variant: Mapping[str, Any]) -> str:

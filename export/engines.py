@@ -1,0 +1,154 @@
+"""The engines of a bundle: which graphs are built, for what sizes, and what is noted of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rtx.export.buckets import BATCH_TOKENS, check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
+from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
+from rtx.export.variants import Files, VariantName
+from rtx.runtime.candidates import Candidates
+from rtx.runtime.contract import Contract
+from rtx.runtime.errors import ItemError, UsageError
+from rtx.runtime.evalset import EvalSet
+from rtx.runtime.hashing import sha256_of
+from rtx.runtime.manifest import EngineEntry, Target
+from rtx.runtime.preprocessor import Preprocessor
+
+Item = TypeVar("Item")
+
+BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16")
+"""Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
+# Texts that are enough to know how long they are.
+_LENGTHS = 4096
+# Images of a batch, where each becomes a vector or visual tokens by itself.
+_IMAGES = (1, 8, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What engines to build.
+
+    Attributes:
+        target: which TensorRT.
+        capabilities: compute capabilities, as 89; none for classic TensorRT.
+        lengths: ends of buckets, in tokens; empty to find them: of the evaluation set's texts if there is one.
+    """
+
+    target: Target
+    capabilities: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    def check(self, variants: Iterable[VariantName], max_tokens: int) -> None:
+        """Before any work is done.
+
+        Raises:
+            UsageError: no engine can be built of one of the variants, or not for these capabilities or lengths.
+            ExportError: this TensorRT is not there.
+        """
+        if others := [name for name in variants if name not in BUILDABLE]:
+            raise UsageError(
+                f"--target {self.target}: engines are built of {' and '.join(BUILDABLE)}, not of {', '.join(others)}"
+            )
+        check_lengths(self.lengths, max_tokens)
+        check_capabilities(load_tensorrt(self.target), self.target, self.capabilities)
+
+
+def build_engines(
+    folder: Path,
+    files: Mapping[VariantName, Files],
+    contract: Contract,
+    options: EngineOptions,
+    lengths: Sequence[int] = (),
+    *,
+    notify: Callable[[str], None],
+) -> dict[str, EngineEntry]:
+    """Build an engine of each graph and write it into the bundle's folder.
+
+    Args:
+        folder: of the bundle.
+        files: the graphs of each variant.
+        contract: of the model.
+        options: what to build.
+        lengths: tokens of texts as they are served, for buckets that fit them.
+        notify: told of each graph.
+
+    Returns:
+        What is noted of each engine, by its file.
+
+    Raises:
+        ExportError: an engine cannot be built.
+    """
+    ends = _ends(contract, options, lengths)
+    plan: dict[str, list[Profile]] = {}
+    for pair in files.values():
+        plan[pair.tokens] = token_profiles(contract, ends)
+        if pair.image is not None:
+            plan[pair.image] = image_profiles(contract)
+    (folder / "engines").mkdir(exist_ok=True)
+    found: dict[str, EngineEntry] = {}
+    for graph, profiles in plan.items():
+        file = f"engines/{Path(graph).stem}.{options.target}.engine"
+        notify(f"{file}: building, {len(profiles)} profile{'s' * (len(profiles) > 1)}")
+        built = build_engine(folder / graph, profiles, target=options.target, capabilities=options.capabilities)
+        (folder / file).write_bytes(built.content)
+        found[file] = EngineEntry(
+            target=options.target,
+            version=built.version,
+            graph=graph,
+            graph_sha256=sha256_of(folder / graph),
+            capabilities=options.capabilities,
+            profiles=tuple(dict(profile) for profile in profiles),
+            layers=built.network.layers,
+        )
+    return found
+
+
+def token_lengths(preprocessor: Preprocessor, evalset: EvalSet | None, candidates: Candidates | None) -> list[int]:
+    """Tokens of an evaluation set's texts, or of its queries with their candidates; of large sets some."""
+    if evalset is None:
+        return []
+    if candidates is not None:
+        pairs = [(query, found.document) for query in candidates for found in candidates[query]]
+        rows = preprocessor.encode_pairs([(evalset.queries[q], evalset.corpus[d]) for q, d in _some(pairs)])
+    else:
+        rows = preprocessor.encode(_some([*evalset.queries.values(), *evalset.corpus.values()]))
+    return [row.length for row in rows if not isinstance(row, ItemError) and row.ids]
+
+
+def _some(items: Sequence[Item]) -> Sequence[Item]:
+    return items[:: max(1, len(items) // _LENGTHS)]
+
+
+def token_profiles(contract: Contract, ends: Sequence[int]) -> list[Profile]:
+    """Sizes of what has tokens: one profile for each bucket of lengths."""
+    if contract.fixed_tokens:
+        return [{"batch": row_range(contract.fixed_tokens)}]
+    profiles = []
+    for ranges in length_ranges(ends):
+        rows = row_range(ranges[2])
+        # Of these tokens some may stand for parts of images.
+        visual = (1, rows[1] * ranges[1], rows[2] * ranges[2])
+        profiles.append({"batch": rows, "tokens": ranges, "visual_tokens": visual})
+    return profiles
+
+
+def image_profiles(contract: Contract) -> list[Profile]:
+    """Sizes of images: one profile for each bucket of sizes, where these differ."""
+    if contract.visual is None or contract.images is None:
+        return [{"images": _IMAGES}]
+    most = max(1, contract.images.max_pixels // contract.images.factor**2)
+    profiles = []
+    for ranges in length_ranges(spread_lengths(most), least=1):
+        images = max(1, min(_IMAGES[2], BATCH_TOKENS // ranges[2]))
+        profiles.append({"images": (1, min(images, _IMAGES[1]), images), "image_tokens": ranges})
+    return profiles
+
+
+def _ends(contract: Contract, options: EngineOptions, lengths: Sequence[int]) -> tuple[int, ...]:
+    if options.lengths:
+        return check_lengths(options.lengths, contract.max_tokens)
+    return fit_lengths(lengths, contract.max_tokens)

@@ -1,0 +1,261 @@
+"""A graph to a TensorRT engine, ahead of time: with TensorRT-RTX on a machine without a GPU.
+
+    onnx -> network, strongly typed -> checked against the graph -> one profile per bucket of lengths -> engine
+
+Every number has the type that the graph gives it: what stays float32 in an fp16 graph does so in its engine. An engine
+belongs to the graph that it was built from, the version of TensorRT, the compute capabilities and the profiles; it is
+never built when a request comes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx_ir as ir
+
+from rtx.runtime.errors import ExportError, UsageError, install_command
+from rtx.runtime.manifest import Target
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+Range = tuple[int, int, int]
+"""Least, best and largest size of an axis."""
+Profile = dict[str, Range]
+"""Of one bucket: ranges by the graph's names of its axes."""
+
+_INSTALL: dict[Target, str] = {"tensorrt-rtx": install_command("tensorrt-rtx"), "tensorrt": "pip install tensorrt"}
+_MODULES: dict[Target, tuple[str, ...]] = {
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "tensorrt": ("tensorrt",),
+}
+_TYPES = {
+    ir.DataType.FLOAT: "FLOAT",
+    ir.DataType.FLOAT16: "HALF",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.INT64: "INT64",
+    ir.DataType.INT32: "INT32",
+    ir.DataType.BOOL: "BOOL",
+}
+# What an axis is called that is so many times another one: "4*image_tokens".
+_MULTIPLE = re.compile(r"(?:(\d+)\s*\*\s*)?(\w+)")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What TensorRT has read of a graph.
+
+    Attributes:
+        inputs, outputs: type and shape by name; -1 for an axis of any size.
+        layers: how many there are of each kind and type of what they give, "SOFTMAX FLOAT".
+    """
+
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
+    layers: dict[str, int]
+
+    def count(self, kind: str, dtype: str | None = None) -> int:
+        """Layers of a kind, whose output is of a type."""
+        return sum(
+            count for name, count in self.layers.items() if name.split()[0] == kind and dtype in (None, name.split()[1])
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialised engine, and what is known of it."""
+
+    content: bytes
+    network: Network
+    version: str
+
+
+def load_tensorrt(target: Target) -> Any:
+    """TensorRT's module.
+
+    Raises:
+        ExportError: it is not installed, or cannot be loaded; says how to install it.
+    """
+    reasons = []
+    for name in _MODULES[target]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError, RuntimeError) as broken:
+            reasons.append(f"{name}: {broken}")
+    why = "; ".join(reasons) or "it is not installed"
+    raise ExportError(f"{target}: {why}. It comes with: {_INSTALL[target]}")
+
+
+def capability_names(trt: Any) -> list[int]:
+    """Compute capabilities that engines can be built for ahead of time, as in `--sm`; none with classic TensorRT."""
+    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    return sorted(int(name.removeprefix("SM")) for name in names if name.startswith("SM"))
+
+
+def check_capabilities(trt: Any, target: Target, capabilities: Sequence[int]) -> None:
+    """
+    Raises:
+        UsageError: there are none where some are needed, or some that this TensorRT does not build for.
+    """
+    if target == "tensorrt":
+        if capabilities:
+            raise UsageError(
+                "--sm: classic TensorRT builds for the GPU of this machine alone; --target tensorrt-rtx "
+                "builds for others"
+            )
+        return
+    known = capability_names(trt)
+    if not capabilities or (unknown := [sm for sm in capabilities if sm not in known]):
+        given = ", ".join(map(str, unknown if capabilities else [])) or "none"
+        hint = "; sm_90 and sm_100 need --target tensorrt, on such a GPU" if {90, 100} & {*capabilities} else ""
+        raise UsageError(f"--sm: expected some of {', '.join(map(str, known))}, got {given}{hint}")
+
+
+def read_network(trt: Any, graph: Path, *, target: Target) -> tuple[Any, Any, Any]:
+    """A graph as TensorRT reads it: builder, network and parser, which live as long as the network is used.
+
+    Raises:
+        ExportError: TensorRT does not take the graph, or has no GPU and needs one.
+    """
+    logger = _Logger(trt)
+    try:
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    except Exception as broken:  # its bindings raise classes of their own, and TypeError where there is no GPU
+        needs = " Classic TensorRT builds on a machine with the GPU that it builds for." if target == "tensorrt" else ""
+        raise ExportError(f"{target}: cannot start: {broken}.{needs}") from broken
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = "; ".join(str(parser.get_error(at)).strip() for at in range(parser.num_errors))
+        raise ExportError(f"{target}: does not take {graph.name}: {errors}")
+    return builder, network, parser
+
+
+def describe_network(network: Any) -> Network:
+    """What is in a parsed network."""
+
+    def sides(count: int, of: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+        tensors = [of(at) for at in range(count)]
+        return {tensor.name: (tensor.dtype.name, tuple(tensor.shape)) for tensor in tensors}
+
+    layers: Counter[str] = Counter()
+    for at in range(network.num_layers):
+        layer = network.get_layer(at)
+        dtype = layer.get_output(0).dtype.name if layer.num_outputs else "NONE"
+        layers[f"{layer.type.name} {dtype}"] += 1
+    return Network(
+        inputs=sides(network.num_inputs, network.get_input),
+        outputs=sides(network.num_outputs, network.get_output),
+        layers=dict(sorted(layers.items())),
+    )
+
+
+def check_network(network: Network, graph: ir.Model) -> None:
+    """Hold what TensorRT has read against the graph: names, types and fixed sizes of all inputs and outputs.
+
+    Raises:
+        ExportError: something is another.
+    """
+    for kind, found, wanted in (
+        ("input", network.inputs, graph.graph.inputs),
+        ("output", network.outputs, graph.graph.outputs),
+    ):
+        expected = {str(value.name): (_type_of(value), _sizes(value)) for value in wanted}
+        if found != expected:
+            names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+            raise ExportError(
+                "; ".join(
+                    f"{kind} '{name}': the graph has {expected.get(name)}, TensorRT read {found.get(name)}"
+                    for name in names
+                )
+            )
+
+
+def build_engine(
+    graph: Path, profiles: Sequence[Profile], *, target: Target, capabilities: Sequence[int] = ()
+) -> Built:
+    """Build a graph's engine.
+
+    Args:
+        graph: in ONNX, in the precision that the engine is to have.
+        profiles: one for each bucket: a range for each of the graph's axes of any size.
+        target: which TensorRT.
+        capabilities: compute capabilities to build for, as 89; none with classic TensorRT, which takes this machine's.
+
+    Raises:
+        UsageError: the capabilities are not those that it builds for.
+        ExportError: TensorRT is not there, does not take the graph, reads it otherwise than it is, or cannot build it.
+    """
+    trt = load_tensorrt(target)
+    check_capabilities(trt, target, capabilities)
+    model = ir.load(graph)
+    builder, network, _parser = read_network(trt, graph, target=target)
+    described = describe_network(network)
+    check_network(described, model)
+    config = builder.create_builder_config()
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for at, capability in enumerate(capabilities):
+            config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability}"], at)
+    for ranges in profiles:
+        profile = builder.create_optimization_profile()
+        for value in model.graph.inputs:
+            shapes = shapes_of(value, ranges)
+            if len({*shapes}) > 1:
+                profile.set_shape(str(value.name), *shapes)
+        config.add_optimization_profile(profile)
+    content = builder.build_serialized_network(network, config)
+    if content is None:
+        raise ExportError(f"{target}: could not build {graph.name}: {builder.logger.last or 'it does not say why'}")
+    return Built(bytes(content), described, str(trt.__version__))
+
+
+def shapes_of(value: ir.Value, ranges: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Least, best and largest shape of an input.
+
+    Raises:
+        ExportError: the graph has an axis of which no range is known.
+    """
+    axes = [_range(str(value.name), axis, ranges) for axis in value.shape or ()]
+    least, best, largest = (tuple(axis[at] for axis in axes) for at in range(3))
+    return least, best, largest
+
+
+def _range(name: str, axis: int | ir.SymbolicDim, ranges: Profile) -> Range:
+    if isinstance(axis, int):
+        return axis, axis, axis
+    found = _MULTIPLE.fullmatch(str(axis.value).strip("()"))
+    if found is None or found[2] not in ranges:
+        raise ExportError(f"input '{name}': no range is known of its axis '{axis.value}'")
+    times = int(found[1] or 1)
+    least, best, largest = ranges[found[2]]
+    return times * least, times * best, times * largest
+
+
+def _type_of(value: ir.Value) -> str:
+    return str(value.dtype) if value.dtype is None else _TYPES.get(value.dtype, value.dtype.name)
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    return tuple(axis if isinstance(axis, int) else -1 for axis in value.shape or ())
+
+
+def _Logger(trt: Any) -> Any:  # noqa: N802 - a class, whose base is known only here
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps what went wrong for the error, and is silent."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last = message.strip()
+
+    return Logger()

@@ -1,0 +1,226 @@
+"""Engines of TensorRT-RTX, built for four kinds of GPUs on a machine without any: real ones, of tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+
+from rtx.export import tensorrt
+from rtx.export.engines import EngineOptions, image_profiles, token_lengths, token_profiles
+from rtx.export.graphs import export_graphs
+from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.export.tensorrt import build_engine, check_network, describe_network, load_tensorrt, read_network, shapes_of
+from rtx.export.variants import derive, save
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.candidates import Candidate
+from rtx.runtime.cli import main
+from rtx.runtime.errors import BundleError, ExportError, UsageError
+from rtx.runtime.evalset import EvalSet
+from rtx.runtime.manifest import Manifest
+from rtx.trainer.model import RetrievalModel
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
+SM = (80, 86, 89, 120)
+# Inputs by type, as TensorRT calls it.
+INT64, FLOAT, HALF = "INT64", "FLOAT", "HALF"
+
+try:
+    load_tensorrt("tensorrt-rtx")
+except ExportError as missing:
+    pytestmark = pytest.mark.skip(reason=str(missing))
+
+
+def build(graph: ir.Model, profiles: Any, folder: Path, precision: Any) -> tensorrt.Built:
+    file = folder / f"{precision}.onnx"
+    save(derive(precision, graph), file)
+    built = build_engine(file, profiles, target="tensorrt-rtx", capabilities=SM)
+    assert built.version == load_tensorrt("tensorrt-rtx").__version__
+    assert len(built.content) > 10_000
+    return built
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("bert", "embed"),
+        ("roberta", "embed"),
+        ("mpnet", "embed"),
+        ("modernbert", "embed"),
+        ("deberta-v2", "rerank"),
+        ("qwen3", "embed"),
+        ("qwen3-chat", "rerank"),
+    ],
+)
+def test_engines_of_texts(exported: Callable[..., Any], tmp_path: Path, architecture: str, task: str) -> None:
+    model, graph = exported(architecture, task)
+    profiles = token_profiles(model.contract, (16, model.contract.max_tokens))
+    for precision in ("fp32", "fp16"):
+        network = build(graph, profiles, tmp_path, precision).network
+        assert network.inputs == dict.fromkeys(model.contract.inputs, (INT64, (-1, -1)))
+        dtype, shape = network.outputs[model.contract.output]
+        assert (dtype, len(shape)) == (FLOAT, 2 if task == "embed" else 1)
+        # What overflows or loses ties in half precision is not in half precision.
+        assert network.count("SOFTMAX") == network.count("SOFTMAX", FLOAT) > 0
+        assert network.count("NORMALIZATION", HALF) == network.count("REDUCE", HALF) == 0
+        assert (network.count("MATRIX_MULTIPLY", HALF) > 0) == (precision == "fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_vl", "clip", "siglip"])
+def test_engines_of_images(tmp_path: Path, kind: str) -> None:
+    TINY[f"write_tiny_{kind}"](tmp_path / "model")
+    model = RetrievalModel.load(str(tmp_path / "model"))
+    graphs = export_graphs(model)
+    assert graphs.image is not None
+    ends = (16, model.contract.max_tokens)
+    for precision in ("fp32", "fp16"):
+        tokens = build(graphs.tokens, token_profiles(model.contract, ends), tmp_path, precision).network
+        image = build(graphs.image, image_profiles(model.contract), tmp_path, precision).network
+        assert tokens.count("MATRIX_MULTIPLY", HALF) > 0 or precision == "fp32"
+        assert image.count("MATRIX_MULTIPLY", HALF) > 0 or precision == "fp32"
+        assert {name: dtype for name, (dtype, _) in image.outputs.items()} == dict.fromkeys(image.outputs, FLOAT)
+
+
+def test_what_was_read_is_held_against_the_graph(exported: Callable[..., Any], tmp_path: Path) -> None:
+    graph = exported("bert").graph
+    save(graph, tmp_path / "model.onnx")
+    trt = load_tensorrt("tensorrt-rtx")
+    _builder, network, _parser = read_network(trt, tmp_path / "model.onnx", target="tensorrt-rtx")
+    found = describe_network(network)
+    check_network(found, graph)
+    graph.graph.inputs[0].dtype = ir.DataType.INT32
+    with pytest.raises(ExportError, match=r"input 'input_ids': the graph has \('INT32', \(-1, -1\)\), TensorRT read"):
+        check_network(found, graph)
+    graph.graph.inputs[0].dtype = ir.DataType.INT64
+    graph.graph.outputs[0].shape = ir.Shape(["batch", 5])
+    with pytest.raises(ExportError, match="output 'sentence_embedding': the graph has"):
+        check_network(found, graph)
+    graph.graph.outputs[0].name = "vector"
+    with pytest.raises(ExportError, match=r"output 'vector': the graph has .* TensorRT read None"):
+        check_network(found, graph)
+
+
+def test_ranges_of_axes() -> None:
+    value = ir.Value(name="pixels", shape=ir.Shape(["images", "4*image_tokens", 1536]))
+    ranges = {"images": (1, 2, 4), "image_tokens": (1, 8, 16)}
+    assert shapes_of(value, ranges) == ((1, 4, 1536), (2, 32, 1536), (4, 64, 1536))
+    with pytest.raises(ExportError, match=r"input 'pixels': no range is known of its axis '4\*image_tokens'"):
+        shapes_of(value, {"images": (1, 2, 4)})
+
+
+def test_graphs_that_tensorrt_does_not_take(exported: Callable[..., Any], tmp_path: Path) -> None:
+    model, graph = exported("bert")
+    save(derive("int8", graph), tmp_path / "model.onnx")
+    profiles = token_profiles(model.contract, (64,))
+    with pytest.raises(ExportError, match=r"tensorrt-rtx: does not take model.onnx: In node .*QuantizeLinear"):
+        build_engine(tmp_path / "model.onnx", profiles, target="tensorrt-rtx", capabilities=SM)
+
+
+def test_options() -> None:
+    rtx = EngineOptions(target="tensorrt-rtx", capabilities=SM, lengths=(16, 32))
+    rtx.check(("fp32", "fp16"), 64)
+    with pytest.raises(UsageError, match="--target tensorrt-rtx: engines are built of fp32 and fp16, not of int8"):
+        rtx.check(("fp32", "int8"), 64)
+    with pytest.raises(UsageError, match="model's limit of 20, got"):
+        rtx.check(("fp32",), 20)
+    with pytest.raises(UsageError, match=r"--sm: expected some of 75, 80, .*, got none"):
+        EngineOptions(target="tensorrt-rtx").check(("fp32",), 64)
+    with pytest.raises(UsageError, match="got 90; sm_90 and sm_100 need --target tensorrt, on such a GPU"):
+        EngineOptions(target="tensorrt-rtx", capabilities=(80, 90)).check(("fp32",), 64)
+
+
+def test_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(ExportError, match=r"tensorrt: .*pip install tensorrt$"):
+        EngineOptions(target="tensorrt").check(("fp32",), 64)
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ExportError, match=r"tensorrt-rtx: .* It comes with: pip install 'rtx-retrieval\[tensorrt"):
+        load_tensorrt("tensorrt-rtx")
+
+
+def test_lengths_of_texts(exported: Callable[..., Any], evalset: EvalSet) -> None:
+    preprocessor = exported("bert")[0].preprocessor
+    found = token_lengths(preprocessor, evalset, None)
+    assert len(found) == len(evalset.queries) + len(evalset.corpus)
+    assert min(found) > 2
+    assert token_lengths(preprocessor, None, None) == []
+    reranker = exported("bert", "rerank")[0].preprocessor
+    pairs = token_lengths(reranker, evalset, {"q0": [Candidate("d0"), Candidate("d1")], "q1": [Candidate("d2")]})
+    assert len(pairs) == 3
+    assert max(pairs) > max(found[:4])
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "tiny.rtx"
+    engines = EngineOptions(target="tensorrt-rtx", capabilities=SM, lengths=(16,))
+    options = ExportOptions(variants=("fp32", "fp16"), engines=engines, min_cosine=0.9)
+    export_bundle(str(tiny_checkpoint("bert")), folder, options)
+    return folder
+
+
+def test_engines_in_a_bundle(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    assert Bundle.open(bundle).damaged() == {}
+    assert sorted(manifest.engines) == [
+        "engines/model.tensorrt-rtx.engine",
+        "engines/model_fp16.tensorrt-rtx.engine",
+    ]
+    engine = manifest.engines["engines/model_fp16.tensorrt-rtx.engine"]
+    assert (engine.graph, engine.graph_sha256) == ("onnx/model_fp16.onnx", manifest.files[engine.graph].sha256)
+    assert (engine.target, engine.capabilities) == ("tensorrt-rtx", SM)
+    assert [profile["tokens"] for profile in engine.profiles] == [(2, 16, 16), (17, 64, 64)]
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+
+
+def test_an_engine_of_another_graph(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    (file, engine), *_ = manifest.engines.items()
+    other = dataclasses.replace(engine, graph_sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"was built from another onnx/model\.onnx"):
+        dataclasses.replace(manifest, engines={file: other})
+    with pytest.raises(ValueError, match=r"files: engines/gone\.engine missing"):
+        dataclasses.replace(manifest, engines={"engines/gone.engine": engine})
+    content = manifest.to_bytes().replace(engine.graph_sha256.encode(), b"0" * 64)
+    with pytest.raises(BundleError, match="was changed after it was written"):
+        Manifest.from_bytes(content)
+
+
+def test_info_shows_engines(bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["info", str(bundle)], env={"COLUMNS": "200"}, catch_exceptions=False)
+    for shown in ("model_fp16.tensorrt-rtx.engine", "80 86 89 120", "tokens 16 64", " half"):
+        assert shown in result.output
+    found = json.loads(CliRunner().invoke(main, ["info", str(bundle), "--json"]).output)
+    assert found["engines"]["engines/model.tensorrt-rtx.engine"]["bytes"] > 10_000
+
+
+def test_the_command(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source, target = str(tiny_checkpoint("bert")), tmp_path / "out.rtx"
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["export", source, "-o", str(target), *arguments])
+
+    result = run("--target", "tensorrt-rtx", "--sm", "80,89", "--lengths", "16,32")
+    assert result.exit_code == 0, result.output
+    assert "engines/model.tensorrt-rtx.engine: tensorrt-rtx " in result.output
+    assert "sm 80 89, up to 16 32 64 tokens" in result.output
+    for arguments, message in (
+        (("--sm", "80"), "--sm and --lengths: are of engines, which --target asks for"),
+        (("--target", "tensorrt-rtx"), "--sm: expected some of"),
+        (("--target", "tensorrt-rtx", "--sm", "80;86"), "expected whole numbers with commas between them, got '80;86'"),
+        (("--target", "tensorrt-rtx", "--sm", "80", "--precision", "auto"), "not of fp32-packed, int8, int8-packed"),
+    ):
+        result = run("--overwrite", *arguments)
+        assert message in result.output
+        assert result.exit_code != 0
+    assert Bundle.open(target).damaged() == {}
