@@ -58,12 +58,6 @@ class Network:
     outputs: dict[str, tuple[str, tuple[int, ...]]]
     layers: dict[str, int]
 
-    def count(self, kind: str, dtype: str | None = None) -> int:
-        """Layers of a kind, whose output is of a type."""
-        return sum(
-            count for name, count in self.layers.items() if name.split()[0] == kind and dtype in (None, name.split()[1])
-        )
-
 
 @dataclass(frozen=True)
 class Built:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rtx.kernels.library import library_file
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
+from rtx.runtime.engine import cuda_device
 from rtx.runtime.errors import BundleError, UsageError, nearest
 from rtx.runtime.golden import Golden
 from rtx.runtime.hashing import sha256_of
@@ -54,18 +55,31 @@ class Bundle:
             raise BundleError(f"{folder / MANIFEST_FILE}: cannot be read: {broken.strerror}") from broken
         return cls(folder, Manifest.from_bytes(content, source=str(folder / MANIFEST_FILE)))
 
-    def variant(self, name: str | None = None) -> tuple[str, Variant]:
-        """A variant and its name; None for the default.
+    def variant(self, name: str | None = None, *, device: str = "cpu") -> tuple[str, Variant]:
+        """A variant and its name; None for the default, which on a GPU is the most precise of fp16 and fp32.
 
         Raises:
-            UsageError: there is none of that name; says why, if it was exported and rejected.
+            UsageError: there is none of that name; says why, if it was exported and rejected. Or it runs on the CPU
+                alone.
         """
-        name = name or self._default()
+        on_gpu = cuda_device(device) is not None
+        name = name or (self._default_on_gpu() if on_gpu else self._default())
         if name in self.manifest.variants:
-            return name, self.manifest.variants[name]
+            found = self.manifest.variants[name]
+            if on_gpu and found.operators:
+                others = ", ".join(other for other, one in self.manifest.variants.items() if not one.operators)
+                hint = f"these do not: {others}" if others else "export fp16 or fp32 for one that does not"
+                raise UsageError(f"{self.path}: variant '{name}' has operators for the CPU alone; {hint}")
+            return name, found
         if name in self.manifest.rejected:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
         raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
+
+    def _default_on_gpu(self) -> str:
+        """What a GPU is fast at: half precision, or else float32."""
+        names = [name for name, variant in self.manifest.variants.items() if not variant.operators]
+        order = ("fp16", "fp32", "fused")
+        return min(names, key=lambda name: order.index(name) if name in order else len(order), default=self._default())
 
     def _default(self) -> str:
         """The default variant; where it needs operators that were not built here, the nearest that does not."""
@@ -105,6 +119,7 @@ class Bundle:
         variant: str | None = None,
         *,
         threads: int | None = None,
+        device: str = "cpu",
         verify: bool = True,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> GraphEngine:
@@ -113,15 +128,17 @@ class Bundle:
         Args:
             variant: its name; None for the default.
             threads: of one run; None for the cores that this process may use.
+            device: "cpu", "cuda" or "cuda:N".
             verify: compare the files with the hashes in the manifest.
             cache_bytes: what is made of images and kept may take; 0 keeps none.
 
         Raises:
-            UsageError: there is no such variant.
+            UsageError: there is no such variant, or it does not run on such a device.
             BundleError: its file is missing or damaged.
-            EngineError: it cannot be loaded.
+            MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
+            EngineError: it cannot be loaded, or the device cannot be used.
         """
-        name, chosen = self.variant(variant)
+        name, chosen = self.variant(variant, device=device)
         graphs: list[bytes | Path]
         if chosen.external:
             # Weights beside the graph are found by its path, so it cannot be handed over as bytes.
@@ -136,6 +153,7 @@ class Bundle:
             self.manifest.contract,
             *graphs,
             threads=threads,
+            device=device,
             name=name,
             packed=chosen.operators,  # the operators of rtx are those of the packed graph
             cache_bytes=cache_bytes,

@@ -113,6 +113,7 @@ def open_model(
     *,
     variant: str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     task: Task | None = None,
 ) -> Embedder | Reranker:
     """A bundle on its engine, or a checkpoint on PyTorch: what measures models takes both.
@@ -121,11 +122,12 @@ def open_model(
         path: the folder.
         variant: of a bundle.
         threads: of one run; None for all cores.
+        device: of a bundle: "cpu", "cuda" or "cuda:N".
         task: what a checkpoint is that does not say so itself; None to tell it by what is in it.
 
     Raises:
         BundleError, CheckpointError: the folder is neither, or is damaged.
-        UsageError: a variant of what is no bundle.
+        UsageError: a variant or a device of what is no bundle.
         MissingExtraError: it is a checkpoint and torch is not installed.
     """
     from rtx.runtime.bundle import Bundle
@@ -137,9 +139,11 @@ def open_model(
     if (folder / MANIFEST_FILE).exists():
         task = Bundle.open(folder).manifest.contract.task
         kind = Embedder if task == "embed" else Reranker
-        return kind.open(folder, variant=variant, threads=threads)
+        return kind.open(folder, variant=variant, threads=threads, device=device)
     if variant is not None:
         raise UsageError(f"{folder}: has no {MANIFEST_FILE}; variants ('{variant}') exist in bundles only")
+    if device != "cpu":
+        raise UsageError(f"{folder}: has no {MANIFEST_FILE}; bundles alone run on a device ('{device}')")
     if not folder.exists() and (folder.is_absolute() or folder.suffix == ".rtx"):
         raise BundleError(f"{folder}: does not exist; expected a bundle or a checkpoint")
     with naming_the_extra("train", f"opening the checkpoint {folder}"):

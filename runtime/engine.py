@@ -30,6 +30,20 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads: expected at most {_MAX_THREADS}, got {threads}")
 
 
+def cuda_device(device: str) -> int | None:
+    """The number of the GPU that a device's name means, "cuda" or "cuda:1"; None for "cpu".
+
+    Raises:
+        UsageError: it means neither.
+    """
+    if device == "cpu":
+        return None
+    kind, colon, number = device.partition(":")
+    if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+        raise UsageError(f"device: expected cpu, cuda or cuda:N, got '{device}'")
+    return int(number or 0)
+
+
 class Engine(Protocol):
     """Runs a model. Safe to call from several threads at once.
 

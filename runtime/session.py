@@ -77,6 +77,7 @@ class Session:
         *,
         variant: str | None = None,
         threads: int | None = None,
+        device: str = "cpu",
         budget: Budget | None = None,
         limits: ImageLimits | None = None,
         verify: bool = True,
@@ -87,19 +88,21 @@ class Session:
             bundle: folder that `rtx export` wrote.
             variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
             threads: threads of one run; None for all cores that the process may use.
+            device: "cpu"; "cuda" or "cuda:N" for an NVIDIA GPU, where the default variant is fp16 or else fp32.
             budget: how much goes through the engine at once.
             limits: how large images may be, and where they may come from.
             verify: compare the files that are read with the hashes in the manifest.
 
         Raises:
             BundleError: the folder is no bundle, is damaged, or of a version that this rtx does not read.
-            UsageError: there is no such variant, or the bundle is of the other task.
-            EngineError: the graph could not be loaded.
+            UsageError: there is no such variant, it does not run on that device, or the bundle is of the other task.
+            MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
+            EngineError: the graph could not be loaded, or the device cannot be used.
         """
         opened = Bundle.open(bundle)
         cls._check_task(opened.manifest.contract)
         preprocessor = opened.preprocessor(limits=limits, verify=verify)
-        return cls(preprocessor, opened.engine(variant, threads=threads, verify=verify), budget=budget)
+        return cls(preprocessor, opened.engine(variant, threads=threads, device=device, verify=verify), budget=budget)
 
     def close(self) -> None:
         """Give back the engine; requests that wait are cancelled."""

@@ -14,7 +14,7 @@ import numpy as np
 from rtx.runtime.backends.graphs import VISUAL_INPUTS, GraphEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
-from rtx.runtime.engine import Budget
+from rtx.runtime.engine import Budget, cuda_device
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
 from rtx.runtime.golden import Golden
 from rtx.runtime.items import describe
@@ -47,7 +47,7 @@ class Finding:
 
 
 def verify_bundle(
-    path: str | os.PathLike[str], *, variant: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str], *, variant: str | None = None, threads: int | None = None, device: str = "cpu"
 ) -> list[Finding]:
     """Check files against their hashes, the tokenizer and the graphs against the golden set and the contract.
 
@@ -57,20 +57,23 @@ def verify_bundle(
         path: the bundle's folder.
         variant: the one to run; None for all.
         threads: of one run; None for all cores that the process may use.
+        device: "cpu", "cuda" or "cuda:N", where variants with operators for the CPU alone are left out.
 
     Returns:
         What each check came to; a damaged manifest is the only finding, since nothing can be held against it.
 
     Raises:
-        UsageError: there is no such variant.
-        MissingExtraError: onnxruntime is not installed.
+        UsageError: there is no such variant, or it does not run on that device.
+        MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
     """
+    on_gpu = cuda_device(device) is not None
     try:
         bundle = Bundle.open(path)
     except BundleError as broken:
         return [Finding("manifest", problems=(str(broken),))]
     manifest, contract = bundle.manifest, bundle.manifest.contract
-    names = list(manifest.variants) if variant is None else [bundle.variant(variant)[0]]
+    names = [name for name, one in manifest.variants.items() if not (on_gpu and one.operators)]
+    names = names if variant is None else [bundle.variant(variant, device=device)[0]]
     damaged = bundle.damaged()
     size = sum(entry.bytes for entry in manifest.files.values())
     findings = [
@@ -87,7 +90,7 @@ def verify_bundle(
         problems = _check_tokens(golden, preprocessor) if golden else ("not checked: there is no golden set",)
     findings.append(Finding("tokenizer", "" if problems else "gives the golden tokens", problems))
     for name in names:
-        findings += _check_variant(bundle, name, damaged, golden, preprocessor, threads=threads)
+        findings += _check_variant(bundle, name, damaged, golden, preprocessor, threads=threads, device=device)
     return findings
 
 
@@ -99,10 +102,11 @@ def _check_variant(
     preprocessor: Preprocessor | None,
     *,
     threads: int | None,
+    device: str,
 ) -> list[Finding]:
     chosen, contract = bundle.manifest.variants[name], bundle.manifest.contract
     engine, problems = _opened(
-        lambda: bundle.engine(name, threads=threads, verify=False), damaged, *chosen.graphs, *chosen.external
+        lambda: bundle.engine(name, threads=threads, device=device, verify=False), damaged, *chosen.graphs, *chosen.external
     )
     if engine is None:
         return [Finding(f"{name} graph", problems=problems), _not_run(name, "there is no graph")]

@@ -22,6 +22,7 @@ def open_graphs(
     image_graph: bytes | Path | None = None,
     *,
     threads: int | None = None,
+    device: str = "cpu",
     name: str = "onnx",
     packed: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -33,23 +34,25 @@ def open_graphs(
         graph: what has tokens goes through, serialised or the path of its file.
         image_graph: what images go through, likewise; None for a model that takes none.
         threads: threads of one run; None for the cores that this process may use.
+        device: as for `OnnxEngine`.
         name: what error messages call the model.
         packed: whether the graph for what has tokens leaves out padding; none does that has images among them.
         cache_bytes: what is made of images and kept may take; 0 keeps none.
 
     Raises:
-        UsageError: `threads` is out of range.
-        MissingExtraError: onnxruntime is not installed.
-        EngineError: a graph cannot be loaded.
+        UsageError: `threads` is out of range, or there is no such kind of device.
+        MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
+        EngineError: a graph cannot be loaded, or the device cannot be used.
     """
     if image_graph is None:
-        return OnnxEngine(graph, output=contract.output, threads=threads, name=name, packed=packed)
+        return OnnxEngine(graph, output=contract.output, threads=threads, device=device, name=name, packed=packed)
     if contract.visual is None:
         return OnnxTowersEngine(
             image_graph,
             graph,
             output=contract.output,
             threads=threads,
+            device=device,
             name=name,
             packed=packed,
             cache_bytes=cache_bytes,
@@ -60,6 +63,7 @@ def open_graphs(
         rules=contract.visual,
         output=contract.output,
         threads=threads,
+        device=device,
         name=name,
         cache_bytes=cache_bytes,
     )

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or with its CUDA provider."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.kernels.library import DOMAIN, NOT_BUILT, library_file
-from rtx.runtime.engine import check_threads
+from rtx.runtime.engine import check_threads, cuda_device
 from rtx.runtime.errors import EngineError, MissingExtraError
 from rtx.runtime.text import Batch
 
 # From here on an item of a packed graph is long. To give memory back and ask for it again takes a tenth of the time of
 # MiniLM's batches, and fragments what is left.
 _LONG_TOKENS = 2048
+_CUDA = "CUDAExecutionProvider"
 
 
 class OnnxEngine:
-    """A graph in an ONNX Runtime session on the CPU.
+    """A graph in an ONNX Runtime session.
 
     Args:
         graph: the serialised model, or the path of its file (needed where the weights lie beside it).
@@ -30,15 +31,17 @@ class OnnxEngine:
         threads: threads of one run; None for the cores that this process may use.
         name: what error messages call the graph.
         packed: whether the graph leaves out padding.
+        device: "cpu", "cuda" or "cuda:N". A GPU that cannot be used is an error: ONNX Runtime alone would go on with
+            the CPU after a warning.
 
     Attributes:
         input_names: of the graph.
         metadata: what who wrote the graph noted in it.
 
     Raises:
-        UsageError: `threads` is less than 1 or more than 1024.
-        MissingExtraError: onnxruntime is not installed.
-        EngineError: the graph cannot be loaded.
+        UsageError: `threads` is less than 1 or more than 1024, or there is no such kind of device.
+        MissingExtraError: onnxruntime is not installed, or not the one with CUDA.
+        EngineError: the graph cannot be loaded, or the GPU cannot be used.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class OnnxEngine:
         threads: int | None = None,
         name: str = "onnx",
         packed: bool = False,
+        device: str = "cpu",
     ) -> None:
         check_threads(threads)
+        gpu = cuda_device(device)
         try:
             import onnxruntime as ort
         except ImportError as missing:
@@ -75,8 +80,15 @@ class OnnxEngine:
         # batch fixes the memory of the process at its own peak.
         self._giving_back, self._keeping = ort.RunOptions(), ort.RunOptions()
         self._giving_back.log_severity_level = self._keeping.log_severity_level = 3
-        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        shrinking = "cpu:0" if gpu is None else f"cpu:0;gpu:{gpu}"
+        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", shrinking)
         providers = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
+        if gpu is not None:
+            if _CUDA not in ort.get_available_providers():
+                raise MissingExtraError("onnxruntime-gpu", "gpu", f"running an ONNX graph on {device}")
+            # Without TF32: a float32 graph is held to PyTorch's float32.
+            options_of_cuda = {"device_id": gpu, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
+            providers.insert(0, (_CUDA, options_of_cuda))
         _register_operators(options)
         try:
             model = graph if isinstance(graph, bytes) else os.fspath(graph)
@@ -86,6 +98,13 @@ class OnnxEngine:
             hint = f" ({NOT_BUILT})" if f"{DOMAIN}:" in str(broken) and library_file() is None else ""
             reason = f"ONNX Runtime {ort.__version__} cannot load the graph: {broken}{hint}"
             raise EngineError(f"{name}: {reason}") from broken
+        # What a run would do where the GPU fails: begin anew on the CPU.
+        self._session.disable_fallback()
+        if gpu is not None and _CUDA not in self._session.get_providers():
+            raise EngineError(
+                f"{name}: ONNX Runtime {ort.__version__} cannot use {device}, and would have gone on with the CPU. Its CUDA "
+                "provider needs an NVIDIA driver, and the CUDA and cuDNN that this onnxruntime-gpu was built for"
+            )
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         outputs = [node.name for node in self._session.get_outputs()]

@@ -21,6 +21,7 @@ class OnnxTowersEngine:
         text: the texts' graph, likewise.
         output: name of the output of both.
         threads: threads of one run of either; None for the cores that this process may use.
+        device: as for `OnnxEngine`.
         name: what error messages call the model.
         packed: whether the texts' graph leaves out padding; images have none.
         cache_bytes: what the vectors of images that are kept may take; 0 keeps none.
@@ -42,6 +43,7 @@ class OnnxTowersEngine:
         *,
         output: str,
         threads: int | None = None,
+        device: str = "cpu",
         name: str = "onnx",
         packed: bool = False,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -49,8 +51,8 @@ class OnnxTowersEngine:
         self.name = name
         self.packed = packed
         self._cache: ImageCache[bytes] = ImageCache(cache_bytes)
-        self._image = OnnxEngine(image, output=output, threads=threads, name=f"{name} (images)")
-        self._text = OnnxEngine(text, output=output, threads=threads, name=name)
+        self._image = OnnxEngine(image, output=output, threads=threads, device=device, name=f"{name} (images)")
+        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

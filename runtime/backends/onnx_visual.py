@@ -41,6 +41,7 @@ class OnnxVisualEngine:
         rules: how the model sees images.
         output: name of the text graph's output.
         threads: threads of one run of either; None for the cores that this process may use.
+        device: as for `OnnxEngine`.
         name: what error messages call the model.
         cache_bytes: what the visual tokens that are kept may take; 0 keeps none.
         max_batch_patches: limit on images * patches of the largest that run together; a larger image runs alone.
@@ -65,6 +66,7 @@ class OnnxVisualEngine:
         rules: VisualTokens,
         output: str,
         threads: int | None = None,
+        device: str = "cpu",
         name: str = "onnx",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch_patches: int = DEFAULT_BATCH_PATCHES,
@@ -75,8 +77,10 @@ class OnnxVisualEngine:
         self._rules = rules
         self._max_batch_patches = max_batch_patches
         self._cache: ImageCache[_Key] = ImageCache(cache_bytes)
-        self._vision = OnnxEngine(vision, output="image_embeds", threads=threads, name=f"{name} (vision)")
-        self._text = OnnxEngine(text, output=output, threads=threads, name=name)
+        self._vision = OnnxEngine(
+            vision, output="image_embeds", threads=threads, device=device, name=f"{name} (vision)"
+        )
+        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

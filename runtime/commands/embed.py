@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtx.runtime.bulk import OnInvalid, Totals, embed_records, write_output
 from rtx.runtime.bundle import Bundle
-from rtx.runtime.commands.opening import open_as
+from rtx.runtime.commands.opening import device_option, open_as
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.embedder import CODES, Embedder, Precision
 from rtx.runtime.engine import Budget, Engine
@@ -46,6 +46,7 @@ class _Arguments:
     file_format: Format | None
     dpi: int
     threads: int | None
+    device: str
     max_batch_tokens: int
     rows_per_part: int
     on_invalid: OnInvalid
@@ -71,6 +72,7 @@ class _Arguments:
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--dpi", type=click.IntRange(36, 1200), default=144, show_default=True, help="Of the pages of a PDF.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@device_option
 @click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)
 @click.option("--rows-per-part", type=click.IntRange(min=1), default=8192, show_default=True, help="See above.")
 @click.option(
@@ -113,7 +115,7 @@ def _run(given: _Arguments) -> int:
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     with (
         Inputs(given.sources, file_format=given.file_format, id_column=given.id_column, dpi=given.dpi) as source,
-        open_as(Embedder, given.model, variant=given.variant, threads=given.threads, budget=budget) as model,
+        open_as(Embedder, given.model, variant=given.variant, threads=given.threads, device=given.device, budget=budget) as model,
     ):
         takes_images = model.contract.takes_images
         if not takes_images and (given.image_column or source.image):

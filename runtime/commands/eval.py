@@ -17,6 +17,7 @@ from rich.table import Table
 from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.candidates import Candidates, read_candidates, write_candidates
 from rtx.runtime.cli import open_model
+from rtx.runtime.commands.opening import device_option
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import UsageError
@@ -54,6 +55,7 @@ class _Arguments:
     keep_identical_ids: bool
     worst: int
     threads: int | None
+    device: str
     json_file: str | None
     found: str | None
     found_queries: int
@@ -80,6 +82,7 @@ class _Arguments:
 @click.option("--keep-identical-ids", is_flag=True, help="Rank a document though it has the id of the query.")
 @click.option("--worst", type=click.IntRange(min=0), default=10, show_default=True, help="Queries to name.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@device_option
 @click.option("--json", "json_file", type=click.Path(), help="Write all numbers to this file.")
 @click.option("--found", type=click.Path(), metavar="FILE.html", help="Write a page to look at: what each query found.")
 @click.option("--found-queries", type=click.IntRange(min=1), default=50, show_default=True, help="On that page.")
@@ -109,7 +112,7 @@ def _run(given: _Arguments) -> None:
     with ExitStack() as stack:
         # All are opened before the first is measured: a misspelt path shows at once, not after some minutes.
         for path, variant in names:
-            models.append(open_model(path, variant=variant, threads=given.threads))
+            models.append(open_model(path, variant=variant, threads=given.threads, device=given.device))
             stack.callback(models[-1].close)
         _check_candidates(models, given)
         weighted = _measure_weights(models[0], evalset, candidates, given)

@@ -1,9 +1,11 @@
-"""The model of a command that needs one of a certain task."""
+"""The model of a command, and where it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TypeVar
+
+import click
 
 from rtx.runtime.cli import open_model
 from rtx.runtime.engine import Budget
@@ -13,16 +15,21 @@ from rtx.runtime.session import Session
 S = TypeVar("S", bound=Session)
 
 
-def open_as(kind: type[S], path: str, *, variant: str | None, threads: int | None, budget: Budget) -> S:
+device_option = click.option("--device", default="cpu", show_default=True, help="cuda or cuda:N for an NVIDIA GPU.")
+
+
+def open_as(
+    kind: type[S], path: str, *, variant: str | None, threads: int | None, device: str, budget: Budget
+) -> S:
     """A bundle on its engine, or a checkpoint on PyTorch.
 
     Raises:
-        UsageError: it is of the other task, or a variant is named of what is no bundle.
-        BundleError, CheckpointError, MissingExtraError: as for `open_model`.
+        UsageError: it is of the other task, or a variant or device is named of what is no bundle.
+        BundleError, CheckpointError, MissingExtraError, EngineError: as for `open_model`.
     """
     if (Path(path) / MANIFEST_FILE).exists():
-        return kind.open(path, variant=variant, threads=threads, budget=budget)
-    opened = open_model(path, variant=variant, threads=threads)
+        return kind.open(path, variant=variant, threads=threads, device=device, budget=budget)
+    opened = open_model(path, variant=variant, threads=threads, device=device)
     try:
         return kind(opened.preprocessor, opened.engine, budget=budget)
     except BaseException:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.bulk import IMAGES_PER_CALL, OnInvalid
-from rtx.runtime.commands.opening import open_as
+from rtx.runtime.commands.opening import device_option, open_as
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
@@ -55,6 +55,7 @@ class _Arguments:
     id_column: str | None
     file_format: Format | None
     threads: int | None
+    device: str
     max_batch_tokens: int
     on_invalid: OnInvalid
     overwrite: bool
@@ -80,6 +81,7 @@ class _Arguments:
 @click.option("--id-column", help="[default: id or _id where there is one, otherwise the line or row number]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@device_option
 @click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)
 @click.option(
     "--on-invalid",
@@ -131,7 +133,7 @@ def _run(given: _Arguments, stack: ExitStack) -> int:
     source = stack.enter_context(_open_input(given))
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     model = stack.enter_context(
-        open_as(Reranker, given.model, variant=given.variant, threads=given.threads, budget=budget)
+        open_as(Reranker, given.model, variant=given.variant, threads=given.threads, device=given.device, budget=budget)
     )
     on_terminal = output is None and _is_terminal()
     write = stack.enter_context(_sink(output, as_table=on_terminal and given.query is not None))

@@ -1,0 +1,106 @@
+"""A GPU that is asked for and not there: one clear sentence, and never the CPU without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import main
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import cuda_device
+from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
+from rtx.runtime.verification import verify_bundle
+
+CUDA = "CUDAExecutionProvider"
+
+
+def test_names_of_devices() -> None:
+    assert cuda_device("cpu") is None
+    assert cuda_device("cuda") == 0
+    assert cuda_device("cuda:3") == 3
+    for wrong in ("gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cuda:²", ""):
+        with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, got"):
+            cuda_device(wrong)
+
+
+def test_without_the_package_for_gpus(toy_bundle: Path) -> None:
+    assert CUDA not in ort.get_available_providers()
+    with pytest.raises(MissingExtraError, match=r"on cuda:1 needs the package 'onnxruntime-gpu', .*rtx-retrieval\[gpu\]"):
+        Embedder.open(toy_bundle, device="cuda:1")
+    result = CliRunner().invoke(main, ["verify", str(toy_bundle), "--device", "cuda"])
+    assert result.exit_code == MissingExtraError.exit_code
+    assert "rtx-retrieval[gpu]" in result.output
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_falls_back_to_the_cpu(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the package for GPUs on a machine without a driver: ONNX Runtime opens the graph, on the CPU."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    with pytest.raises(EngineError, match="toy.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU"):
+        Embedder.open(toy_bundle, device="cuda")
+    checks = verify_bundle(toy_bundle, device="cuda")
+    failed = {found.check: found.problems for found in checks if not found.ok}
+    assert "would have gone on with the CPU" in failed["fp32 graph"][0]
+
+
+def test_what_onnx_runtime_is_told(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    real = ort.InferenceSession
+
+    class Session:
+        def __init__(self, model: bytes, options: Any, providers: Any) -> None:
+            told["providers"] = dict(providers)
+            self.inner = real(model, options, providers=["CPUExecutionProvider"])
+
+        def disable_fallback(self) -> None:
+            told["fallback"] = False
+
+        def get_providers(self) -> list[str]:
+            return list(told["providers"])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    with Embedder.open(toy_bundle, device="cuda:2") as model:
+        assert model.engine.name == "toy.rtx:fp32"
+    assert list(told["providers"]) == [CUDA, "CPUExecutionProvider"]
+    assert told["providers"][CUDA] == {"device_id": 2, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
+    assert told["fallback"] is False
+
+
+def test_variants_on_a_gpu(toy_bundle: Path) -> None:
+    bundle = Bundle.open(toy_bundle)
+    fp32 = bundle.manifest.variants["fp32"]
+    packed = dataclasses.replace(fp32, operators=True)
+    variants = {"int8-packed": packed, "fp32": fp32, "fp16": dataclasses.replace(fp32, precision="fp16")}
+    bundle.manifest = dataclasses.replace(bundle.manifest, variants=variants, default_variant="int8-packed")
+    assert bundle.variant(device="cuda")[0] == "fp16"
+    with pytest.raises(UsageError, match="variant 'int8-packed' has operators for the CPU alone; these do not: fp32, fp16"):
+        bundle.variant("int8-packed", device="cuda")
+    del variants["fp16"]
+    assert bundle.variant(device="cuda:1")[0] == "fp32"
+    bundle.manifest = dataclasses.replace(bundle.manifest, variants={"int8-packed": packed})
+    with pytest.raises(UsageError, match="operators for the CPU alone; export fp16 or fp32 for one that does not"):
+        bundle.variant(device="cuda")
+
+
+def test_a_checkpoint_has_no_device(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(main, ["embed", str(tmp_path), "-", "-o", str(tmp_path / "a.npy"), "--device", "cuda"])
+    assert result.exit_code == UsageError.exit_code
+    assert "bundles alone run on a device ('cuda')" in result.output
+
+
+def test_an_engine_alone(toy_bundle: Path) -> None:
+    graph = toy_bundle / "onnx" / "model.onnx"
+    with pytest.raises(UsageError, match="device: expected cpu"):
+        OnnxEngine(graph, output="sentence_embedding", device="tpu")
