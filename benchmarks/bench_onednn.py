@@ -1,8 +1,9 @@
 """int8_linear beside oneDNN's int8 product with the same bias and activation, on one thread, in interleaved rounds.
 
-oneDNN is what PyTorch brings: `torch.ops.onednn.qlinear_pointwise`, on a weight that it has packed, with float32 out. It
-is given rows that are quantised already, by one scale for all of them: it has no scale for each, and no residual or
-norm behind the product. rtx quantises its rows, each by its own, within the time.
+oneDNN is what PyTorch brings: `torch.ops.onednn.qlinear_pointwise`, on a weight that it has packed, with float32 out.
+It is given rows that are quantised already, by one scale for all of them: it has no scale for each, and no residual or
+norm behind the product. rtx quantises its rows, each by its own, within the time. What PyTorch adds to a call is in
+oneDNN's time.
 
     python benchmarks/bench_onednn.py
 """
@@ -117,7 +118,7 @@ def pair(operators: ctypes.CDLL, layer: Layer, tokens: int) -> dict[str, Case]:
     values = torch.from_numpy((weight.values.astype(np.int16) - 128).astype(np.int8).T.copy())
     theirs = torch.ops.onednn.qlinear_prepack(values, list(rows.shape))
     scales, zeros = torch.from_numpy(weight.scale.copy()), torch.zeros(layer.outputs[0], dtype=torch.int64)
-    activation = layer.activation or "none"
+    biases, activation = torch.from_numpy(bias), layer.activation or "none"
 
     def product() -> torch.Tensor:
         found: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -127,7 +128,7 @@ def pair(operators: ctypes.CDLL, layer: Layer, tokens: int) -> dict[str, Case]:
             theirs,
             scales,
             zeros,
-            torch.from_numpy(bias),
+            biases,
             1.0,
             0,
             torch.float32,

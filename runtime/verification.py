@@ -106,7 +106,10 @@ def _check_variant(
 ) -> list[Finding]:
     chosen, contract = bundle.manifest.variants[name], bundle.manifest.contract
     engine, problems = _opened(
-        lambda: bundle.engine(name, threads=threads, device=device, verify=False), damaged, *chosen.graphs, *chosen.external
+        lambda: bundle.engine(name, threads=threads, device=device, verify=False),
+        damaged,
+        *chosen.graphs,
+        *chosen.external,
     )
     if engine is None:
         return [Finding(f"{name} graph", problems=problems), _not_run(name, "there is no graph")]

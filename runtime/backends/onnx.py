@@ -82,13 +82,7 @@ class OnnxEngine:
         self._giving_back.log_severity_level = self._keeping.log_severity_level = 3
         shrinking = "cpu:0" if gpu is None else f"cpu:0;gpu:{gpu}"
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", shrinking)
-        providers = [("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
-        if gpu is not None:
-            if _CUDA not in ort.get_available_providers():
-                raise MissingExtraError("onnxruntime-gpu", "gpu", f"running an ONNX graph on {device}")
-            # Without TF32: a float32 graph is held to PyTorch's float32.
-            options_of_cuda = {"device_id": gpu, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
-            providers.insert(0, (_CUDA, options_of_cuda))
+        providers = _providers(ort, gpu, f"running an ONNX graph on {device}")
         _register_operators(options)
         try:
             model = graph if isinstance(graph, bytes) else os.fspath(graph)
@@ -102,8 +96,8 @@ class OnnxEngine:
         self._session.disable_fallback()
         if gpu is not None and _CUDA not in self._session.get_providers():
             raise EngineError(
-                f"{name}: ONNX Runtime {ort.__version__} cannot use {device}, and would have gone on with the CPU. Its CUDA "
-                "provider needs an NVIDIA driver, and the CUDA and cuDNN that this onnxruntime-gpu was built for"
+                f"{name}: ONNX Runtime {ort.__version__} cannot use {device}, and would have gone on with the CPU. Its "
+                "CUDA provider needs an NVIDIA driver, and the CUDA and cuDNN that this onnxruntime-gpu was built for"
             )
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -141,6 +135,22 @@ class OnnxEngine:
             return True  # attention with padding takes the square of the longest
         rows, tokens = next(iter(batch.values())).shape
         return bool(rows == 1 and tokens >= _LONG_TOKENS)  # all others stay within a budget
+
+
+def _providers(ort: Any, gpu: int | None, purpose: str) -> list[tuple[str, dict[str, object]]]:
+    """What runs a graph: the CPU, behind a GPU if there is to be one.
+
+    Raises:
+        MissingExtraError: this ONNX Runtime was built without CUDA.
+    """
+    growing = {"arena_extend_strategy": "kSameAsRequested"}
+    cpu: tuple[str, dict[str, object]] = ("CPUExecutionProvider", {**growing})
+    if gpu is None:
+        return [cpu]
+    if _CUDA not in ort.get_available_providers():
+        raise MissingExtraError("onnxruntime-gpu", "gpu", purpose)
+    # Without TF32: a float32 graph is held to PyTorch's float32.
+    return [(_CUDA, {"device_id": gpu, "use_tf32": 0, **growing}), cpu]
 
 
 def _register_operators(options: Any) -> None:

@@ -115,7 +115,9 @@ def _run(given: _Arguments) -> int:
     budget = Budget(max_batch_tokens=given.max_batch_tokens)
     with (
         Inputs(given.sources, file_format=given.file_format, id_column=given.id_column, dpi=given.dpi) as source,
-        open_as(Embedder, given.model, variant=given.variant, threads=given.threads, device=given.device, budget=budget) as model,
+        open_as(
+            Embedder, given.model, variant=given.variant, threads=given.threads, device=given.device, budget=budget
+        ) as model,
     ):
         takes_images = model.contract.takes_images
         if not takes_images and (given.image_column or source.image):

@@ -18,9 +18,7 @@ S = TypeVar("S", bound=Session)
 device_option = click.option("--device", default="cpu", show_default=True, help="cuda or cuda:N for an NVIDIA GPU.")
 
 
-def open_as(
-    kind: type[S], path: str, *, variant: str | None, threads: int | None, device: str, budget: Budget
-) -> S:
+def open_as(kind: type[S], path: str, *, variant: str | None, threads: int | None, device: str, budget: Budget) -> S:
     """A bundle on its engine, or a checkpoint on PyTorch.
 
     Raises:

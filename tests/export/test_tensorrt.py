@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from rtx.export import tensorrt
 from rtx.export.engines import EngineOptions, image_profiles, token_lengths, token_profiles
 from rtx.export.graphs import export_graphs
-from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.export.tensorrt import build_engine, check_network, describe_network, load_tensorrt, read_network, shapes_of
 from rtx.export.variants import derive, save
 from rtx.runtime.bundle import Bundle

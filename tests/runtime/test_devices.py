@@ -32,7 +32,7 @@ def test_names_of_devices() -> None:
 
 def test_without_the_package_for_gpus(toy_bundle: Path) -> None:
     assert CUDA not in ort.get_available_providers()
-    with pytest.raises(MissingExtraError, match=r"on cuda:1 needs the package 'onnxruntime-gpu', .*rtx-retrieval\[gpu\]"):
+    with pytest.raises(MissingExtraError, match=r"on cuda:1 needs .*'onnxruntime-gpu', .*rtx-retrieval\[gpu\]"):
         Embedder.open(toy_bundle, device="cuda:1")
     result = CliRunner().invoke(main, ["verify", str(toy_bundle), "--device", "cuda"])
     assert result.exit_code == MissingExtraError.exit_code
@@ -43,7 +43,7 @@ def test_without_the_package_for_gpus(toy_bundle: Path) -> None:
 def test_a_provider_that_falls_back_to_the_cpu(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the package for GPUs on a machine without a driver: ONNX Runtime opens the graph, on the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    with pytest.raises(EngineError, match="toy.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU"):
+    with pytest.raises(EngineError, match=r"toy\.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU"):
         Embedder.open(toy_bundle, device="cuda")
     checks = verify_bundle(toy_bundle, device="cuda")
     failed = {found.check: found.problems for found in checks if not found.ok}
@@ -84,7 +84,7 @@ def test_variants_on_a_gpu(toy_bundle: Path) -> None:
     variants = {"int8-packed": packed, "fp32": fp32, "fp16": dataclasses.replace(fp32, precision="fp16")}
     bundle.manifest = dataclasses.replace(bundle.manifest, variants=variants, default_variant="int8-packed")
     assert bundle.variant(device="cuda")[0] == "fp16"
-    with pytest.raises(UsageError, match="variant 'int8-packed' has operators for the CPU alone; these do not: fp32, fp16"):
+    with pytest.raises(UsageError, match="has operators for the CPU alone; these do not: fp32, fp16"):
         bundle.variant("int8-packed", device="cuda")
     del variants["fp16"]
     assert bundle.variant(device="cuda:1")[0] == "fp32"
@@ -95,7 +95,9 @@ def test_variants_on_a_gpu(toy_bundle: Path) -> None:
 
 def test_a_checkpoint_has_no_device(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    result = CliRunner().invoke(main, ["embed", str(tmp_path), "-", "-o", str(tmp_path / "a.npy"), "--device", "cuda"])
+    (tmp_path / "a.txt").write_text("a text")
+    files = [str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.npy")]
+    result = CliRunner().invoke(main, ["embed", str(tmp_path), *files, "--device", "cuda"])
     assert result.exit_code == UsageError.exit_code
     assert "bundles alone run on a device ('cuda')" in result.output
 
