@@ -14,6 +14,7 @@ import numpy as np
 from rtx.runtime.errors import UsageError
 
 Range = tuple[int, int, int]
+"""Least, best and largest size of an axis."""
 
 MULTIPLE = 16
 """Ends of buckets are multiples of it: products are in tiles of so many rows."""

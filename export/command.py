@@ -209,7 +209,7 @@ def _mixed(mixed: Mixed) -> str:
 
 
 def _engine(engine: EngineEntry) -> str:
-    """What it was built with and for; that it has run nowhere is what the docs say of all of them."""
+    """An engine in one line."""
     capabilities = f", sm {' '.join(map(str, engine.capabilities))}" if engine.capabilities else ""
     ends = [str(profile["tokens"][2]) for profile in engine.profiles if "tokens" in profile]
     buckets = f", up to {' '.join(ends)} tokens" if ends else ""

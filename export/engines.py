@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from rtx.export.buckets import BATCH_TOKENS, check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
-from rtx.export.variants import Files, VariantName
+from rtx.export.variants import Files, VariantName, external_files
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import ItemError, UsageError
@@ -17,6 +18,7 @@ from rtx.runtime.evalset import EvalSet
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import EngineEntry, Target
 from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
 
 Item = TypeVar("Item")
 
@@ -82,7 +84,7 @@ def build_engines(
     Raises:
         ExportError: an engine cannot be built.
     """
-    ends = _ends(contract, options, lengths)
+    ends, capabilities = _ends(contract, options, lengths), tuple(dict.fromkeys(options.capabilities))
     plan: dict[str, list[Profile]] = {}
     for pair in files.values():
         plan[pair.tokens] = token_profiles(contract, ends)
@@ -93,14 +95,17 @@ def build_engines(
     for graph, profiles in plan.items():
         file = f"engines/{Path(graph).stem}.{options.target}.engine"
         notify(f"{file}: building, {len(profiles)} profile{'s' * (len(profiles) > 1)}")
-        built = build_engine(folder / graph, profiles, target=options.target, capabilities=options.capabilities)
+        built = build_engine(folder / graph, profiles, target=options.target, capabilities=capabilities)
         (folder / file).write_bytes(built.content)
         found[file] = EngineEntry(
             target=options.target,
             version=built.version,
             graph=graph,
-            graph_sha256=sha256_of(folder / graph),
-            capabilities=options.capabilities,
+            sources={
+                path.relative_to(folder).as_posix(): sha256_of(path)
+                for path in (folder / graph, *external_files(folder / graph))
+            },
+            capabilities=capabilities,
             profiles=tuple(dict(profile) for profile in profiles),
             layers=built.network.layers,
         )
@@ -108,14 +113,24 @@ def build_engines(
 
 
 def token_lengths(preprocessor: Preprocessor, evalset: EvalSet | None, candidates: Candidates | None) -> list[int]:
-    """Tokens of an evaluation set's texts, or of its queries with their candidates; of large sets some."""
+    """Tokens of an evaluation set's texts as they are served: as many queries as documents, or pairs of candidates."""
     if evalset is None:
         return []
     if candidates is not None:
         pairs = [(query, found.document) for query in candidates for found in candidates[query]]
-        rows = preprocessor.encode_pairs([(evalset.queries[q], evalset.corpus[d]) for q, d in _some(pairs)])
-    else:
-        rows = preprocessor.encode(_some([*evalset.queries.values(), *evalset.corpus.values()]))
+        return _lengths(preprocessor.encode_pairs([(evalset.queries[q], evalset.corpus[d]) for q, d in _some(pairs)]))
+    prompts = preprocessor.contract.prompts
+    sides = {"query": evalset.queries, "document": evalset.corpus}
+    found = [
+        _lengths(preprocessor.encode(_some([*texts.values()]), prompt=side if side in prompts else None))
+        for side, texts in sides.items()
+    ]
+    most = max(map(len, found))
+    # Queries are fewer than documents, and served as often.
+    return [length for lengths in found for length in itertools.islice(itertools.cycle(lengths), most)]
+
+
+def _lengths(rows: Iterable[Encoded | ItemError]) -> list[int]:
     return [row.length for row in rows if not isinstance(row, ItemError) and row.ids]
 
 
@@ -127,12 +142,12 @@ def token_profiles(contract: Contract, ends: Sequence[int]) -> list[Profile]:
     """Sizes of what has tokens: one profile for each bucket of lengths."""
     if contract.fixed_tokens:
         return [{"batch": row_range(contract.fixed_tokens)}]
-    profiles = []
+    profiles: list[Profile] = []
     for ranges in length_ranges(ends):
         rows = row_range(ranges[2])
-        # Of these tokens some may stand for parts of images.
-        visual = (1, rows[1] * ranges[1], rows[2] * ranges[2])
-        profiles.append({"batch": rows, "tokens": ranges, "visual_tokens": visual})
+        profiles.append({"batch": rows, "tokens": ranges})
+        if contract.visual is not None:  # all tokens of a batch may stand for parts of images, or none
+            profiles[-1]["visual_tokens"] = (0, rows[1] * ranges[1], rows[2] * ranges[2])
     return profiles
 
 

@@ -54,7 +54,7 @@ def quantize_int8_fused(model: ir.Model, keep: Collection[str] = ()) -> list[str
     drop_dead(graph)
     for node in graph:
         if node.op_type == PACKED_ATTENTION:
-            rounds = all(reader.op_type == INT8_LINEAR for reader in node.outputs[0].consumers())
+            rounds = {reader.op_type for reader in node.outputs[0].consumers()} == {INT8_LINEAR}
             node.attributes["bfloat16"] = ir.AttrInt64("bfloat16", int(rounds))
     graph.opset_imports[DOMAIN] = 1
     refuse_left_out(graph, "int8-packed", keep)

@@ -19,12 +19,11 @@ from typing import Any, get_args
 
 import onnx_ir as ir
 
+from rtx.export.buckets import Range
 from rtx.runtime.errors import ExportError, UsageError, install_command
 from rtx.runtime.manifest import Target
 
 TARGETS: tuple[Target, ...] = get_args(Target)
-Range = tuple[int, int, int]
-"""Least, best and largest size of an axis."""
 Profile = dict[str, Range]
 """Of one bucket: ranges by the graph's names of its axes."""
 
@@ -111,13 +110,12 @@ def check_capabilities(trt: Any, target: Target, capabilities: Sequence[int]) ->
         raise UsageError(f"--sm: expected some of {', '.join(map(str, known))}, got {given}{hint}")
 
 
-def read_network(trt: Any, graph: Path, *, target: Target) -> tuple[Any, Any, Any]:
+def read_network(trt: Any, graph: Path, logger: Any, *, target: Target) -> tuple[Any, Any, Any]:
     """A graph as TensorRT reads it: builder, network and parser, which live as long as the network is used.
 
     Raises:
         ExportError: TensorRT does not take the graph, or has no GPU and needs one.
     """
-    logger = _Logger(trt)
     try:
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -189,7 +187,8 @@ def build_engine(
     trt = load_tensorrt(target)
     check_capabilities(trt, target, capabilities)
     model = ir.load(graph)
-    builder, network, _parser = read_network(trt, graph, target=target)
+    logger = _Logger(trt)
+    builder, network, _parser = read_network(trt, graph, logger, target=target)
     described = describe_network(network)
     check_network(described, model)
     config = builder.create_builder_config()
@@ -200,13 +199,12 @@ def build_engine(
     for ranges in profiles:
         profile = builder.create_optimization_profile()
         for value in model.graph.inputs:
-            shapes = shapes_of(value, ranges)
-            if len({*shapes}) > 1:
-                profile.set_shape(str(value.name), *shapes)
+            if any(not isinstance(axis, int) for axis in value.shape or ()):
+                profile.set_shape(str(value.name), *shapes_of(value, ranges))
         config.add_optimization_profile(profile)
     content = builder.build_serialized_network(network, config)
     if content is None:
-        raise ExportError(f"{target}: could not build {graph.name}: {builder.logger.last or 'it does not say why'}")
+        raise ExportError(f"{target}: could not build {graph.name}: {logger.last or 'it does not say why'}")
     return Built(bytes(content), described, str(trt.__version__))
 
 

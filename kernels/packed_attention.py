@@ -13,7 +13,7 @@ score subtracted before the exponential, so that nothing overflows; the differen
 With `bfloat16` an operator may round weights and values to it, and make two numbers of it of each query and key, where
 a machine multiplies these faster. Two have 16 bits, and what their product leaves out is below 2**-16 of it:
 
-    |difference| <= (width * |scale| * max|query| * max|key| * 2**-15 + 2**-7) * max|value|
+    |difference| <= (width * |scale| * max|query| * max|key| * 2**-15 + 2**-7 + length * 2**-23) * max|value|
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Bundle:
         return cls(folder, Manifest.from_bytes(content, source=str(folder / MANIFEST_FILE)))
 
     def variant(self, name: str | None = None, *, device: str = "cpu") -> tuple[str, Variant]:
-        """A variant and its name; None for the default, which on a GPU is the most precise of fp16 and fp32.
+        """A variant and its name; None for the default, which on a GPU is fp16, or else fp32.
 
         Raises:
             UsageError: there is none of that name; says why, if it was exported and rejected. Or it runs on the CPU
@@ -66,9 +66,9 @@ class Bundle:
         name = name or (self._default_on_gpu() if on_gpu else self._default())
         if name in self.manifest.variants:
             found = self.manifest.variants[name]
-            if on_gpu and found.operators:
-                others = ", ".join(other for other, one in self.manifest.variants.items() if not one.operators)
-                hint = f"these do not: {others}" if others else "export fp16 or fp32 for one that does not"
+            if on_gpu and not runs_on_gpu(found):
+                others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_gpu(one))
+                hint = f"these run on a GPU: {others}" if others else "export fp16 or fp32 for one that runs on a GPU"
                 raise UsageError(f"{self.path}: variant '{name}' has operators for the CPU alone; {hint}")
             return name, found
         if name in self.manifest.rejected:
@@ -77,7 +77,7 @@ class Bundle:
 
     def _default_on_gpu(self) -> str:
         """What a GPU is fast at: half precision, or else float32."""
-        names = [name for name, variant in self.manifest.variants.items() if not variant.operators]
+        names = [name for name, variant in self.manifest.variants.items() if runs_on_gpu(variant)]
         order = ("fp16", "fp32", "fused")
         return min(names, key=lambda name: order.index(name) if name in order else len(order), default=self._default())
 
@@ -194,6 +194,11 @@ class Bundle:
         known = {*self.manifest.files, MANIFEST_FILE}
         files = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if not path.is_dir())
         return sorted(file for file in files if file not in known)
+
+
+def runs_on_gpu(variant: Variant) -> bool:
+    """Whether all of a variant can run on a GPU: in 8 and 4 bits it has operators that are of the CPU alone."""
+    return not variant.operators and {variant.precision, variant.image_precision} <= {"fp32", "fp16", None}
 
 
 def _is_checkpoint(folder: Path) -> bool:

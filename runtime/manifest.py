@@ -90,7 +90,7 @@ class EngineEntry:
         target: which TensorRT.
         version: of it.
         graph: path of the graph in the bundle that it was built from.
-        graph_sha256: of that graph's file.
+        sources: SHA-256 of that file, and of those that hold its weights.
         capabilities: compute capabilities that it was built for, as 89; none with classic TensorRT, which builds for
             the GPU at hand.
         profiles: of each bucket of sizes, the least, best and largest size of the graph's axes by their names.
@@ -100,7 +100,7 @@ class EngineEntry:
     target: Target
     version: str
     graph: str
-    graph_sha256: str
+    sources: dict[str, str]
     capabilities: tuple[int, ...]
     profiles: tuple[dict[str, tuple[int, ...]], ...]
     layers: dict[str, int]
@@ -158,8 +158,9 @@ class Manifest:
         if absent := sorted({TOKENIZER_FILE, GOLDEN_FILE, *listed, *self.engines} - set(self.files)):
             raise ValueError(f"files: {', '.join(absent)} missing")
         for file, engine in self.engines.items():
-            if engine.graph not in self.files or self.files[engine.graph].sha256 != engine.graph_sha256:
-                raise ValueError(f"engines: {file} was built from another {engine.graph}")
+            for source, digest in {engine.graph: "", **engine.sources}.items():
+                if source not in self.files or self.files[source].sha256 != digest:
+                    raise ValueError(f"engines: {file} was built from another {source}")
         if outside := sorted(file for file in self.files if not _is_inside(file)):
             raise ValueError(f"files: {', '.join(outside)}: expected plain paths inside the bundle")
 

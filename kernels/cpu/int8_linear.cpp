@@ -416,6 +416,7 @@ struct Amx {
     constexpr int64_t kStride = kTilePanels * kLanes;
     const uint8_t *above = factors.rows, *below = above + 16 * factors.row_bytes;
     const int8_t *left = factors.columns, *right = left + kLanes * factors.padded_in;
+    settle();
     _tile_loadd(0, factors.start, 0);
     if (kTilePanels > 1) _tile_loadd(1, factors.start + kLanes, 0);
     if (kTall) _tile_loadd(2, factors.start, 0);

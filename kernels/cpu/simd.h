@@ -125,11 +125,6 @@ RTX_INLINE Floats smaller(Floats a, Floats b) {
   return a < other ? a : other;
 }
 
-template <class Floats>
-RTX_INLINE Floats magnitude(Floats a) {
-  return (Floats)((Ints<Floats>)a & 0x7fffffff);
-}
-
 // Four lanes out of both, the second's counted behind the first's.
 template <int kA, int kB, int kC, int kD>
 RTX_INLINE Floats4 shuffle(Floats4 a, Floats4 b) {

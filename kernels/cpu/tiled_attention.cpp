@@ -3,13 +3,13 @@
 #if defined(RTX_HAS_AMX)
 
 #include <algorithm>
-#include <initializer_list>
 #include <vector>
 
 #include "tiles.h"
 
 // Scores decide exponentially, so that queries and keys are each the sum of two numbers of bfloat16, which leaves out
-// 2^-17 of a product. Weights and values are rounded to one: what that costs is of the size of values, not of scores.
+// less than 2^-16 of a product. Weights and values are rounded to one: what that costs is of the size of values, not of
+// scores.
 //
 // A softmax needs its largest score only against overflow. Where a bound on all scores of a block tells that there is
 // none, weights are 2^score, a group of keys after the other. Their sum is one more column of values, which are 1.
@@ -24,8 +24,9 @@ constexpr int64_t kTileNumbers = kTileRows * kTileDepth, kTileSums = kTileRows *
 constexpr int64_t kBlock = 2 * kTileRows;
 // Keys whose scores fit into the first cache.
 constexpr int64_t kGroup = 4 * kBlock;
-// 2^kMostScore times kMostValue (2^40) times every number of keys is still a number.
-constexpr float kMostScore = 64.0f, kMostValue = 1.09951163e12f;
+// 2^kMostScore times kMostValue (2^40) times every number of keys is still a number, and 2^-kMostScore times
+// kLeastValue (2^-40) is not below what tiles take for 0.
+constexpr float kMostScore = 64.0f, kMostValue = 1.09951163e12f, kLeastValue = 9.09494702e-13f;
 // Below every score, and still a number.
 constexpr float kUnseen = -3e38f;
 
@@ -146,7 +147,7 @@ RTX_AMX float pack_values(const float* from, int64_t stride, int64_t length, int
   const __m512i order = _mm512_load_si512(kOrder.places);
   const __m512 one = _mm512_set1_ps(1.0f);
   const int64_t columns = tiles_of(width + 1, kLanes);
-  __m512 largest = one;
+  __m512 largest = {};
   for (int64_t column = 0; column < columns; ++column) {
     const __mmask16 lanes = first_lanes(width - column * kLanes);
     const __mmask16 ones = first_lanes(width + 1 - column * kLanes) & ~lanes;
@@ -154,8 +155,9 @@ RTX_AMX float pack_values(const float* from, int64_t stride, int64_t length, int
     for (int64_t key = 0; key < tiles_of(length, kBlock) * kBlock; key += 2) {
       __m512 pair[2] = {};
       for (int64_t at = 0; at < 2 && key + at < length; ++at) {
-        pair[at] = _mm512_mask_mov_ps(_mm512_maskz_loadu_ps(lanes, numbers + (key + at) * stride), ones, one);
-        largest = _mm512_max_ps(_mm512_abs_ps(pair[at]), largest);
+        const __m512 some = _mm512_maskz_loadu_ps(lanes, numbers + (key + at) * stride);
+        largest = _mm512_max_ps(_mm512_abs_ps(some), largest);
+        pair[at] = _mm512_mask_mov_ps(some, ones, one);
       }
       _mm512_store_si512(to + (key / kBlock * columns + column) * kTileNumbers + key % kBlock / 2 * kTileDepth,
                          _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(pair[1], pair[0])));
@@ -169,6 +171,7 @@ RTX_AMX float pack_values(const float* from, int64_t stride, int64_t length, int
 template <bool kTwoTiles>
 RTX_AMX RTX_INLINE void score(const Bfloat16* queries, const Bfloat16* keys, int64_t chunks, float* scores,
                               int64_t below) {
+  settle();
   const int64_t next = chunks * kTerms * kTileNumbers;  // the next 16 of them
   const int64_t row_bytes = kTileDepth * sizeof(Bfloat16);
   _tile_zero(0);
@@ -216,6 +219,7 @@ RTX_AMX RTX_INLINE void mix(const Bfloat16* weights, int64_t below, const Bfloat
                             int64_t chunks, bool is_first, float* sums) {
   const int64_t row_bytes = kTileDepth * sizeof(Bfloat16);
   float* const sums_below = sums + columns * kTileSums;
+  settle();
   if (is_first) {
     _tile_zero(0);
     if (kTwoColumns) _tile_zero(1);
@@ -345,7 +349,8 @@ RTX_AMX Block prepare(const Task& task, int64_t head, int64_t first) {
                factor, task.queries, task.most_query);
   __m512 bound = {};
   for (int64_t at = 0; at < 2 * task.chunks; ++at) bound += task.most_query[at] * task.most_key[at];
-  if (!(_mm512_reduce_add_ps(bound) <= kMostScore && task.most_value <= kMostValue)) {
+  const bool usual = task.most_value >= kLeastValue && task.most_value <= kMostValue;
+  if (!(_mm512_reduce_add_ps(bound) <= kMostScore && usual)) {
     block.small = false;
     block.group = block.end - block.begin;
   }
@@ -417,12 +422,12 @@ RTX_AMX RTX_APART Block attend(const Task& task, const Block& block) {
   return next;
 }
 
-// Room for numbers, behind what was taken before.
+// Where room for so many numbers begins, in bytes, behind what was taken before.
 template <class Number>
-Number* take(uint8_t** from, int64_t count) {
-  Number* found = reinterpret_cast<Number*>(*from);
-  *from += tiles_of(count * int64_t(sizeof(Number)), 64) * 64;
-  return found;
+int64_t take(int64_t* bytes, int64_t count) {
+  const int64_t begin = *bytes;
+  *bytes += tiles_of(count * int64_t(sizeof(Number)), 64) * 64;
+  return begin;
 }
 
 }  // namespace
@@ -432,23 +437,25 @@ RTX_AMX void tiled_attention(const float* query, const float* key, const float* 
   const int64_t width = shape.width, row = shape.key_heads * width;
   const int64_t chunks = tiles_of(width, kTileDepth), columns = tiles_of(width + 1, kLanes);
   const int64_t padded = tiles_of(length, kBlock) * kBlock;
+  int64_t bytes = 0;
+  const int64_t keys_at = take<Bfloat16>(&bytes, padded * chunks * kTerms * kTileDepth);
+  const int64_t values_at = take<Bfloat16>(&bytes, padded * columns * kLanes);
+  const int64_t queries_at = take<Bfloat16>(&bytes, kBlock * chunks * kTerms * kTileDepth);
+  const int64_t weights_at = take<Bfloat16>(&bytes, kBlock * padded);
+  const int64_t scores_at = take<float>(&bytes, kBlock * padded);
+  const int64_t sums_at = take<float>(&bytes, kBlock * columns * kLanes);
+  const int64_t most_key_at = take<__m512>(&bytes, 2 * chunks), most_query_at = take<__m512>(&bytes, 2 * chunks);
   thread_local std::vector<uint8_t> scratch;
-  Task task{query, length, shape, y, chunks, columns};
-  Bfloat16 *keys = nullptr, *values = nullptr;
-  __m512* most_key = nullptr;
-  // Once to know how much it is.
-  for (const bool counting : {true, false}) {
-    uint8_t* room = counting ? nullptr : scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
-    task.keys = keys = take<Bfloat16>(&room, padded * chunks * kTerms * kTileDepth);
-    task.values = values = take<Bfloat16>(&room, padded * columns * kLanes);
-    task.most_key = most_key = take<__m512>(&room, 2 * chunks);
-    task.most_query = take<__m512>(&room, 2 * chunks);
-    task.queries = take<Bfloat16>(&room, kBlock * chunks * kTerms * kTileDepth);
-    task.weights = take<Bfloat16>(&room, kBlock * padded);
-    task.scores = take<float>(&room, kBlock * padded);
-    task.sums = take<float>(&room, kBlock * columns * kLanes);
-    if (counting) scratch.resize(std::max(scratch.size(), size_t(reinterpret_cast<uintptr_t>(room) + 64)));
-  }
+  if (int64_t(scratch.size()) < bytes + 64) scratch.resize(size_t(bytes + 64));
+  uint8_t* const room = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
+  Bfloat16 *keys = reinterpret_cast<Bfloat16*>(room + keys_at), *values = reinterpret_cast<Bfloat16*>(room + values_at);
+  __m512* most_key = reinterpret_cast<__m512*>(room + most_key_at);
+  Task task{query, length, shape, y, chunks, columns, keys, values, most_key};
+  task.most_query = reinterpret_cast<__m512*>(room + most_query_at);
+  task.queries = reinterpret_cast<Bfloat16*>(room + queries_at);
+  task.weights = reinterpret_cast<Bfloat16*>(room + weights_at);
+  task.scores = reinterpret_cast<float*>(room + scores_at);
+  task.sums = reinterpret_cast<float*>(room + sums_at);
   pack_keys(key, row, length, width, keys, most_key);
   task.most_value = pack_values(value, row, length, width, values);
   const Tiles tiles;

@@ -7,6 +7,9 @@
 
 namespace rtx {
 
+// What was written before is in memory for tiles that are loaded behind: GCC does not know that they read it.
+RTX_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
+
 // While it lives, its thread's registers are tiles. Their contents are lost when it ends.
 class Tiles {
  public:

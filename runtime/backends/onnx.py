@@ -86,14 +86,14 @@ class OnnxEngine:
         _register_operators(options)
         try:
             model = graph if isinstance(graph, bytes) else os.fspath(graph)
-            self._session: Any = ort.InferenceSession(model, options, providers=providers)
+            self._session: Any = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as broken:  # onnxruntime raises classes of its own that share no base but Exception
             # What it says of an operator that it does not know begins with its domain.
             hint = f" ({NOT_BUILT})" if f"{DOMAIN}:" in str(broken) and library_file() is None else ""
-            reason = f"ONNX Runtime {ort.__version__} cannot load the graph: {broken}{hint}"
+            where = "" if gpu is None else f" on {device}"
+            reason = f"ONNX Runtime {ort.__version__} cannot load the graph{where}: {broken}{hint}"
             raise EngineError(f"{name}: {reason}") from broken
-        # What a run would do where the GPU fails: begin anew on the CPU.
-        self._session.disable_fallback()
+        # A provider that did not load is left out without an exception.
         if gpu is not None and _CUDA not in self._session.get_providers():
             raise EngineError(
                 f"{name}: ONNX Runtime {ort.__version__} cannot use {device}, and would have gone on with the CPU. Its "

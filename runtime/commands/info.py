@@ -234,7 +234,7 @@ def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
             (
                 Path(file).name,
                 f"{engine['target']} {engine['version']}",
-                " ".join(map(str, engine["capabilities"])) or "this GPU",
+                " ".join(map(str, engine["capabilities"])) or "the builder's GPU",
                 _size(engine["bytes"]),
                 _axes(engine["profiles"]),
                 ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),

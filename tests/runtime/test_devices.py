@@ -55,12 +55,9 @@ def test_what_onnx_runtime_is_told(toy_bundle: Path, monkeypatch: pytest.MonkeyP
     real = ort.InferenceSession
 
     class Session:
-        def __init__(self, model: bytes, options: Any, providers: Any) -> None:
-            told["providers"] = dict(providers)
+        def __init__(self, model: bytes, options: Any, providers: Any, enable_fallback: int) -> None:
+            told.update(providers=dict(providers), fallback=enable_fallback)
             self.inner = real(model, options, providers=["CPUExecutionProvider"])
-
-        def disable_fallback(self) -> None:
-            told["fallback"] = False
 
         def get_providers(self) -> list[str]:
             return list(told["providers"])
@@ -74,7 +71,7 @@ def test_what_onnx_runtime_is_told(toy_bundle: Path, monkeypatch: pytest.MonkeyP
         assert model.engine.name == "toy.rtx:fp32"
     assert list(told["providers"]) == [CUDA, "CPUExecutionProvider"]
     assert told["providers"][CUDA] == {"device_id": 2, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
-    assert told["fallback"] is False
+    assert told["fallback"] == 0
 
 
 def test_variants_on_a_gpu(toy_bundle: Path) -> None:
@@ -84,13 +81,24 @@ def test_variants_on_a_gpu(toy_bundle: Path) -> None:
     variants = {"int8-packed": packed, "fp32": fp32, "fp16": dataclasses.replace(fp32, precision="fp16")}
     bundle.manifest = dataclasses.replace(bundle.manifest, variants=variants, default_variant="int8-packed")
     assert bundle.variant(device="cuda")[0] == "fp16"
-    with pytest.raises(UsageError, match="has operators for the CPU alone; these do not: fp32, fp16"):
+    with pytest.raises(UsageError, match="has operators for the CPU alone; these run on a GPU: fp32, fp16"):
         bundle.variant("int8-packed", device="cuda")
+    with pytest.raises(UsageError, match="has operators for the CPU alone"):
+        Bundle.open(toy_bundle).variant("int8", device="cuda")
     del variants["fp16"]
     assert bundle.variant(device="cuda:1")[0] == "fp32"
     bundle.manifest = dataclasses.replace(bundle.manifest, variants={"int8-packed": packed})
-    with pytest.raises(UsageError, match="operators for the CPU alone; export fp16 or fp32 for one that does not"):
+    with pytest.raises(UsageError, match="operators for the CPU alone; export fp16 or fp32 for one that runs on a GPU"):
         bundle.variant(device="cuda")
+
+
+def test_nothing_that_could_be_verified(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(toy_bundle)
+    packed = dataclasses.replace(bundle.manifest.variants["fp32"], operators=True)
+    bundle.manifest = dataclasses.replace(bundle.manifest, variants={"fp32": packed})
+    monkeypatch.setattr(Bundle, "open", lambda _: bundle)
+    with pytest.raises(UsageError, match="variant 'fp32' has operators for the CPU alone"):
+        verify_bundle(toy_bundle, device="cuda")
 
 
 def test_a_checkpoint_has_no_device(tmp_path: Path) -> None:
