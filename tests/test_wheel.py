@@ -32,17 +32,20 @@ def run(*command, cwd, expected=0):
     return done
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy: setuptools leaves its work beside the sources, and takes up what an earlier build left."""
-    source = tmp_path_factory.mktemp("source")
+@pytest.fixture(scope="session")
+def wheel(once):
+    """Built once for all workers, as compiling takes its time."""
+    (built,) = (once("wheel", build) / "dist").glob("*.whl")
+    return built
+
+
+def build(source):
+    """From a copy: setuptools leaves its work beside the sources, and takes up what an earlier build left."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "_cpu.*"))
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", cwd=source)
-    (built,) = (source / "dist").glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
