@@ -9,9 +9,6 @@
 namespace rtx {
 namespace {
 
-// Below every score, and still a number.
-constexpr float kUnseen = -3e38f;
-
 #if defined(RTX_HAS_AMX)
 constexpr int64_t kLeastTiled = 64;
 #endif

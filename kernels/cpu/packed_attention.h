@@ -8,6 +8,9 @@
 
 namespace rtx {
 
+// Below every score, and still a number.
+constexpr float kUnseen = -3e38f;
+
 struct AttentionShape {
   int64_t heads, key_heads, width;  // heads is a multiple of key_heads
   float scale;

@@ -27,8 +27,6 @@ constexpr int64_t kGroup = 4 * kBlock;
 // 2^kMostScore times kMostValue (2^40) times every number of keys is still a number, and 2^-kMostScore times
 // kLeastValue (2^-40) is not below what tiles take for 0.
 constexpr float kMostScore = 64.0f, kMostValue = 1.09951163e12f, kLeastValue = 9.09494702e-13f;
-// Below every score, and still a number.
-constexpr float kUnseen = -3e38f;
 
 using Bfloat16 = uint16_t;
 

@@ -100,7 +100,8 @@ def test_kept_layers_are_those_of_fp32_and_the_others_int8(exported: Exported, p
     """One of a group, one that has a norm behind it, and the table."""
     keep = (f"{LAYER}.0.{SELF}.key", f"{LAYER}.1.output.dense", *WORDS)
     model, plain = exported("bert", packed=packed)
-    batch = exported("bert").batch(5, 33)
+    # So few tokens that no number lies at the edge of a step, where it may fall on either side.
+    batch = exported("bert").batch(2, 20)
 
     def outputs(form: Any, keep: Sequence[str], graph: ir.Model = plain) -> np.ndarray[Any, Any]:
         graph = derive(form, graph, keep)
@@ -126,7 +127,7 @@ def test_kept_layers_are_those_of_fp32_and_the_others_int8(exported: Exported, p
     np.testing.assert_allclose(outputs(form, EVERY), fp32, atol=2e-6)
     # The same as where the others' weights and inputs alone are rounded, in standard operators.
     rounded = outputs("int8", keep, exported("bert").graph)
-    assert np.abs(mixed - rounded).max() < 0.25 * np.abs(mixed - int8).max()
+    assert np.abs(mixed - rounded).max() < 0.1 * np.abs(mixed - int8).max()
     assert 1e-3 < np.linalg.norm(mixed - fp32) < np.linalg.norm(int8 - fp32)
 
 
