@@ -10,10 +10,12 @@ from typing import cast
 
 import click
 
+from rtx.export.calibrators import CALIBRATORS, Calibrator
 from rtx.export.engines import BUILDABLE, EngineOptions
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
+from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.tensorrt import TARGETS
 from rtx.export.variants import ON_CPU, VARIANTS, VariantName
 from rtx.runtime.candidates import read_candidates
@@ -22,7 +24,7 @@ from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.manifest import EngineEntry, Target
 
-_AUTO = "auto"
+_AUTO, _BEST = "auto", "best"
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | None) -> tuple[int, ...]:
@@ -42,8 +44,13 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="Variant to export; may be given several times. auto: fp32 and int8, also packed, with layers in fp32 where "
-    "int8 fails else; the fastest is opened.",
+    help="Variant to export; may be given several times. auto: fp32 and int8, also packed, and --mixed; the fastest is "
+    "opened.",
+)
+@click.option(
+    "--mixed",
+    is_flag=True,
+    help="Where an int8 variant fails on quality, keep the layers that cost most in fp32 (int8-static: fp16).",
 )
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--dimensions", type=click.IntRange(min=1), help="Keep the first so many (Matryoshka).")
@@ -70,12 +77,30 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
     help="Least cosine to PyTorch of fp16 and int8; default: by precision.",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="For int8-static: training data, on whose queries and documents its scales are found; default: those of "
+    "--eval.",
+)
+@click.option(
+    "--calibrator",
+    type=click.Choice([_BEST, *CALIBRATORS]),
+    default=_BEST,
+    show_default=True,
+    help="For int8-static: where what layers read is clipped; best: of each layer, what changes its results least.",
+)
+@click.option(
+    "--migration",
+    type=click.FloatRange(0, 1),
+    help="For int8-static: how far large channels are moved into the weights (SmoothQuant); default: the best of each.",
+)
+@click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime while measuring; default: all cores."
 )
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
-    help=f"Also build engines of {' and '.join(BUILDABLE)}: tensorrt-rtx ahead of time, without a GPU; tensorrt for "
+    help=f"Also build engines of {', '.join(BUILDABLE)}: tensorrt-rtx ahead of time, without a GPU; tensorrt for "
     "the GPU of this machine.",
 )
 @click.option(
@@ -103,6 +128,10 @@ def export(
     candidates: Path | None,
     max_ndcg_drop: float,
     min_cosine: float | None,
+    mixed: bool,
+    calibration: Path | None,
+    calibrator: str,
+    migration: float | None,
     threads: int | None,
     target: Target | None,
     capabilities: tuple[int, ...],
@@ -129,7 +158,11 @@ def export(
         candidates=read_candidates(candidates, evalset) if candidates is not None and evalset is not None else None,
         max_ndcg_drop=max_ndcg_drop,
         min_cosine=min_cosine,
-        mixed=_AUTO in variants,
+        mixed=mixed or _AUTO in variants,
+        calibration=calibration,
+        scales=CalibrationOptions(
+            calibrator=None if calibrator == _BEST else cast(Calibrator, calibrator), migration=migration
+        ),
         engines=None if target is None else EngineOptions(target=target, capabilities=capabilities, lengths=lengths),
         threads=threads,
         overwrite=overwrite,
@@ -172,7 +205,7 @@ def _print(outcome: Outcome, output: Path) -> None:
     table.add_column("variant", no_wrap=True)
     headings = ["least\ncosine", "max\nabs", "batch\nabs"]
     if outcome.reference is not None:
-        headings += ["NDCG@10", "change", "95 % interval", "top 10\nkept"]
+        headings += ["NDCG\n@10", "change", "95 %\ninterval", "top\n10"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("speed", justify="right", no_wrap=True)
@@ -183,7 +216,7 @@ def _print(outcome: Outcome, output: Path) -> None:
         cells = _cells(verdict)
         if (ranking := verdict.ranking) is not None:
             low, high = ranking.interval
-            cells += [f"{ranking.other:.4f}", f"{ranking.difference:+.4f}", f"{low:+.4f} {high:+.4f}"]
+            cells += [f"{ranking.other:.4f}", f"{ranking.difference:+.4f}", f"{_signed(low)} {_signed(high)}"]
             cells.append(f"{ranking.overlap:.3f}")
         elif outcome.reference is not None:
             cells += ["–"] * 4
@@ -191,6 +224,8 @@ def _print(outcome: Outcome, output: Path) -> None:
     Console().print(table)
     for name, mixed in outcome.mixed.items():
         click.echo(f"{name}: {_mixed(mixed)}")
+    if outcome.scales:
+        click.echo(f"int8-static: {_scales(outcome.scales)}")
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
@@ -200,12 +235,19 @@ def _print(outcome: Outcome, output: Path) -> None:
 
 
 def _mixed(mixed: Mixed) -> str:
-    """What stayed float32, and what would have been without."""
+    """What stayed as it was, and what would have been without."""
     without = mixed.without
     quality = [] if without.parity is None else [f"least cosine {without.parity.min_cosine:.5f}"]
     quality += [] if without.ranking is None else [f"NDCG@{without.ranking.k} {without.ranking.difference:+.4f}"]
-    layers = f"{len(mixed.kept)} of {mixed.layers} layers in float32"
+    layers = f"{len(mixed.kept)} of {mixed.layers} layers in {mixed.precision}"
     return f"{layers} (without: {', '.join(quality)}): {in_words(mixed.kept)}"
+
+
+def _scales(scales: Sequence[Scale]) -> str:
+    """How far the layers' results are off that lose most."""
+    middle = scales[len(scales) // 2].error
+    worst = ", ".join(f"{in_words(scale.modules)} {scale.error:.3f}" for scale in scales[:3])
+    return f"results of layers are off by {middle:.3f} (median), most of all {worst}"
 
 
 def _engine(engine: EngineEntry) -> str:
@@ -226,8 +268,13 @@ def _gate(name: VariantName, outcome: Outcome) -> str:
     if not outcome.verdicts[name].passed:
         return "left out"
     if name not in outcome.manifest.variants:
-        return "not asked"
+        return "unasked"
     return "default" if name == outcome.manifest.default_variant else "passed"
+
+
+def _signed(number: float) -> str:
+    """As "+.0026": intervals have to be short."""
+    return f"{number:+.4f}".replace("0.", ".", 1)
 
 
 def _cells(verdict: Verdict) -> list[str]:

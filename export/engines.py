@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from rtx.export.buckets import BATCH_TOKENS, check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
 from rtx.export.variants import Files, VariantName, external_files
-from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Contract
-from rtx.runtime.errors import ItemError, UsageError
-from rtx.runtime.evalset import EvalSet
+from rtx.runtime.errors import UsageError
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import EngineEntry, Target
-from rtx.runtime.preprocessor import Preprocessor
-from rtx.runtime.text import Encoded
 
-Item = TypeVar("Item")
-
-BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16")
+BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "int8-static")
 """Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
-# Texts that are enough to know how long they are.
-_LENGTHS = 4096
 # Images of a batch, where each becomes a vector or visual tokens by itself.
 _IMAGES = (1, 8, 32)
 
@@ -53,7 +43,7 @@ class EngineOptions:
         """
         if others := [name for name in variants if name not in BUILDABLE]:
             raise UsageError(
-                f"--target {self.target}: engines are built of {' and '.join(BUILDABLE)}, not of {', '.join(others)}"
+                f"--target {self.target}: engines are built of {', '.join(BUILDABLE)}, not of {', '.join(others)}"
             )
         check_lengths(self.lengths, max_tokens)
         check_capabilities(load_tensorrt(self.target), self.target, self.capabilities)
@@ -110,32 +100,6 @@ def build_engines(
             layers=built.network.layers,
         )
     return found
-
-
-def token_lengths(preprocessor: Preprocessor, evalset: EvalSet | None, candidates: Candidates | None) -> list[int]:
-    """Tokens of an evaluation set's texts as they are served: as many queries as documents, or pairs of candidates."""
-    if evalset is None:
-        return []
-    if candidates is not None:
-        pairs = [(query, found.document) for query in candidates for found in candidates[query]]
-        return _lengths(preprocessor.encode_pairs([(evalset.queries[q], evalset.corpus[d]) for q, d in _some(pairs)]))
-    prompts = preprocessor.contract.prompts
-    sides = {"query": evalset.queries, "document": evalset.corpus}
-    found = [
-        _lengths(preprocessor.encode(_some([*texts.values()]), prompt=side if side in prompts else None))
-        for side, texts in sides.items()
-    ]
-    most = max(map(len, found))
-    # Queries are fewer than documents, and served as often.
-    return [length for lengths in found for length in itertools.islice(itertools.cycle(lengths), most)]
-
-
-def _lengths(rows: Iterable[Encoded | ItemError]) -> list[int]:
-    return [row.length for row in rows if not isinstance(row, ItemError) and row.ids]
-
-
-def _some(items: Sequence[Item]) -> Sequence[Item]:
-    return items[:: max(1, len(items) // _LENGTHS)]
 
 
 def token_profiles(contract: Contract, ends: Sequence[int]) -> list[Profile]:

@@ -49,7 +49,9 @@ class _Converter:
         """Bring a node whose predecessors are done to its precision."""
         if not is_scoring(node):
             self._bound_masks(node)
-        reads_weight = node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
+        reads_weight = node.op_type == "DequantizeLinear" or (
+            node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
+        )
         is_hidden = reads_weight or any(value in self._hidden for value in node.inputs)
         half = is_hidden and not (is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS)
         for index, value in enumerate(node.inputs):

@@ -8,12 +8,14 @@ images as tokens     pixels -> visual tokens;  tokens, visual tokens -> sentence
 from __future__ import annotations
 
 import json
+from types import MappingProxyType
 from typing import NamedTuple
 
 import onnx_ir as ir
 from torch import Tensor, nn
 
 from rtx.export.graph import export_graph, export_image_graph
+from rtx.export.scales import Scales
 from rtx.export.visual import export_text, export_vision, visual_rules
 from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import CONTRACT_KEY
@@ -27,11 +29,15 @@ class Graphs(NamedTuple):
         tokens: what has tokens goes through; holds the contract.
         image: what images go through, first or by themselves; None for a model that takes none.
         packed: what has tokens goes through without padding; why there is none; or None where nobody asked for it.
+        scales: of what the layers of `tokens` read; empty as long as nothing was calibrated.
+        image_scales: of what those of `image` read.
     """
 
     tokens: ir.Model
     image: ir.Model | None = None
     packed: ir.Model | ExportError | None = None
+    scales: Scales = MappingProxyType({})
+    image_scales: Scales = MappingProxyType({})
 
 
 def check_exportable(model: RetrievalModel) -> None:

@@ -1,15 +1,17 @@
-"""Mixed precision: where an int8 variant loses too much, the layers that cost most stay float32.
+"""Mixed precision: where an int8 variant loses too much, the layers that cost most stay as they are.
 
     units       layers that read the same (query, key and value), and the word embeddings
     rank        the error of the graph in which one unit alone is int8, a unit at a time
-    least_kept  the 1, 2, 4, ... most sensitive units in float32 until the gate passes, then as few as it passes with
+    least_kept  the 1, 2, 4, ... most sensitive units kept until the gate passes, then as few as it passes with
+
+What is kept is float32, and half precision in the static variant.
 
 Errors of units add up: on MiniLM to 2.3e-3 of mean cosine, where the graph with all in int8 has 2.2e-3. The other way
 round, all in int8 but for one unit, the error of that unit is lost among the others': the twelve best by it have 17.6M
 weights, the word embeddings among them, and leave 3.1e-4; by the error of each alone, 6.3M weights leave 3.0e-4.
 By error for each weight the sets hardly differ.
 
-The graphs are those of `rtx.export.int8` for every variant: the packed one has the same layers and the same arithmetic.
+The graphs are those of `rtx.export.int8` for the packed variant too: it has the same layers and the same arithmetic.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from rtx.export.gate import Gate, Verdict
 from rtx.export.graph import module_of, strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int8 import quantizable
-from rtx.export.variants import VariantName, derive, files_of, write_variant
+from rtx.export.variants import Form, VariantName, derive, files_of, form_of, kept_in, write_variant
 from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import EngineError, ExportError
 from rtx.runtime.golden import deviation
+from rtx.runtime.manifest import Precision
 
 MOST_MEASURED = 40
 """Graphs that are made and run to find out what units cost: each takes as long as to open the model."""
@@ -46,7 +49,7 @@ _LONGEST_ITEM = 128
 _TRIAL = "onnx/trial.onnx"
 
 Unit = tuple[str, ...]
-"""Modules that are kept in float32 together."""
+"""Modules that are kept together."""
 
 
 @dataclass(frozen=True)
@@ -54,29 +57,32 @@ class Mixed:
     """How a variant came to pass.
 
     Attributes:
-        kept: modules whose weights stayed float32, as `RetrievalModel.named_modules` calls them.
+        kept: modules whose weights are not int8, as `RetrievalModel.named_modules` calls them.
+        precision: of these.
         layers: how many modules could be int8, these included.
         without: the verdict on the variant with all of them in int8.
     """
 
     kept: tuple[str, ...]
+    precision: Precision
     layers: int
     without: Verdict
 
     def to_dict(self) -> dict[str, Any]:
         """As report.json holds it."""
-        return {"kept": list(self.kept), "layers": self.layers, "without": self.without.to_dict()}
+        kept = {"kept": list(self.kept), "precision": self.precision, "layers": self.layers}
+        return {**kept, "without": self.without.to_dict()}
 
 
 class Mixer:
-    """Finds what to keep in float32, for the variants of one export.
+    """Finds what to keep, for the variants of one export.
 
     Args:
         gate: that they have to pass.
         plain: what they are derived from; only layers of what has tokens are kept.
         folder: of the bundle; holds the plain graphs.
         threads: of ONNX Runtime.
-        judge: writes a variant with these modules in float32 and holds it against the gate.
+        judge: writes a variant with these modules kept and holds it against the gate.
         notify: told what is going on, a sentence at a time.
     """
 
@@ -92,8 +98,7 @@ class Mixer:
     ) -> None:
         self._gate, self._plain, self._folder = gate, plain, folder
         self._threads, self._judge, self._notify = threads, judge, notify
-        self._units = units_of(plain.tokens.graph)
-        self._ranked: list[Unit] | None = None
+        self._ranked: dict[Form, list[Unit]] = {}
         self._first = 1  # what came of one variant is likely to be right for the next
 
     def mix(self, name: VariantName, without: Verdict) -> tuple[Verdict, Mixed | None]:
@@ -114,7 +119,7 @@ class Mixer:
         verdicts: dict[int, Verdict] = {}
 
         def passes(count: int) -> bool:
-            self._notify(f"{name}: judging with {count} of {len(ranked)} groups of layers in float32")
+            self._notify(f"{name}: judging with {count} of {len(ranked)} groups of layers in {kept_in(name)}")
             verdicts[count] = self._judge(name, _modules(ranked[:count]))
             return verdicts[count].passed
 
@@ -123,23 +128,25 @@ class Mixer:
         if count is None:
             self._first = most
             last = f": {'; '.join(verdicts[most].failures)}" if most in verdicts else ""
-            reason = f"half of the layers in float32, where int8 gains nothing any more, do not mend that{last}"
+            reason = f"half of the layers in {kept_in(name)}, where int8 gains nothing any more, do not mend that{last}"
             return _failed(without, reason), None
         self._first, kept = count, _modules(ranked[:count])
         if count != next(reversed(verdicts)):
             write_variant(name, self._plain, self._folder, kept)
-        return verdicts[count], Mixed(kept, len(_modules(ranked)), without)
+        return verdicts[count], Mixed(kept, kept_in(name), len(_modules(ranked)), without)
 
     def _ranking(self, name: VariantName, without: Verdict) -> list[Unit]:
-        """All units, the most sensitive first; measured once."""
-        if self._ranked is None:
-            self._notify(f"{name}: measuring which of {len(self._units)} groups of layers cost most")
+        """All units, the most sensitive first; measured once for each way to quantise them."""
+        form = form_of(name)
+        if form not in self._ranked:
+            units = units_of(self._plain.tokens.graph, embeddings=form != "int8-static")
+            self._notify(f"{name}: measuring which of {len(units)} groups of layers cost most")
             places = self._places(without)
             try:
-                self._ranked = rank(self._units, lambda modules: self._error(modules, places))
+                self._ranked[form] = rank(units, lambda modules: self._error(form, modules, places))
             finally:
                 (self._folder / _TRIAL).unlink(missing_ok=True)
-        return self._ranked
+        return self._ranked[form]
 
     def _places(self, without: Verdict) -> list[int]:
         """Some golden items, short ones, and the one that came out worst."""
@@ -149,10 +156,10 @@ class Mixer:
         worst = [] if without.parity is None else [without.parity.worst]
         return sorted({*chosen, *worst})
 
-    def _error(self, modules: Collection[str], places: Sequence[int]) -> float:
+    def _error(self, form: Form, modules: Collection[str], places: Sequence[int]) -> float:
         """1 - mean cosine to PyTorch (or relative error of scores) where these modules alone are int8."""
-        others = set(_modules(self._units)).difference(modules)
-        graph = derive("int8", self._plain.tokens, others)
+        others = set(_modules(units_of(self._plain.tokens.graph))).difference(modules)
+        graph = derive(form, self._plain.tokens, others, self._plain.scales)
         strip_notes(graph)
         # Large weights lie beside the plain graph, in the same folder: what is in float32 stays there.
         ir.save(graph, self._folder / _TRIAL)
@@ -178,11 +185,13 @@ def fails_on_quality(verdict: Verdict) -> bool:
     return known and not verdict.passed
 
 
-def units_of(graph: ir.Graph) -> list[Unit]:
-    """The units of a plain graph, in its order."""
+def units_of(graph: ir.Graph, *, embeddings: bool = True) -> list[Unit]:
+    """The units of a plain graph, in its order, with or without the word embeddings."""
     units: dict[ir.Value | None, list[str]] = {}
     seen: set[str] = set()
     for node, weight in quantizable(graph):
+        if node.op_type == "Gather" and not embeddings:
+            continue
         # A module that is used several times, as DeBERTa's are for positions, belongs where it is used first.
         if (module := module_of(node)) not in seen:
             seen.add(module)

@@ -11,25 +11,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
-from rtx.export.engines import EngineOptions, build_engines, token_lengths
+from rtx.export.calibration import calibrate
+from rtx.export.engines import EngineOptions, build_engines
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import Graphs, check_exportable, export_graphs
 from rtx.export.mixed import Mixed, Mixer, fails_on_quality
 from rtx.export.packed import export_packed
+from rtx.export.scales import CalibrationOptions, Scale
+from rtx.export.served import Served, lengths_of
 from rtx.export.variants import (
     VARIANTS,
     Files,
     VariantName,
     can_be_mixed,
     files_of,
+    is_calibrated,
     is_packed,
     map_weights,
     precision_of,
@@ -52,6 +58,10 @@ from rtx.trainer.model import RetrievalModel
 
 _SPEED_ROUNDS = 5
 _SPEED_ITEMS = 32
+# Items of each kind that show how long they are; of pages fewer, as all of them are in memory together.
+_LENGTHS, _LENGTHS_OF_PAGES = 4096, 256
+# Queries, and documents, that show what layers read.
+_CALIBRATION_ITEMS = 128
 # Differences below this are noise on a shared machine.
 _SPEED_NOISE = 0.05
 
@@ -76,7 +86,10 @@ class ExportOptions:
         max_ndcg_drop: NDCG@10 that a variant may lose against PyTorch.
         min_cosine: least cosine to PyTorch on the golden inputs that a variant other than fp32 may have; None for the
             precision's own limit.
-        mixed: whether layers of an int8 variant may stay float32 where it fails on quality.
+        mixed: whether layers of an int8 variant may stay as they are where it fails on quality.
+        calibration: training data whose queries and documents show what layers read, for int8-static; None for those of
+            the evaluation set.
+        scales: how int8-static chooses its scales.
         engines: what to build of the variants that pass; None for no engines.
         threads: of ONNX Runtime, for ranking and speed.
         overwrite: replace a bundle that is there.
@@ -95,6 +108,8 @@ class ExportOptions:
     max_ndcg_drop: float = MAX_NDCG_DROP
     min_cosine: float | None = None
     mixed: bool = False
+    calibration: Path | None = None
+    scales: CalibrationOptions = field(default_factory=CalibrationOptions)
     engines: EngineOptions | None = None
     threads: int | None = None
     overwrite: bool = False
@@ -109,6 +124,12 @@ class ExportOptions:
             raise UsageError(f"max_ndcg_drop: expected 0 to 1, got {self.max_ndcg_drop}")
         if self.min_cosine is not None and not 0 <= self.min_cosine <= 1:
             raise UsageError(f"min_cosine: expected 0 to 1, got {self.min_cosine}")
+        if calibrated := [name for name in self.variants if is_calibrated(name)]:
+            if self.calibration is None and self.evalset is None:
+                needs = "queries and documents to find its scales on: training data (--calibration), or --eval"
+                raise UsageError(f"{calibrated[0]}: needs {needs}")
+        elif self.calibration is not None:
+            raise UsageError(f"calibration: none of {', '.join(self.variants)} has scales to find; int8-static has")
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,8 @@ class Outcome:
         verdicts: of all variants that were asked for, and of the plain graph.
         reference: PyTorch's own ranking; None without an evaluation set.
         seconds: of one pass over some golden items, for each variant that is in the bundle.
-        mixed: how those came to pass that have layers in float32.
+        mixed: how those came to pass that have layers which stayed as they were.
+        scales: of what the layers of int8-static read, those that lose most first; empty without it.
     """
 
     manifest: Manifest
@@ -128,6 +150,7 @@ class Outcome:
     reference: Evaluation | None
     seconds: dict[VariantName, float]
     mixed: dict[VariantName, Mixed] = field(default_factory=dict)
+    scales: tuple[Scale, ...] = ()
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
@@ -150,6 +173,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
     check_target(target, overwrite=options.overwrite)
     notify(f"loading {source}")
     model = _load(source, options)
+    served = _served(model, options)
     with replace_folder(target, marker=MANIFEST_FILE) as folder:
         notify("PyTorch: golden outputs" + (f" and ranking of {options.evalset.name}" if options.evalset else ""))
         gate = Gate(
@@ -159,7 +183,8 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             max_ndcg_drop=options.max_ndcg_drop,
             min_cosine=options.min_cosine,
         )
-        verdicts, mixed = _make_variants(model, gate, folder, options, notify)
+        made = _make_variants(model, gate, folder, options, served, notify)
+        verdicts = made.verdicts
         passed = [name for name in options.variants if verdicts[name].passed]
         if not passed:
             raise GateError(_refusal([verdicts[name] for name in options.variants]))
@@ -169,7 +194,8 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         seconds = _measure_speed(gate, folder, files, options.threads)
         engines = {}
         if options.engines is not None:
-            lengths = token_lengths(gate.preprocessor, options.evalset, options.candidates)
+            count = _LENGTHS_OF_PAGES if model.contract.takes_images else _LENGTHS
+            lengths = [] if served is None else lengths_of(served.encode(gate.preprocessor, count))
             engines = build_engines(folder, files, model.contract, options.engines, lengths, notify=notify)
         manifest = write_bundle(
             folder,
@@ -180,11 +206,12 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             source=source,
             command=options.command,
             seconds=seconds,
-            mixed=mixed,
+            mixed=made.mixed,
+            scales=made.scales,
             engines=engines,
             default_variant=choose_default(seconds),
         )
-    return Outcome(manifest, verdicts, gate.reference, seconds, mixed)
+    return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -224,9 +251,22 @@ def _load(source: str, options: ExportOptions) -> RetrievalModel:
     return model
 
 
+def _served(model: RetrievalModel, options: ExportOptions) -> Served | None:
+    """What the model will be given; None where nothing tells."""
+    if options.calibration is not None:
+        return Served.of_file(options.calibration, model.contract)
+    return None if options.evalset is None else Served.of_evalset(options.evalset, options.candidates)
+
+
+class _Made(NamedTuple):
+    verdicts: dict[VariantName, Verdict]
+    mixed: dict[VariantName, Mixed]
+    scales: tuple[Scale, ...]
+
+
 def _make_variants(
-    model: RetrievalModel, gate: Gate, folder: Path, options: ExportOptions, notify: Notify
-) -> tuple[dict[VariantName, Verdict], dict[VariantName, Mixed]]:
+    model: RetrievalModel, gate: Gate, folder: Path, options: ExportOptions, served: Served | None, notify: Notify
+) -> _Made:
     """Write each variant into the bundle's folder and judge it as it lies there."""
     images = model.contract.takes_images
     notify("exporting the graphs" if images else "exporting the graph")
@@ -240,25 +280,45 @@ def _make_variants(
     # ONNX Runtime's copy would not fit into memory together.
     map_weights(plain, folder, files_of("fp32", images=images))
     release_weights(model)
-    judge = functools.partial(_judge, gate, plain, folder, options.threads)
     verdicts: dict[VariantName, Verdict] = {}
     mixed: dict[VariantName, Mixed] = {}
     mixer: Mixer | None = None
-    for name in dict.fromkeys(("fp32", *options.variants)):
+    notify("fp32: deriving and judging")
+    verdicts["fp32"] = _judge(gate, plain, folder, options.threads, "fp32")
+    if not verdicts["fp32"].passed:
+        raise GateError(_refusal([verdicts["fp32"]]))
+    if served is not None and any(map(is_calibrated, options.variants)):
+        plain = _calibrate(plain, gate, folder, served, options, notify)
+    judge = functools.partial(_judge, gate, plain, folder, options.threads)
+    for name in dict.fromkeys(options.variants):
+        if name in verdicts:
+            continue
         notify(f"{name}: deriving and judging")
         verdicts[name] = judge(name)
-        if not verdicts["fp32"].passed:
-            raise GateError(_refusal([verdicts["fp32"]]))
         if options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
             if mixer is None:
                 mixer = Mixer(gate, plain, folder, threads=options.threads, judge=judge, notify=notify)
             verdicts[name], found = mixer.mix(name, verdicts[name])
             mixed |= {} if found is None else {name: found}
-    return verdicts, mixed
+    scales = sorted((*plain.scales.values(), *plain.image_scales.values()), key=lambda scale: -scale.error)
+    return _Made(verdicts, mixed, tuple(scales))
+
+
+def _calibrate(
+    plain: Graphs, gate: Gate, folder: Path, served: Served, options: ExportOptions, notify: Notify
+) -> Graphs:
+    """The graphs with scales that are found on some of what the model will be given."""
+    found = served.encode(gate.preprocessor, _CALIBRATION_ITEMS if not served.pairs else 2 * _CALIBRATION_ITEMS)
+    items = [*itertools.chain.from_iterable(found), *served.scraps(gate.preprocessor)]
+    notify(f"calibrating on {len(items)} items")
+    files = [file for file in files_of("fp32", images=plain.image is not None) if file is not None]
+    return calibrate(
+        plain, [folder / file for file in files], gate.preprocessor, items, options.scales, threads=options.threads
+    )
 
 
 def _has_graph_of_its_own(name: VariantName, options: ExportOptions) -> bool:
-    """Whether layers of a variant can stay float32, and those of no other variant with them."""
+    """Whether layers of a variant can stay as they are, and those of no other variant with them."""
     file = files_of(name, images=False).tokens
     others = [other for other in options.variants if other != name and files_of(other, images=False).tokens == file]
     return can_be_mixed(name) and not others
@@ -267,7 +327,7 @@ def _has_graph_of_its_own(name: VariantName, options: ExportOptions) -> bool:
 def _judge(
     gate: Gate, plain: Graphs, folder: Path, threads: int | None, name: VariantName, keep: Collection[str] = ()
 ) -> Verdict:
-    """Write a variant, with some modules in float32, and judge it as it lies there."""
+    """Write a variant, with some modules left as they are, and judge it as it lies there."""
     images = plain.image is not None
     precision = precision_of(name, images=images)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import onnx_ir as ir
@@ -16,11 +17,15 @@ from rtx.export.graphs import Graphs
 from rtx.export.int4 import quantize_int4
 from rtx.export.int8 import quantize_int8
 from rtx.export.int8_fused import quantize_int8_fused
+from rtx.export.int8_static import quantize_int8_static
+from rtx.export.scales import Scales
 from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import Precision
 
-VariantName = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-text", "int8-image", "int4"]
-Form = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int4"]
+VariantName = Literal[
+    "fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-text", "int8-image", "int8-static", "int4"
+]
+Form = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-static", "int4"]
 """What a graph is derived to."""
 
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
@@ -47,6 +52,7 @@ _RECIPES: dict[VariantName, Recipe] = {
     "int8-packed": Recipe("int8-packed", "int8"),
     "int8-text": Recipe("int8", "fp32"),
     "int8-image": Recipe("fp32", "int8"),
+    "int8-static": Recipe("int8-static", "int8-static"),
     "int4": Recipe("int4", "fp32"),
 }
 _ENDINGS: dict[Form, str] = {
@@ -56,6 +62,7 @@ _ENDINGS: dict[Form, str] = {
     "fp16": "_fp16",
     "int8": "_int8",
     "int8-packed": "_int8_packed",
+    "int8-static": "_int8_static",
     "int4": "_int4",
 }
 _PRECISIONS: dict[Form, Precision] = {
@@ -65,6 +72,7 @@ _PRECISIONS: dict[Form, Precision] = {
     "fp16": "fp16",
     "int8": "int8",
     "int8-packed": "int8",
+    "int8-static": "int8",
     "int4": "int4",
 }
 # Variants that treat texts and images apart.
@@ -93,8 +101,24 @@ def is_packed(name: VariantName) -> bool:
 
 
 def can_be_mixed(name: VariantName) -> bool:
-    """Whether layers of a variant may stay float32: those of the graph for what has tokens, if that is in int8."""
-    return _RECIPES[name].tokens in ("int8", "int8-packed")
+    """Whether layers of a variant may be left as they are: of the graph for what has tokens, if that is in int8."""
+    return _RECIPES[name].tokens in ("int8", "int8-packed", "int8-static")
+
+
+def is_calibrated(name: VariantName) -> bool:
+    """Whether a variant has scales that are found on items of its user's."""
+    return "int8-static" in _RECIPES[name]
+
+
+def form_of(name: VariantName) -> Form:
+    """What the graph for what has tokens is derived to: of a packed one, the plain one with the same arithmetic."""
+    tokens = _RECIPES[name].tokens
+    return "int8" if tokens == "int8-packed" else tokens
+
+
+def kept_in(name: VariantName) -> Precision:
+    """The precision of layers that are left as they are."""
+    return "fp16" if form_of(name) == "int8-static" else "fp32"
 
 
 def files_of(name: VariantName, *, images: bool) -> Files:
@@ -124,7 +148,7 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path, keep: Collecti
         name: of the variant.
         plain: what they are derived from, which stays as it is.
         folder: of the bundle.
-        keep: modules that stay float32 in the graph for what has tokens; if there are any, it is written anew.
+        keep: modules that are left as they are in the graph for what has tokens; if there are any, it is written anew.
 
     Raises:
         ExportError: a graph does not lend itself to it.
@@ -136,12 +160,12 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path, keep: Collecti
     if keep:
         for path in (folder / files.tokens, *external_files(folder / files.tokens)):
             path.unlink(missing_ok=True)
-    for form, graph, file, kept in (
-        (recipe.tokens, tokens, files.tokens, keep),
-        (recipe.image, plain.image, files.image, ()),
+    for form, graph, file, kept, scales in (
+        (recipe.tokens, tokens, files.tokens, keep, plain.scales),
+        (recipe.image, plain.image, files.image, (), plain.image_scales),
     ):
         if graph is not None and file is not None and not (folder / file).exists():
-            save(derive(form, graph, kept), folder / file)
+            save(derive(form, graph, kept, scales), folder / file)
             if external_files(folder / file):
                 # A graph refers to itself: large weights of its own would stay until Python looks for such circles.
                 gc.collect()
@@ -162,13 +186,14 @@ def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
                 value.const_value = written[name].const_value
 
 
-def derive(form: Form, plain: ir.Model, keep: Collection[str] = ()) -> ir.Model:
+def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scales = MappingProxyType({})) -> ir.Model:
     """A plain graph in another form, or the packed one for a form of that; it stays as it is.
 
     Args:
         form: what to.
         plain: what of.
-        keep: for a form in int8, modules whose weights stay float32.
+        keep: for a form in int8, modules whose weights are left as they are.
+        scales: for int8-static, of what its layers read.
 
     Raises:
         ExportError: the graph does not lend itself to it.
@@ -180,6 +205,8 @@ def derive(form: Form, plain: ir.Model, keep: Collection[str] = ()) -> ir.Model:
         quantize_int8(variant, keep)
     elif form == "int8-packed":
         quantize_int8_fused(variant, keep)
+    elif form == "int8-static":
+        quantize_int8_static(variant, scales, keep)
     elif form == "int4":
         quantize_int4(variant)
     elif form == "fused":

@@ -7,13 +7,14 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
 from rtx.export.mixed import Mixed
 from rtx.export.report import render_report
+from rtx.export.scales import Scale
 from rtx.export.variants import VariantName, external_files, files_of, is_packed, precisions_of
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import (
@@ -44,6 +45,7 @@ def write_bundle(
     command: str,
     seconds: Mapping[VariantName, float],
     mixed: Mapping[VariantName, Mixed],
+    scales: Sequence[Scale],
     engines: Mapping[str, EngineEntry],
     default_variant: VariantName,
 ) -> Manifest:
@@ -58,7 +60,8 @@ def write_bundle(
         source: folder or hub name of the checkpoint.
         command: for the record.
         seconds: of one pass over the golden items, for each variant that is in the bundle.
-        mixed: how those came to pass that have layers in float32.
+        mixed: how those came to pass that have layers which stayed as they were.
+        scales: of what the layers of int8-static read.
         engines: that lie in the folder, by file.
         default_variant: the one that is opened where none is named.
     """
@@ -83,6 +86,7 @@ def write_bundle(
             variant: {**verdict.to_dict(), "mixed": mixed[variant].to_dict() if variant in mixed else None}
             for variant, verdict in verdicts.items()
         },
+        "scales": [scale.to_dict() for scale in scales],
         "reference": gate.reference.to_dict() if gate.reference is not None else None,
         "max_ndcg_drop": gate.max_ndcg_drop,
         "seconds": dict(seconds),

@@ -63,8 +63,8 @@ class Variant:
         tolerance: what it was held to when it was written, and is held to by `rtx verify`.
         external: further files that hold its weights.
         operators: whether it needs the compiled operators of `rtx.kernels.library`.
-        kept: modules of the backbone whose weights stayed float32, as `RetrievalModel.named_modules` calls them, where
-            all of its linear layers in `precision` were too coarse.
+        kept: modules of the backbone whose weights are in a higher precision, as `RetrievalModel.named_modules` calls
+            them, where all of its linear layers in `precision` were too coarse.
     """
 
     file: str

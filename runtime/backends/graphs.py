@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.onnx import OnnxEngine, Watch
 from rtx.runtime.backends.onnx_towers import OnnxTowersEngine
 from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
 from rtx.runtime.contract import Contract
@@ -26,6 +26,8 @@ def open_graphs(
     name: str = "onnx",
     packed: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    watch: Watch | None = None,
+    image_watch: Watch | None = None,
 ) -> GraphEngine:
     """Open what a model of this contract needs.
 
@@ -38,6 +40,8 @@ def open_graphs(
         name: what error messages call the model.
         packed: whether the graph for what has tokens leaves out padding; none does that has images among them.
         cache_bytes: what is made of images and kept may take; 0 keeps none.
+        watch: who looks inside the graph for what has tokens.
+        image_watch: who looks inside that for images.
 
     Raises:
         UsageError: `threads` is out of range, or there is no such kind of device.
@@ -45,7 +49,9 @@ def open_graphs(
         EngineError: a graph cannot be loaded, or the device cannot be used.
     """
     if image_graph is None:
-        return OnnxEngine(graph, output=contract.output, threads=threads, device=device, name=name, packed=packed)
+        return OnnxEngine(
+            graph, output=contract.output, threads=threads, device=device, name=name, packed=packed, watch=watch
+        )
     if contract.visual is None:
         return OnnxTowersEngine(
             image_graph,
@@ -56,6 +62,8 @@ def open_graphs(
             name=name,
             packed=packed,
             cache_bytes=cache_bytes,
+            watch=watch,
+            image_watch=image_watch,
         )
     return OnnxVisualEngine(
         image_graph,
@@ -66,4 +74,6 @@ def open_graphs(
         device=device,
         name=name,
         cache_bytes=cache_bytes,
+        watch=watch,
+        image_watch=image_watch,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,18 @@ _LONG_TOKENS = 2048
 _CUDA = "CUDAExecutionProvider"
 
 
+class Watch(NamedTuple):
+    """Who looks inside a graph while it runs: how an export sees what layers read.
+
+    Attributes:
+        outputs: names of outputs that are fetched in each run besides those that were asked for.
+        tell: is given them by name after each run; they are valid until it returns.
+    """
+
+    outputs: Sequence[str]
+    tell: Callable[[Mapping[str, NDArray[Any]]], None]
+
+
 class OnnxEngine:
     """A graph in an ONNX Runtime session.
 
@@ -33,6 +45,7 @@ class OnnxEngine:
         packed: whether the graph leaves out padding.
         device: "cpu", "cuda" or "cuda:N". A GPU that cannot be used is an error: ONNX Runtime alone would go on with
             the CPU after a warning.
+        watch: what else is fetched, and who is told.
 
     Attributes:
         input_names: of the graph.
@@ -53,6 +66,7 @@ class OnnxEngine:
         name: str = "onnx",
         packed: bool = False,
         device: str = "cpu",
+        watch: Watch | None = None,
     ) -> None:
         check_threads(threads)
         gpu = cuda_device(device)
@@ -63,6 +77,7 @@ class OnnxEngine:
         self.name = name
         self.packed = packed
         self._output = output
+        self._watch = watch
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
@@ -119,12 +134,15 @@ class OnnxEngine:
         if session is None:
             raise EngineError(f"{self.name}: the engine is closed")
         options = self._giving_back if self._may_be_large(batch) else self._keeping
+        watched = () if self._watch is None else self._watch.outputs
         try:
-            results: list[NDArray[np.float32]] = session.run(outputs, batch, options)
+            results: list[NDArray[np.float32]] = session.run([*outputs, *watched], batch, options)
         except Exception as broken:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
             raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken
-        return results
+        if self._watch is not None:
+            self._watch.tell(dict(zip(watched, results[len(outputs) :], strict=True)))
+        return results[: len(outputs)]
 
     def close(self) -> None:
         self._session = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.onnx import OnnxEngine, Watch
 from rtx.runtime.errors import EngineError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
 from rtx.runtime.text import Batch
@@ -25,6 +25,7 @@ class OnnxTowersEngine:
         name: what error messages call the model.
         packed: whether the texts' graph leaves out padding; images have none.
         cache_bytes: what the vectors of images that are kept may take; 0 keeps none.
+        watch, image_watch: who looks inside the texts' graph, and the images'.
 
     Attributes:
         input_names: of the texts' graph.
@@ -47,12 +48,16 @@ class OnnxTowersEngine:
         name: str = "onnx",
         packed: bool = False,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        watch: Watch | None = None,
+        image_watch: Watch | None = None,
     ) -> None:
         self.name = name
         self.packed = packed
         self._cache: ImageCache[bytes] = ImageCache(cache_bytes)
-        self._image = OnnxEngine(image, output=output, threads=threads, device=device, name=f"{name} (images)")
-        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name)
+        self._image = OnnxEngine(
+            image, output=output, threads=threads, device=device, name=f"{name} (images)", watch=image_watch
+        )
+        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name, watch=watch)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

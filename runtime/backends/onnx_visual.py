@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.onnx import OnnxEngine, Watch
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
@@ -45,6 +45,7 @@ class OnnxVisualEngine:
         name: what error messages call the model.
         cache_bytes: what the visual tokens that are kept may take; 0 keeps none.
         max_batch_patches: limit on images * patches of the largest that run together; a larger image runs alone.
+        watch, image_watch: who looks inside the texts' graph, and the images'.
 
     Attributes:
         input_names: of the text graph.
@@ -70,6 +71,8 @@ class OnnxVisualEngine:
         name: str = "onnx",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         max_batch_patches: int = DEFAULT_BATCH_PATCHES,
+        watch: Watch | None = None,
+        image_watch: Watch | None = None,
     ) -> None:
         if max_batch_patches < 1:
             raise UsageError(f"max_batch_patches: expected at least 1, got {max_batch_patches}")
@@ -78,9 +81,14 @@ class OnnxVisualEngine:
         self._max_batch_patches = max_batch_patches
         self._cache: ImageCache[_Key] = ImageCache(cache_bytes)
         self._vision = OnnxEngine(
-            vision, output="image_embeds", threads=threads, device=device, name=f"{name} (vision)"
+            vision,
+            output="image_embeds",
+            threads=threads,
+            device=device,
+            name=f"{name} (vision)",
+            watch=image_watch,
         )
-        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name)
+        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name, watch=watch)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

@@ -141,6 +141,7 @@ def test_the_report_holds_what_was_measured(done, source, evalset):
         "seconds",
         "default_variant",
         "bytes",
+        "scales",
     }
     assert report["provenance"]["source"] == source.name
     assert report["provenance"]["source_sha256"] == hash_checkpoint(str(source))
@@ -183,7 +184,7 @@ def test_exit_codes(tiny_checkpoint, exported, tmp_path, monkeypatch):
     assert row.split()[-2:] == ["left", "out"]
     only = run(source, "-o", tmp_path / "a.rtx", "--precision", "int8", "--overwrite")
     gates = [line.split()[-1] for line in only.stdout.splitlines() if line.startswith(("fp32", "int8"))]
-    assert gates == ["asked", "default"]
+    assert gates == ["unasked", "default"]
     none = run(source, "-o", tmp_path / "b.rtx", "--precision", "int8", "--min-cosine", 1)
     assert none.exit_code == 3
     assert "error: no variant passed the gate, nothing was written:\n  int8: differs" in none.stderr

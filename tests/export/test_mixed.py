@@ -180,10 +180,10 @@ def test_auto_keeps_the_layers_that_are_bad_for_int8(spoilt: str, evalset: EvalS
         assert mixed["without"]["failures"][0].startswith("differs from PyTorch")
         least = f"{mixed['without']['parity']['min_cosine']:.5f}"
         change = f"{mixed['without']['ranking']['difference']:+.4f}"
-        said = f"{name}: 2 of {len(EVERY)} layers in float32 (without: least cosine {least}, NDCG@10 {change}): "
+        said = f"{name}: 2 of {len(EVERY)} layers in fp32 (without: least cosine {least}, NDCG@10 {change}): "
         assert said + ", ".join(kept[name]) in result.stdout.splitlines()
     page = (target / "report.html").read_text()
-    assert "Layers in float32" in page
+    assert "Layers that are kept" in page
     assert f">{', '.join(kept['int8'])}<" in page
     # What lies there is what was judged, and not what was tried last.
     assert all(finding.ok for finding in verify_bundle(target))
@@ -210,7 +210,7 @@ def test_half_of_the_layers_are_the_most(
     said: list[str] = []
     with pytest.raises(GateError) as caught:
         export_bundle(spoilt, tmp_path / "x.rtx", options, notify=said.append)
-    reason = "half of the layers in float32, where int8 gains nothing any more, do not mend that"
+    reason = "half of the layers in fp32, where int8 gains nothing any more, do not mend that"
     found = re.findall(rf"(\S+): {reason}: least cosine 0\.9\d+, largest difference", str(caught.value))
     assert found == [*names]
     counts = [match.groups() for text in said if (match := re.match(r"(\S+): judging with (\d+) of 9 groups", text))]

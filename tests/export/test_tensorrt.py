@@ -6,18 +6,23 @@ import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
 from rtx.export import tensorrt
-from rtx.export.engines import EngineOptions, image_profiles, token_lengths, token_profiles
-from rtx.export.graphs import export_graphs
+from rtx.export.calibration import activations, calibrate
+from rtx.export.engines import EngineOptions, image_profiles, token_profiles
+from rtx.export.graphs import Graphs, export_graphs
+from rtx.export.scales import CalibrationOptions, Scales
 from rtx.export.tensorrt import (
+    Built,
     _Logger,
     build_engine,
     capability_names,
@@ -29,11 +34,10 @@ from rtx.export.tensorrt import (
 )
 from rtx.export.variants import derive, save
 from rtx.runtime.bundle import Bundle
-from rtx.runtime.candidates import Candidate
 from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, UsageError
-from rtx.runtime.evalset import EvalSet
 from rtx.runtime.manifest import Manifest
+from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
@@ -49,9 +53,9 @@ except ExportError as missing:
 builds = pytest.mark.skipif(bool(why_not), reason=why_not)
 
 
-def build(graph: ir.Model, profiles: Any, folder: Path, precision: Any) -> tensorrt.Built:
+def build(graph: ir.Model, profiles: Any, folder: Path, precision: Any, scales: Scales = MappingProxyType({})) -> Built:
     file = folder / f"{precision}.onnx"
-    save(derive(precision, graph), file)
+    save(derive(precision, graph, (), scales), file)
     # TensorRT-RTX has no product in float32 for Turing.
     every = [capability for capability in capability_names(load_tensorrt("tensorrt-rtx")) if capability != 75]
     assert {*SM} < {*every}
@@ -92,6 +96,30 @@ def test_engines_of_texts(exported: Callable[..., Any], tmp_path: Path, architec
         assert (count(network, "MATRIX_MULTIPLY", HALF) > 0) == (precision == "fp16")
 
 
+def calibrated(graphs: Graphs, model: RetrievalModel, folder: Path, items: Sequence[Any]) -> Graphs:
+    files = [folder / "model.onnx", folder / "vision.onnx"][: 1 + (graphs.image is not None)]
+    prepare = model.preprocessor.encode if model.task == "embed" else model.preprocessor.encode_pairs
+    rows = [row for row in prepare(items) if isinstance(row, Encoded)]
+    return calibrate(graphs, files, model.preprocessor, rows, CalibrationOptions(), threads=1)
+
+
+@builds
+@pytest.mark.parametrize(
+    ("architecture", "task"), [("bert", "embed"), ("modernbert", "embed"), ("deberta-v2", "rerank"), ("qwen3", "embed")]
+)
+def test_engines_in_8_bits(exported: Callable[..., Any], tmp_path: Path, architecture: str, task: str) -> None:
+    model, graph = exported(architecture, task)
+    texts = ["how to reset the pump", "a red cat in the garden"]
+    graphs = calibrated(Graphs(graph), model, tmp_path, texts if task == "embed" else [(text, "a") for text in texts])
+    profiles = token_profiles(model.contract, (16, model.contract.max_tokens))
+    network = build(graph, profiles, tmp_path, "int8-static", graphs.scales).network
+    # What is rounded, once for all layers that read it; and each layer's weight.
+    assert count(network, "QUANTIZE") == count(network, "QUANTIZE", "INT8") == len(graphs.scales)
+    layers = sum(len(layers) for layers in activations(graph.graph).values())
+    assert count(network, "DEQUANTIZE") == count(network, "DEQUANTIZE", HALF) >= len(graphs.scales) + layers
+    assert count(network, "SOFTMAX") == count(network, "SOFTMAX", FLOAT) > 0
+
+
 @builds
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_vl", "clip", "siglip"])
@@ -106,6 +134,22 @@ def test_engines_of_images(tmp_path: Path, kind: str) -> None:
     assert count(tokens, "MATRIX_MULTIPLY", HALF) > 0
     assert count(image, "MATRIX_MULTIPLY", HALF) > 0
     assert {dtype for dtype, _ in (*tokens.outputs.values(), *image.outputs.values())} == {FLOAT}
+    page = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    found = calibrated(graphs, model, tmp_path, ["a", page, "how do I reset it?"])
+    for graph, scales, profiles in (
+        (graphs.tokens, found.scales, token_profiles(model.contract, ends)),
+        (graphs.image, found.image_scales, image_profiles(model.contract)),
+    ):
+        # Images have been seen by the graph for images.
+        assert {*scales} == {str(x.name) for x in activations(graph.graph)}
+        network = build(graph, profiles, tmp_path, "int8-static", scales).network
+        assert count(network, "QUANTIZE", "INT8") == len(scales) > 4
+    # Of texts alone there is no scale for images.
+    texts = calibrated(graphs, model, tmp_path, ["a"])
+    assert texts.scales
+    assert not texts.image_scales
+    with pytest.raises(ExportError, match=r"int8-static: .*: nothing that it reads was seen in calibration"):
+        derive("int8-static", graphs.image, (), texts.image_scales)
 
 
 @builds
@@ -178,7 +222,9 @@ def test_graphs_that_tensorrt_does_not_take(exported: Callable[..., Any], tmp_pa
 def test_options() -> None:
     rtx = EngineOptions(target="tensorrt-rtx", capabilities=SM, lengths=(16, 32))
     rtx.check(("fp32", "fp16"), 64)
-    with pytest.raises(UsageError, match="--target tensorrt-rtx: engines are built of fp32 and fp16, not of int8"):
+    with pytest.raises(
+        UsageError, match=r"--target tensorrt-rtx: engines are built of fp32, fp16, int8-static, not of int8$"
+    ):
         rtx.check(("fp32", "int8"), 64)
     with pytest.raises(UsageError, match="model's limit of 20, got"):
         rtx.check(("fp32",), 20)
@@ -196,23 +242,6 @@ def test_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ExportError, match=r"tensorrt-rtx: .* It comes with: pip install 'rtx-retrieval\[tensorrt"):
         load_tensorrt("tensorrt-rtx")
-
-
-def test_lengths_of_texts(exported: Callable[..., Any], evalset: EvalSet) -> None:
-    preprocessor = exported("bert")[0].preprocessor
-    found = token_lengths(preprocessor, evalset, None)
-    # As many queries as documents, each with its own prompt.
-    assert len(found) == 2 * max(len(evalset.queries), len(evalset.corpus))
-    with_prompts = exported("bert", prompts={"query": "find: the code of ", "document": ""})[0].preprocessor
-    longer = token_lengths(with_prompts, evalset, None)
-    half = len(found) // 2
-    assert longer[half:] == found[half:]
-    assert min(longer[:half]) > max(2, min(found[:half]))
-    assert token_lengths(preprocessor, None, None) == []
-    reranker = exported("bert", "rerank")[0].preprocessor
-    pairs = token_lengths(reranker, evalset, {"q0": [Candidate("d0"), Candidate("d1")], "q1": [Candidate("d2")]})
-    assert len(pairs) == 3
-    assert max(pairs) > max(found[:4])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,187 @@
+"""What the layers of a model read on its user's own texts and images, and the scales that 8 bits get by that.
+
+    items -> plain graph, with a look at what each layer reads -> largest of each channel, some rows -> scales
+
+A static scale is fixed when the model is exported, where the int8 variant finds one a token while it runs. TensorRT
+takes no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rtx.export.edit import Editor
+from rtx.export.graph import module_of, strip_notes
+from rtx.export.graphs import Graphs
+from rtx.export.int8 import check_gemm, content_of, quantizable
+from rtx.export.scales import CalibrationOptions, Scales, Seen, choose_scale
+from rtx.runtime.backends.graphs import open_graphs
+from rtx.runtime.backends.onnx import Watch
+from rtx.runtime.engine import run_batch
+from rtx.runtime.errors import ExportError
+from rtx.runtime.preprocessor import Preprocessor
+from rtx.runtime.text import Encoded
+
+# Rows of an activation that are kept of each item, and what all may take: 4,096 rows of MiniLM take 264 MB.
+_ROWS, _MOST_BYTES = 16, 1 << 30
+
+
+def activations(graph: ir.Graph) -> dict[ir.Value, list[tuple[ir.Node, ir.Value]]]:
+    """What layers of a plain graph read, each with the nodes that do and their weights."""
+    found: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
+    for node, weight in quantizable(graph):
+        if node.op_type != "Gather":
+            x = node.inputs[0]
+            assert x is not None
+            found.setdefault(x, []).append((node, weight))
+    return found
+
+
+def weight_of(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+    """The matrix [in, out] that a MatMul or Gemm multiplies by.
+
+    Raises:
+        ExportError: a Gemm that scales, or transposes its input, or a weight that holds NaN or infinity.
+    """
+    check_gemm("int8-static", node)
+    content = content_of("int8-static", node, weight)
+    return content.T if node.attributes.get_int("transB", False) else content
+
+
+def calibrate(
+    plain: Graphs,
+    files: Sequence[Path],
+    preprocessor: Preprocessor,
+    items: Sequence[Encoded],
+    options: CalibrationOptions,
+    *,
+    threads: int | None,
+) -> Graphs:
+    """Run items through the plain graphs and choose the scale of everything that layers read.
+
+    Args:
+        plain: the graphs.
+        files: where they are written, that for what has tokens first.
+        preprocessor: of the model.
+        items: some of what will be served, at least one.
+        options: how scales are chosen.
+        threads: of ONNX Runtime.
+
+    Returns:
+        The graphs with their scales. There are none for a graph that no item goes through.
+
+    Raises:
+        EngineError: an item could not be run.
+        ExportError: what a layer reads is not finite, or a weight is in a way that is not known here.
+    """
+    graphs = [graph for graph in (plain.tokens, plain.image) if graph is not None]
+    channels = sum(_channels(layers) for graph in graphs for layers in activations(graph.graph).values())
+    rows = max(1, min(_ROWS, _MOST_BYTES // (4 * channels * len(items))))
+    collectors = [_Collector(graph, rows) for graph in graphs]
+    with contextlib.ExitStack() as stack:
+        written = [stack.enter_context(one.write(file)) for one, file in zip(collectors, files, strict=True)]
+        engine = open_graphs(
+            preprocessor.contract,
+            *written,
+            threads=threads,
+            name="calibration",
+            cache_bytes=0,
+            watch=collectors[0].watch,
+            image_watch=collectors[-1].watch,
+        )
+        stack.callback(engine.close)
+        for item in items:  # each alone: nothing is padding
+            run_batch(engine, preprocessor, [item])
+    found = [_choose(one, of.seen, options) for one, of in zip(graphs, collectors, strict=True)]
+    return plain._replace(scales=found[0], image_scales=found[1] if len(found) > 1 else {})
+
+
+def _channels(layers: Sequence[tuple[ir.Node, ir.Value]]) -> int:
+    node, weight = layers[0]
+    assert weight.const_value is not None
+    return int(weight.const_value.shape.numpy()[1 if node.attributes.get_int("transB", False) else 0])
+
+
+class _Collector:
+    """Is told of each run of a graph, and keeps what was seen of what its layers read."""
+
+    def __init__(self, graph: ir.Model, rows: int) -> None:
+        self._graph, self._rows = graph.clone(), rows
+        self._largest: dict[str, NDArray[np.float32]] = {}
+        self._some: dict[str, list[NDArray[np.float32]]] = {}
+        self._names = self._look_inside()
+        self.watch = Watch(tuple(self._names), self._note)
+
+    @property
+    def seen(self) -> dict[str, Seen]:
+        return {x: Seen(largest, np.concatenate(self._some[x])) for x, largest in self._largest.items()}
+
+    @contextlib.contextmanager
+    def write(self, beside: Path) -> Iterator[Path]:
+        """The graph as a file for a while, in the folder of the one whose large weights it shares."""
+        path = beside.with_name(f"watched_{beside.name}")
+        strip_notes(self._graph)
+        try:
+            ir.save(self._graph, path)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _look_inside(self) -> dict[str, tuple[str, bool]]:
+        """Adds outputs: the largest magnitude of each channel, and some rows. What each is of, and whether the former.
+
+        What is kept does not depend on how many rows there are: a long page image takes no more memory than a query.
+        """
+        editor, outputs = Editor(self._graph.graph, "watch"), self._graph.graph.outputs
+        # Evenly over however many rows there are, the first and the last among them.
+        places = editor.constant("watch_places", np.linspace(0, 1, self._rows, dtype=np.float32))
+        rows_axis = editor.constant("watch_rows_axis", np.array([0], dtype=np.int64))
+        one = editor.constant("watch_one", np.array([1], dtype=np.int64))
+        to_float, to_int = {"to": ir.DataType.FLOAT}, {"to": ir.DataType.INT64}
+        names: dict[str, tuple[str, bool]] = {}
+        for x, layers in activations(self._graph.graph).items():
+            (before, _), channels = layers[0], _channels(layers)
+            shape = editor.constant(f"watch_{x.name}_shape", np.array([-1, channels], dtype=np.int64))
+            flat = editor.insert(before, "Reshape", x, shape)
+            count = editor.insert(before, "Shape", flat, attributes={"start": 0, "end": 1}, dtype=ir.DataType.INT64)
+            last = editor.insert(before, "Sub", count, one, dtype=ir.DataType.INT64)
+            place = editor.insert(before, "Mul", places, editor.insert(before, "Cast", last, attributes=to_float))
+            place = editor.insert(before, "Cast", place, attributes=to_int, dtype=ir.DataType.INT64)
+            some = editor.insert(before, "Gather", flat, place, shape=ir.Shape([self._rows, channels]))
+            magnitude = editor.insert(before, "Abs", flat)
+            largest = editor.insert(
+                before, "ReduceMax", magnitude, rows_axis, attributes={"keepdims": 0}, shape=ir.Shape([channels])
+            )
+            outputs.extend([largest, some])
+            names |= {str(largest.name): (str(x.name), True), str(some.name): (str(x.name), False)}
+        return names
+
+    def _note(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+        for name, found in outputs.items():
+            x, is_largest = self._names[name]
+            if not is_largest:
+                self._some.setdefault(x, []).append(found.copy())
+            elif x in self._largest:
+                np.maximum(self._largest[x], found, out=self._largest[x])
+            else:
+                self._largest[x] = found.copy()
+
+
+def _choose(graph: ir.Model, seen: Mapping[str, Seen], options: CalibrationOptions) -> Scales:
+    found = {}
+    for x, layers in activations(graph.graph).items():
+        if (some := seen.get(str(x.name))) is None:
+            continue
+        modules = tuple(dict.fromkeys(module_of(node) for node, _ in layers))
+        if not np.isfinite(some.largest).all():
+            raise ExportError(f"int8-static: {modules[0]}: reads NaN or infinity on a calibration item")
+        weight = np.concatenate([weight_of(*layer) for layer in layers], axis=1)
+        found[str(x.name)] = choose_scale(some, weight, options, modules=modules)
+    return found
