@@ -8,8 +8,7 @@ takes no other.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rtx.export.edit import Editor
-from rtx.export.graph import module_of, strip_notes
+from rtx.export.graph import module_of
 from rtx.export.graphs import Graphs
 from rtx.export.int8 import check_gemm, content_of, quantizable
 from rtx.export.scales import CalibrationOptions, Scales, Seen, choose_scale
-from rtx.runtime.backends.graphs import open_graphs
-from rtx.runtime.backends.onnx import Watch
-from rtx.runtime.engine import run_batch
+from rtx.export.watching import Watcher, run_watched
 from rtx.runtime.errors import ExportError
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
@@ -85,20 +81,7 @@ def calibrate(
     channels = sum(_channels(layers) for graph in graphs for layers in activations(graph.graph).values())
     rows = max(1, min(_ROWS, _MOST_BYTES // (4 * channels * len(items))))
     collectors = [_Collector(graph, rows) for graph in graphs]
-    with contextlib.ExitStack() as stack:
-        written = [stack.enter_context(one.write(file)) for one, file in zip(collectors, files, strict=True)]
-        engine = open_graphs(
-            preprocessor.contract,
-            *written,
-            threads=threads,
-            name="calibration",
-            cache_bytes=0,
-            watch=collectors[0].watch,
-            image_watch=collectors[-1].watch,
-        )
-        stack.callback(engine.close)
-        for item in items:  # each alone: nothing is padding
-            run_batch(engine, preprocessor, [item])
+    run_watched(collectors, files, preprocessor, items, threads=threads)
     found = [_choose(one, of.seen, options) for one, of in zip(graphs, collectors, strict=True)]
     return plain._replace(scales=found[0], image_scales=found[1] if len(found) > 1 else {})
 
@@ -109,63 +92,44 @@ def _channels(layers: Sequence[tuple[ir.Node, ir.Value]]) -> int:
     return int(weight.const_value.shape.numpy()[1 if node.attributes.get_int("transB", False) else 0])
 
 
-class _Collector:
-    """Is told of each run of a graph, and keeps what was seen of what its layers read."""
+class _Collector(Watcher):
+    """Keeps of what layers read the largest magnitude of each channel, and some rows.
+
+    What is kept does not depend on how many rows there are: a long page image takes no more memory than a query.
+    """
 
     def __init__(self, graph: ir.Model, rows: int) -> None:
-        self._graph, self._rows = graph.clone(), rows
+        super().__init__(graph)
         self._largest: dict[str, NDArray[np.float32]] = {}
         self._some: dict[str, list[NDArray[np.float32]]] = {}
-        self._names = self._look_inside()
-        self.watch = Watch(tuple(self._names), self._note)
+        # What an output is of, and whether it is the largest.
+        self._shown: dict[str, tuple[str, bool]] = {}
+        insert, constant = self.editor.insert, self.editor.constant
+        # Evenly over however many rows there are, the first and the last among them.
+        places = constant("watch_places", np.linspace(0, 1, rows, dtype=np.float32))
+        rows_axis, one = (constant(f"watch_{number}", np.array([number], dtype=np.int64)) for number in (0, 1))
+        to_float, to_int = {"to": ir.DataType.FLOAT}, {"to": ir.DataType.INT64}
+        for x, layers in activations(self.graph.graph).items():
+            (before, _), channels = layers[0], _channels(layers)
+            shape = constant(f"watch_{x.name}_shape", np.array([-1, channels], dtype=np.int64))
+            flat = insert(before, "Reshape", x, shape)
+            count = insert(before, "Shape", flat, attributes={"start": 0, "end": 1}, dtype=ir.DataType.INT64)
+            last = insert(before, "Sub", count, one, dtype=ir.DataType.INT64)
+            place = insert(before, "Mul", places, insert(before, "Cast", last, attributes=to_float))
+            place = insert(before, "Cast", place, attributes=to_int, dtype=ir.DataType.INT64)
+            some = insert(before, "Gather", flat, place)
+            magnitude = insert(before, "Abs", flat)
+            largest = insert(before, "ReduceMax", magnitude, rows_axis, attributes={"keepdims": 0})
+            self._shown[self.show(largest, [channels])] = str(x.name), True
+            self._shown[self.show(some, [rows, channels])] = str(x.name), False
 
     @property
     def seen(self) -> dict[str, Seen]:
         return {x: Seen(largest, np.concatenate(self._some[x])) for x, largest in self._largest.items()}
 
-    @contextlib.contextmanager
-    def write(self, beside: Path) -> Iterator[Path]:
-        """The graph as a file for a while, in the folder of the one whose large weights it shares."""
-        path = beside.with_name(f"watched_{beside.name}")
-        strip_notes(self._graph)
-        try:
-            ir.save(self._graph, path)
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _look_inside(self) -> dict[str, tuple[str, bool]]:
-        """Adds outputs: the largest magnitude of each channel, and some rows. What each is of, and whether the former.
-
-        What is kept does not depend on how many rows there are: a long page image takes no more memory than a query.
-        """
-        editor, outputs = Editor(self._graph.graph, "watch"), self._graph.graph.outputs
-        # Evenly over however many rows there are, the first and the last among them.
-        places = editor.constant("watch_places", np.linspace(0, 1, self._rows, dtype=np.float32))
-        rows_axis = editor.constant("watch_rows_axis", np.array([0], dtype=np.int64))
-        one = editor.constant("watch_one", np.array([1], dtype=np.int64))
-        to_float, to_int = {"to": ir.DataType.FLOAT}, {"to": ir.DataType.INT64}
-        names: dict[str, tuple[str, bool]] = {}
-        for x, layers in activations(self._graph.graph).items():
-            (before, _), channels = layers[0], _channels(layers)
-            shape = editor.constant(f"watch_{x.name}_shape", np.array([-1, channels], dtype=np.int64))
-            flat = editor.insert(before, "Reshape", x, shape)
-            count = editor.insert(before, "Shape", flat, attributes={"start": 0, "end": 1}, dtype=ir.DataType.INT64)
-            last = editor.insert(before, "Sub", count, one, dtype=ir.DataType.INT64)
-            place = editor.insert(before, "Mul", places, editor.insert(before, "Cast", last, attributes=to_float))
-            place = editor.insert(before, "Cast", place, attributes=to_int, dtype=ir.DataType.INT64)
-            some = editor.insert(before, "Gather", flat, place, shape=ir.Shape([self._rows, channels]))
-            magnitude = editor.insert(before, "Abs", flat)
-            largest = editor.insert(
-                before, "ReduceMax", magnitude, rows_axis, attributes={"keepdims": 0}, shape=ir.Shape([channels])
-            )
-            outputs.extend([largest, some])
-            names |= {str(largest.name): (str(x.name), True), str(some.name): (str(x.name), False)}
-        return names
-
-    def _note(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+    def take(self, outputs: Mapping[str, NDArray[Any]]) -> None:
         for name, found in outputs.items():
-            x, is_largest = self._names[name]
+            x, is_largest = self._shown[name]
             if not is_largest:
                 self._some.setdefault(x, []).append(found.copy())
             elif x in self._largest:

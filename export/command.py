@@ -12,9 +12,11 @@ import click
 
 from rtx.export.calibrators import CALIBRATORS, Calibrator
 from rtx.export.engines import BUILDABLE, EngineOptions
+from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
 from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
+from rtx.export.ranges import Range, overflowing
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.tensorrt import TARGETS
 from rtx.export.variants import ON_CPU, VARIANTS, VariantName
@@ -224,6 +226,8 @@ def _print(outcome: Outcome, output: Path) -> None:
     Console().print(table)
     for name, mixed in outcome.mixed.items():
         click.echo(f"{name}: {_mixed(mixed)}")
+    if outcome.ranges:
+        click.echo(f"half precision: {_ranges(outcome.ranges)}")
     if outcome.scales:
         click.echo(f"int8-static: {_scales(outcome.scales)}")
     for name, verdict in outcome.verdicts.items():
@@ -243,11 +247,14 @@ def _mixed(mixed: Mixed) -> str:
     return f"{layers} (without: {', '.join(quality)}): {in_words(mixed.kept)}"
 
 
+def _ranges(ranges: Sequence[Range]) -> str:
+    """How much room there is where numbers are largest."""
+    return overflowing(ranges) or f"numbers reach {ranges[0].largest:,.4g}, of {LARGEST:,.0f}"
+
+
 def _scales(scales: Sequence[Scale]) -> str:
-    """How far the layers' results are off that lose most."""
-    middle = scales[len(scales) // 2].error
-    worst = ", ".join(f"{in_words(scale.modules)} {scale.error:.3f}" for scale in scales[:3])
-    return f"results of layers are off by {middle:.3f} (median), most of all {worst}"
+    """How far results of layers are off; the report has each."""
+    return f"results of layers are off by {scales[len(scales) // 2].error:.3f} (median), {scales[0].error:.3f} (most)"
 
 
 def _engine(engine: EngineEntry) -> str:

@@ -21,7 +21,8 @@ from rtx.export.graph import constant_matrix, is_norm, is_scoring
 # A mask is the most negative float32, or -inf: in fp16 it would be -inf, and a row that is masked all over NaN.
 # exp(-30000) is 0 all the same.
 _MASK = -3e4
-_LARGEST = float(np.finfo(np.float16).max)
+LARGEST = float(np.finfo(np.float16).max)
+"""What half precision ends at: 65504."""
 _FP32_OPERATORS = ("Softmax", "ReduceSum", "ReduceMean", "ReduceL2", "CumSum", "Pow", "Sqrt", "Exp", "Cast")
 _READS_WEIGHT = ("Gather", "MatMul", "Gemm")
 
@@ -38,6 +39,14 @@ def to_fp16(model: ir.Model) -> None:
     drop_dead(converter.editor.graph)
 
 
+def bound_masks(model: ir.Model) -> None:
+    """Let the masks of a plain graph be those of its fp16 graph, in place: no larger than half precision holds."""
+    converter = _Converter(Editor(model.graph, "bounded"))
+    for node in list(model.graph):
+        converter.bound_masks(node)
+    drop_dead(converter.editor.graph)
+
+
 class _Converter:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
@@ -47,8 +56,7 @@ class _Converter:
 
     def convert(self, node: ir.Node) -> None:
         """Bring a node whose predecessors are done to its precision."""
-        if not is_scoring(node):
-            self._bound_masks(node)
+        self.bound_masks(node)
         reads_weight = node.op_type == "DequantizeLinear" or (
             node.op_type in _READS_WEIGHT and any(constant_matrix(value) for value in node.inputs)
         )
@@ -67,7 +75,10 @@ class _Converter:
             for output in outputs if half else ():
                 output.type = ir.TensorType(ir.DataType.FLOAT16)
 
-    def _bound_masks(self, node: ir.Node) -> None:
+    def bound_masks(self, node: ir.Node) -> None:
+        """What a node of the backbone reads of the kind of a mask."""
+        if is_scoring(node):
+            return
         for index, value in enumerate(node.inputs):
             if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
                 continue
@@ -77,7 +88,7 @@ class _Converter:
 
     def _cast(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if value.const_value is not None:
-            content = np.clip(value.const_value.numpy(), -_LARGEST, _LARGEST).astype(np.float16)
+            content = np.clip(value.const_value.numpy(), -LARGEST, LARGEST).astype(np.float16)
             return self._constant(value, "fp16", content)
         if (value, dtype) not in self._casts:
             self._casts[value, dtype] = self.editor.insert(

@@ -9,6 +9,7 @@ last file, so that a folder left behind by a kill is no bundle.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -22,11 +23,13 @@ import numpy as np
 import onnx_ir as ir
 
 from rtx.export.calibration import calibrate
+from rtx.export.emulation import emulated
 from rtx.export.engines import EngineOptions, build_engines
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import Graphs, check_exportable, export_graphs
 from rtx.export.mixed import Mixed, Mixer, fails_on_quality
 from rtx.export.packed import export_packed
+from rtx.export.ranges import Range, measure_ranges, overflowing
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.served import Served, lengths_of
 from rtx.export.variants import (
@@ -35,6 +38,7 @@ from rtx.export.variants import (
     VariantName,
     can_be_mixed,
     files_of,
+    has_half_precision,
     is_calibrated,
     is_packed,
     map_weights,
@@ -54,14 +58,15 @@ from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.manifest import MANIFEST_FILE, Manifest
+from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
 _SPEED_ROUNDS = 5
 _SPEED_ITEMS = 32
 # Items of each kind that show how long they are; of pages fewer, as all of them are in memory together.
 _LENGTHS, _LENGTHS_OF_PAGES = 4096, 256
-# Queries, and documents, that show what layers read.
-_CALIBRATION_ITEMS = 128
+# Queries, and documents, that show what layers read; and how large numbers get, beside the golden items.
+_CALIBRATION_ITEMS, _RANGE_ITEMS = 128, 16
 # Differences below this are noise on a shared machine.
 _SPEED_NOISE = 0.05
 
@@ -143,6 +148,7 @@ class Outcome:
         seconds: of one pass over some golden items, for each variant that is in the bundle.
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read, those that lose most first; empty without it.
+        ranges: how large numbers get where there is half precision, the largest first; empty without any.
     """
 
     manifest: Manifest
@@ -151,6 +157,7 @@ class Outcome:
     seconds: dict[VariantName, float]
     mixed: dict[VariantName, Mixed] = field(default_factory=dict)
     scales: tuple[Scale, ...] = ()
+    ranges: tuple[Range, ...] = ()
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
@@ -208,10 +215,11 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             seconds=seconds,
             mixed=made.mixed,
             scales=made.scales,
+            ranges=made.ranges,
             engines=engines,
             default_variant=choose_default(seconds),
         )
-    return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales)
+    return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales, made.ranges)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -262,6 +270,7 @@ class _Made(NamedTuple):
     verdicts: dict[VariantName, Verdict]
     mixed: dict[VariantName, Mixed]
     scales: tuple[Scale, ...]
+    ranges: tuple[Range, ...]
 
 
 def _make_variants(
@@ -287,34 +296,43 @@ def _make_variants(
     verdicts["fp32"] = _judge(gate, plain, folder, options.threads, "fp32")
     if not verdicts["fp32"].passed:
         raise GateError(_refusal([verdicts["fp32"]]))
+    files = [folder / file for file in files_of("fp32", images=images) if file is not None]
+    ranges: tuple[Range, ...] = ()
+    if any(map(has_half_precision, options.variants)):
+        notify("measuring how large numbers get, where half precision ends at 65,504")
+        ranges = _measure_ranges(plain, files, gate, served, options)
     if served is not None and any(map(is_calibrated, options.variants)):
-        plain = _calibrate(plain, gate, folder, served, options, notify)
+        items = _calibration_items(served, gate)
+        notify(f"calibrating on {len(items)} items")
+        plain = calibrate(plain, files, gate.preprocessor, items, options.scales, threads=options.threads)
     judge = functools.partial(_judge, gate, plain, folder, options.threads)
     for name in dict.fromkeys(options.variants):
         if name in verdicts:
             continue
         notify(f"{name}: deriving and judging")
         verdicts[name] = judge(name)
+        if has_half_precision(name) and (reason := overflowing(ranges)):
+            verdicts[name] = dataclasses.replace(verdicts[name], failures=(*verdicts[name].failures, reason))
         if options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
             if mixer is None:
                 mixer = Mixer(gate, plain, folder, threads=options.threads, judge=judge, notify=notify)
             verdicts[name], found = mixer.mix(name, verdicts[name])
             mixed |= {} if found is None else {name: found}
     scales = sorted((*plain.scales.values(), *plain.image_scales.values()), key=lambda scale: -scale.error)
-    return _Made(verdicts, mixed, tuple(scales))
+    return _Made(verdicts, mixed, tuple(scales), ranges)
 
 
-def _calibrate(
-    plain: Graphs, gate: Gate, folder: Path, served: Served, options: ExportOptions, notify: Notify
-) -> Graphs:
-    """The graphs with scales that are found on some of what the model will be given."""
+def _calibration_items(served: Served, gate: Gate) -> list[Encoded]:
     found = served.encode(gate.preprocessor, _CALIBRATION_ITEMS if not served.pairs else 2 * _CALIBRATION_ITEMS)
-    items = [*itertools.chain.from_iterable(found), *served.scraps(gate.preprocessor)]
-    notify(f"calibrating on {len(items)} items")
-    files = [file for file in files_of("fp32", images=plain.image is not None) if file is not None]
-    return calibrate(
-        plain, [folder / file for file in files], gate.preprocessor, items, options.scales, threads=options.threads
-    )
+    return [*itertools.chain.from_iterable(found), *served.scraps(gate.preprocessor)]
+
+
+def _measure_ranges(
+    plain: Graphs, files: Sequence[Path], gate: Gate, served: Served | None, options: ExportOptions
+) -> tuple[Range, ...]:
+    own = [] if served is None else served.encode(gate.preprocessor, _RANGE_ITEMS)
+    items = [*gate.golden.tokens, *itertools.chain.from_iterable(own)]
+    return measure_ranges(plain, files, gate.preprocessor, items, threads=options.threads)
 
 
 def _has_graph_of_its_own(name: VariantName, options: ExportOptions) -> bool:
@@ -332,7 +350,7 @@ def _judge(
     precision = precision_of(name, images=images)
     try:
         write_variant(name, plain, folder, keep)
-        engine = _open(gate, folder, files_of(name, images=images), threads, name)
+        engine = _open(gate, folder, files_of(name, images=images), threads, name, rounding=True)
     except (ExportError, EngineError) as broken:
         return gate.refuse(name, precision, str(broken))
     with contextlib.closing(engine):
@@ -364,18 +382,19 @@ def release_weights(model: RetrievalModel) -> None:
     gc.collect()
 
 
-def _open(gate: Gate, folder: Path, files: Files, threads: int | None, name: VariantName) -> GraphEngine:
-    image = None if files.image is None else folder / files.image
-    # No image is kept: each pass over the golden items should run all of it.
-    return open_graphs(
-        gate.preprocessor.contract,
-        folder / files.tokens,
-        image,
-        threads=threads,
-        name=name,
-        cache_bytes=0,
-        packed=is_packed(name),
-    )
+def _open(
+    gate: Gate, folder: Path, files: Files, threads: int | None, name: VariantName, *, rounding: bool = False
+) -> GraphEngine:
+    """A variant as it lies there; `rounding` lets half precision round as on a GPU, which a CPU leaves out."""
+    with contextlib.ExitStack() as stack:
+        paths = [folder / file for file in files if file is not None]
+        if rounding and has_half_precision(name):
+            # What is opened is in memory, or mapped.
+            paths = [stack.enter_context(emulated(path)) for path in paths]
+        # No image is kept: each pass over the golden items should run all of it.
+        return open_graphs(
+            gate.preprocessor.contract, *paths, threads=threads, name=name, cache_bytes=0, packed=is_packed(name)
+        )
 
 
 def _measure_speed(

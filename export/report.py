@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rtx.export.fp16 import LARGEST
 from rtx.export.mixed import in_words
 from rtx.runtime.plots import Mark, Point, Span, svg_dots, svg_scatter
 from rtx.runtime.report import (
@@ -21,7 +22,7 @@ from rtx.runtime.report import (
     table,
 )
 
-_MOST_SCALES = 32
+_MOST_SCALES, _MOST_RANGES = 32, 8
 _MINUS = str.maketrans("-", "−")
 
 
@@ -38,6 +39,8 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
     parts = [_gate(report), _parity(verdicts)]
     if mixed := {variant: found for variant, found in verdicts.items() if found["mixed"] is not None}:
         parts.append(_mixed(mixed))
+    if report["ranges"]:
+        parts.append(_ranges(report["ranges"]))
     if report["scales"]:
         parts.append(_scales(report["scales"]))
     if ranked:
@@ -154,6 +157,23 @@ def _mixed(verdicts: Mapping[str, Any]) -> Html:
     )
     note = "With all layers in int8 the gate refused these; the layers that cost most stayed as they were."
     return section("Layers that are kept", shown, note=note)
+
+
+def _ranges(ranges: Sequence[Mapping[str, Any]]) -> Html:
+    rows: list[list[str | Cell]] = [
+        [found["module"], *_share(found["largest"], LARGEST)] for found in ranges[:_MOST_RANGES]
+    ]
+    shown = table(
+        [Column("module", left=True), Column("largest"), Column("share", note="of 65,504")],
+        rows,
+        label="Half precision",
+    )
+    note = "The largest magnitudes of what is computed in half precision, on golden items and some of your own."
+    return section("Half precision", shown, note=note)
+
+
+def _share(largest: float | None, end: float) -> tuple[str, str]:
+    return ("not finite", "–") if largest is None else (f"{largest:,.4g}", f"{100 * largest / end:.2f} %")
 
 
 def _scales(scales: Sequence[Mapping[str, Any]]) -> Html:

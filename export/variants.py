@@ -110,6 +110,11 @@ def is_calibrated(name: VariantName) -> bool:
     return "int8-static" in _RECIPES[name]
 
 
+def has_half_precision(name: VariantName) -> bool:
+    """Whether a graph of a variant computes in half precision."""
+    return not {"fp16", "int8-static"}.isdisjoint(_RECIPES[name])
+
+
 def form_of(name: VariantName) -> Form:
     """What the graph for what has tokens is derived to: of a packed one, the plain one with the same arithmetic."""
     tokens = _RECIPES[name].tokens

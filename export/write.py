@@ -13,6 +13,7 @@ from pathlib import Path
 from rtx.export.gate import Gate, Verdict
 from rtx.export.interop import write_side_files
 from rtx.export.mixed import Mixed
+from rtx.export.ranges import Range
 from rtx.export.report import render_report
 from rtx.export.scales import Scale
 from rtx.export.variants import VariantName, external_files, files_of, is_packed, precisions_of
@@ -46,6 +47,7 @@ def write_bundle(
     seconds: Mapping[VariantName, float],
     mixed: Mapping[VariantName, Mixed],
     scales: Sequence[Scale],
+    ranges: Sequence[Range],
     engines: Mapping[str, EngineEntry],
     default_variant: VariantName,
 ) -> Manifest:
@@ -62,6 +64,7 @@ def write_bundle(
         seconds: of one pass over the golden items, for each variant that is in the bundle.
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read.
+        ranges: how large numbers get where there is half precision.
         engines: that lie in the folder, by file.
         default_variant: the one that is opened where none is named.
     """
@@ -87,6 +90,7 @@ def write_bundle(
             for variant, verdict in verdicts.items()
         },
         "scales": [scale.to_dict() for scale in scales],
+        "ranges": [one.to_dict() for one in ranges],
         "reference": gate.reference.to_dict() if gate.reference is not None else None,
         "max_ndcg_drop": gate.max_ndcg_drop,
         "seconds": dict(seconds),
@@ -137,6 +141,7 @@ def _variant(folder: Path, name: VariantName, verdict: Verdict, mixed: Mixed | N
         external=tuple(f"onnx/{path.name}" for path in beside),
         operators=is_packed(name),
         kept=() if mixed is None else mixed.kept,
+        kept_precision="fp32" if mixed is None else mixed.precision,
     )
 
 

@@ -65,6 +65,7 @@ class Variant:
         operators: whether it needs the compiled operators of `rtx.kernels.library`.
         kept: modules of the backbone whose weights are in a higher precision, as `RetrievalModel.named_modules` calls
             them, where all of its linear layers in `precision` were too coarse.
+        kept_precision: of these.
     """
 
     file: str
@@ -75,6 +76,7 @@ class Variant:
     external: tuple[str, ...] = ()
     operators: bool = False
     kept: tuple[str, ...] = ()
+    kept_precision: Precision = "fp32"
 
     @property
     def graphs(self) -> tuple[str, ...]:

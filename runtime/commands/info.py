@@ -251,7 +251,8 @@ def _axes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
 
 def _precision(variant: Mapping[str, Any]) -> str:
     kept = len(variant["kept"])
-    return f"{variant['precision']}, {kept} layer{'s' * (kept > 1)} fp32" if kept else str(variant["precision"])
+    left = f", {kept} layer{'s' * (kept > 1)} {variant['kept_precision']}" if kept else ""
+    return f"{variant['precision']}{left}"
 
 
 def _show_machine(found: Mapping[str, Any]) -> None:

@@ -142,6 +142,7 @@ def test_the_report_holds_what_was_measured(done, source, evalset):
         "default_variant",
         "bytes",
         "scales",
+        "ranges",
     }
     assert report["provenance"]["source"] == source.name
     assert report["provenance"]["source_sha256"] == hash_checkpoint(str(source))

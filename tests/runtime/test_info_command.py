@@ -106,6 +106,7 @@ def test_a_bundle_as_json(toy_bundle: Path):
         "external": [],
         "operators": False,
         "kept": [],
+        "kept_precision": "fp32",
         "bytes": manifest.files["onnx/model_int8.onnx"].bytes,
         "parity": {"mean_cosine": 0.99998, "min_cosine": 0.999968, "max_abs": 0.0032, "worst": 3},
         "ranking": {"k": 10, "difference": -0.0012, "interval": [-0.003, 0.0006], "confidence": 0.95},
