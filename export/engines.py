@@ -14,7 +14,7 @@ from rtx.runtime.errors import UsageError
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import EngineEntry, Target
 
-BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "int8-static")
+BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "bf16", "int8-static", "int4-half")
 """Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
 # Images of a batch, where each becomes a vector or visual tokens by itself.
 _IMAGES = (1, 8, 32)

@@ -1,4 +1,4 @@
-"""fp16 variant: linear layers, attention products and embeddings in half precision, for GPUs.
+"""fp16 and bf16 variants: linear layers, attention products and embeddings in half precision, for GPUs.
 
 Half precision begins where the backbone looks up embeddings or multiplies by a weight, and goes on through everything
 that is computed from there. These stay float32:
@@ -7,6 +7,8 @@ that is computed from there. These stay float32:
     softmax                                  its sums lose the small terms
     positions, angles, masks until used      fp16 holds whole numbers up to 2048 only
     pooling, head, classifier, activation    scores that tie in half precision reorder rankings
+
+bf16 has the range of float32 and 8 bits where fp16 has 11: for models whose numbers fp16 does not hold.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _MASK = -3e4
 LARGEST = float(np.finfo(np.float16).max)
 """What half precision ends at: 65504."""
 _FP32_OPERATORS = ("Softmax", "ReduceSum", "ReduceMean", "ReduceL2", "CumSum", "Pow", "Sqrt", "Exp", "Cast")
+_SHORT = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _READS_WEIGHT = ("Gather", "MatMul", "Gemm")
 
 
@@ -33,7 +36,16 @@ def to_fp16(model: ir.Model) -> None:
     Args:
         model: what `rtx.export.graph.export_graph` made.
     """
-    converter = _Converter(Editor(model.graph, "fp16"))
+    _convert(model, ir.DataType.FLOAT16)
+
+
+def to_bf16(model: ir.Model) -> None:
+    """As `to_fp16`, in bfloat16."""
+    _convert(model, ir.DataType.BFLOAT16)
+
+
+def _convert(model: ir.Model, half: ir.DataType) -> None:
+    converter = _Converter(Editor(model.graph, _SHORT[half]), half)
     for node in list(model.graph):
         converter.convert(node)
     drop_dead(converter.editor.graph)
@@ -41,15 +53,15 @@ def to_fp16(model: ir.Model) -> None:
 
 def bound_masks(model: ir.Model) -> None:
     """Let the masks of a plain graph be those of its fp16 graph, in place: no larger than half precision holds."""
-    converter = _Converter(Editor(model.graph, "bounded"))
+    converter = _Converter(Editor(model.graph, "bounded"), ir.DataType.FLOAT16)
     for node in list(model.graph):
         converter.bound_masks(node)
     drop_dead(converter.editor.graph)
 
 
 class _Converter:
-    def __init__(self, editor: Editor) -> None:
-        self.editor = editor
+    def __init__(self, editor: Editor, half: ir.DataType) -> None:
+        self.editor, self._half = editor, half
         # What is computed from weights, as against positions and masks.
         self._hidden: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -63,9 +75,9 @@ class _Converter:
         is_hidden = reads_weight or any(value in self._hidden for value in node.inputs)
         half = is_hidden and not (is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS)
         for index, value in enumerate(node.inputs):
-            if value is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            if value is None or value.dtype not in (ir.DataType.FLOAT, self._half):
                 continue
-            wanted = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+            wanted = self._half if half else ir.DataType.FLOAT
             if value.dtype != wanted:
                 node.replace_input_with(index, self._cast(node, value, wanted))
         if is_hidden:
@@ -73,7 +85,7 @@ class _Converter:
             outputs = [output for output in node.outputs if output.dtype == ir.DataType.FLOAT]
             self._hidden.update(outputs)
             for output in outputs if half else ():
-                output.type = ir.TensorType(ir.DataType.FLOAT16)
+                output.type = ir.TensorType(self._half)
 
     def bound_masks(self, node: ir.Node) -> None:
         """What a node of the backbone reads of the kind of a mask."""
@@ -88,8 +100,10 @@ class _Converter:
 
     def _cast(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if value.const_value is not None:
-            content = np.clip(value.const_value.numpy(), -LARGEST, LARGEST).astype(np.float16)
-            return self._constant(value, "fp16", content)
+            content = value.const_value.numpy()
+            if dtype == ir.DataType.FLOAT16:
+                content = np.clip(content, -LARGEST, LARGEST)
+            return self._constant(value, _SHORT[dtype], content.astype(dtype.numpy()))
         if (value, dtype) not in self._casts:
             self._casts[value, dtype] = self.editor.insert(
                 node, "Cast", value, attributes={"to": dtype}, dtype=dtype, shape=value.shape

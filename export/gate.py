@@ -59,6 +59,7 @@ def limits(precision: Precision, task: Task, magnitude: float) -> Limits:
     fp16: a rounding is 2**-11 = 5e-4 of the value. Rounding errors of independent sign in the two dozen products of a
         deep path add up to about sqrt(24) * 5e-4 = 2.4e-3 of the vector, a cosine of 1 - 3e-6; a fiftyfold of that is
         let pass, since activations differ much in size.
+    bf16: a rounding is 2**-8, eight times that of fp16, and 64 times in the cosine.
     int8: 255 steps over a range of some seven standard deviations round by 0.8 % of the standard deviation, both in
         weights and in activations; outliers widen the range of a token several times. Twelve layers at 6 % each give a
         relative error of 0.06 * sqrt(12) = 20 %, a cosine of 0.98, which texts of one or two tokens come near to.
@@ -72,10 +73,12 @@ def limits(precision: Precision, task: Task, magnitude: float) -> Limits:
     if precision == "fp32":
         close = Tolerance(min_cosine=1 - 1e-5, max_abs=1e-5 * scale)
         return Limits(close, close)
-    if precision == "fp16":
-        parity = 0.9998 if task == "embed" else 0.99
+    if precision in ("fp16", "bf16"):
+        finer = 1 if precision == "fp16" else 8
+        parity = 1 - 2e-4 * finer**2 if task == "embed" else 1 - 1e-2 * finer
         return Limits(
-            Tolerance(min_cosine=parity, max_abs=2e-2 * scale), Tolerance(min_cosine=1 - 1e-4, max_abs=5e-3 * scale)
+            Tolerance(min_cosine=parity, max_abs=2e-2 * finer * scale),
+            Tolerance(min_cosine=1 - 1e-4 * finer**2, max_abs=5e-3 * finer * scale),
         )
     if precision == "int4":
         # Nothing depends on the surroundings but the order of fp32 sums, as in fp32.

@@ -37,6 +37,7 @@ from rtx.export.variants import (
     Files,
     VariantName,
     can_be_mixed,
+    can_overflow,
     files_of,
     has_half_precision,
     is_calibrated,
@@ -44,6 +45,7 @@ from rtx.export.variants import (
     map_weights,
     precision_of,
     remove_unused,
+    runs_on_cpu,
     variants_of,
     write_variant,
 )
@@ -198,7 +200,8 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         files = {name: files_of(name, images=model.contract.takes_images) for name in passed}
         remove_unused(folder, {file for pair in files.values() for file in pair if file is not None})
         notify("comparing speed")
-        seconds = _measure_speed(gate, folder, files, options.threads)
+        on_cpu = {name: pair for name, pair in files.items() if runs_on_cpu(name)}
+        seconds = _measure_speed(gate, folder, on_cpu, options.threads)
         engines = {}
         if options.engines is not None:
             count = _LENGTHS_OF_PAGES if model.contract.takes_images else _LENGTHS
@@ -209,6 +212,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             model,
             gate,
             verdicts,
+            variants=passed,
             name=target.name.removesuffix(".rtx"),
             source=source,
             command=options.command,
@@ -217,7 +221,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             scales=made.scales,
             ranges=made.ranges,
             engines=engines,
-            default_variant=choose_default(seconds),
+            default_variant=choose_default(seconds) if seconds else passed[0],
         )
     return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales, made.ranges)
 
@@ -298,7 +302,7 @@ def _make_variants(
         raise GateError(_refusal([verdicts["fp32"]]))
     files = [folder / file for file in files_of("fp32", images=images) if file is not None]
     ranges: tuple[Range, ...] = ()
-    if any(map(has_half_precision, options.variants)):
+    if any(map(can_overflow, options.variants)):
         notify("measuring how large numbers get, where half precision ends at 65,504")
         ranges = _measure_ranges(plain, files, gate, served, options)
     if served is not None and any(map(is_calibrated, options.variants)):
@@ -311,7 +315,7 @@ def _make_variants(
             continue
         notify(f"{name}: deriving and judging")
         verdicts[name] = judge(name)
-        if has_half_precision(name) and (reason := overflowing(ranges)):
+        if can_overflow(name) and (reason := overflowing(ranges)):
             verdicts[name] = dataclasses.replace(verdicts[name], failures=(*verdicts[name].failures, reason))
         if options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
             if mixer is None:

@@ -61,18 +61,18 @@ def render_report(name: str, report: Mapping[str, Any]) -> str:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    written, failed = list(report["seconds"]), [n for n, v in report["verdicts"].items() if not v["passed"]]
+    written, failed = list(report["bytes"]), [n for n, v in report["verdicts"].items() if not v["passed"]]
     lead = f"{_join(written)} {'agrees' if len(written) == 1 else 'agree'} with PyTorch within the gate's limits."
     return lead + (f" Not in the bundle, since the gate refused it: {_join(failed)}." if failed else "")
 
 
 def _gate(report: Mapping[str, Any]) -> Html:
     rows: list[list[str | Cell]] = []
-    slowest = max(report["seconds"].values())
+    slowest = max(report["seconds"].values(), default=0.0)
     for variant, verdict in report["verdicts"].items():
         size, seconds = report["bytes"].get(variant), report["seconds"].get(variant)
         state = Cell("passed", tone="good") if verdict["passed"] else Cell("failed", tone="bad")
-        if verdict["passed"] and seconds is None:
+        if verdict["passed"] and size is None:
             state = Cell("passed", note="not asked for, not written")
         elif variant == report["default_variant"]:
             state = Cell("passed", note="default", tone="good")

@@ -142,7 +142,7 @@ def quantize_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDA
         [in, out] int8 within ±127, and [out] float32: what one step is worth, in half precision to the last bit.
     """
     # Rounded up where half precision rounds: nothing is clipped.
-    step = _half_up(np.abs(weight).max(axis=0) / np.float32(LEVELS))
+    step = half_up(np.abs(weight).max(axis=0) / np.float32(LEVELS))
     return np.clip(np.rint(weight / step), -LEVELS, LEVELS).astype(np.int8), step
 
 
@@ -159,11 +159,11 @@ def _migration(
 
 
 def _half(number: float) -> float:
-    return float(_half_up(np.array([number], dtype=np.float32))[0])
+    return float(half_up(np.array([number], dtype=np.float32))[0])
 
 
-def _half_up(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The next numbers in half precision, none of them 0."""
+def half_up(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers of half precision, the next ones that are not below; none of them is 0, and none beyond 65504."""
     held = np.clip(numbers, _SMALLEST, _LARGEST)
     near = held.astype(np.float16)
     above = np.nextafter(near, np.float16(_LARGEST))

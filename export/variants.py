@@ -10,11 +10,12 @@ from typing import Literal, NamedTuple, get_args
 
 import onnx_ir as ir
 
-from rtx.export.fp16 import to_fp16
+from rtx.export.fp16 import to_bf16, to_fp16
 from rtx.export.fused import fuse
 from rtx.export.graph import strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int4 import quantize_int4
+from rtx.export.int4_half import quantize_int4_half
 from rtx.export.int8 import quantize_int8
 from rtx.export.int8_fused import quantize_int8_fused
 from rtx.export.int8_static import quantize_int8_static
@@ -23,9 +24,22 @@ from rtx.runtime.errors import ExportError
 from rtx.runtime.manifest import Precision
 
 VariantName = Literal[
-    "fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-text", "int8-image", "int8-static", "int4"
+    "fp32",
+    "fused",
+    "fp32-packed",
+    "fp16",
+    "bf16",
+    "int8",
+    "int8-packed",
+    "int8-text",
+    "int8-image",
+    "int8-static",
+    "int4",
+    "int4-half",
 ]
-Form = Literal["fp32", "fused", "fp32-packed", "fp16", "int8", "int8-packed", "int8-static", "int4"]
+Form = Literal[
+    "fp32", "fused", "fp32-packed", "fp16", "bf16", "int8", "int8-packed", "int8-static", "int4", "int4-half"
+]
 """What a graph is derived to."""
 
 VARIANTS: tuple[VariantName, ...] = get_args(VariantName)
@@ -48,32 +62,38 @@ _RECIPES: dict[VariantName, Recipe] = {
     "fused": Recipe("fused", "fp32"),
     "fp32-packed": Recipe("fp32-packed", "fp32"),
     "fp16": Recipe("fp16", "fp16"),
+    "bf16": Recipe("bf16", "bf16"),
     "int8": Recipe("int8", "int8"),
     "int8-packed": Recipe("int8-packed", "int8"),
     "int8-text": Recipe("int8", "fp32"),
     "int8-image": Recipe("fp32", "int8"),
     "int8-static": Recipe("int8-static", "int8-static"),
     "int4": Recipe("int4", "fp32"),
+    "int4-half": Recipe("int4-half", "fp16"),
 }
 _ENDINGS: dict[Form, str] = {
     "fp32": "",
     "fused": "_fused",
     "fp32-packed": "_packed",
     "fp16": "_fp16",
+    "bf16": "_bf16",
     "int8": "_int8",
     "int8-packed": "_int8_packed",
     "int8-static": "_int8_static",
     "int4": "_int4",
+    "int4-half": "_int4_half",
 }
 _PRECISIONS: dict[Form, Precision] = {
     "fp32": "fp32",
     "fused": "fp32",
     "fp32-packed": "fp32",
     "fp16": "fp16",
+    "bf16": "bf16",
     "int8": "int8",
     "int8-packed": "int8",
     "int8-static": "int8",
     "int4": "int4",
+    "int4-half": "int4",
 }
 # Variants that treat texts and images apart.
 _FOR_IMAGES: tuple[VariantName, ...] = ("int8-text", "int8-image")
@@ -111,8 +131,18 @@ def is_calibrated(name: VariantName) -> bool:
 
 
 def has_half_precision(name: VariantName) -> bool:
-    """Whether a graph of a variant computes in half precision."""
-    return not {"fp16", "int8-static"}.isdisjoint(_RECIPES[name])
+    """Whether a graph of a variant computes in half precision, which rounds on a GPU and hardly does on a CPU."""
+    return "bf16" in _RECIPES[name] or can_overflow(name)
+
+
+def can_overflow(name: VariantName) -> bool:
+    """Whether a graph of a variant computes in fp16, which ends at 65,504."""
+    return not {"fp16", "int8-static", "int4-half"}.isdisjoint(_RECIPES[name])
+
+
+def runs_on_cpu(name: VariantName) -> bool:
+    """Whether ONNX Runtime has a variant's operators on the CPU: it has none in bf16."""
+    return "bf16" not in _RECIPES[name]
 
 
 def form_of(name: VariantName) -> Form:
@@ -141,7 +171,7 @@ def precisions_of(name: VariantName) -> tuple[Precision, Precision]:
 
 def precision_of(name: VariantName, *, images: bool) -> Precision:
     """The lowest precision of a variant, by which it is held."""
-    order: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+    order: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
     tokens, image = precisions_of(name)
     return max(tokens, image, key=order.index) if images else tokens
 
@@ -206,6 +236,8 @@ def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scal
     variant = plain.clone()
     if form == "fp16":
         to_fp16(variant)
+    elif form == "bf16":
+        to_bf16(variant)
     elif form == "int8":
         quantize_int8(variant, keep)
     elif form == "int8-packed":
@@ -214,6 +246,8 @@ def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scal
         quantize_int8_static(variant, scales, keep)
     elif form == "int4":
         quantize_int4(variant)
+    elif form == "int4-half":
+        quantize_int4_half(variant)
     elif form == "fused":
         fuse(variant)
     return variant

@@ -41,6 +41,7 @@ def write_bundle(
     gate: Gate,
     verdicts: Mapping[VariantName, Verdict],
     *,
+    variants: Sequence[VariantName],
     name: str,
     source: str,
     command: str,
@@ -58,10 +59,11 @@ def write_bundle(
         model: that they were made from.
         gate: that they passed.
         verdicts: on all variants.
+        variants: that are in the bundle.
         name: of the bundle.
         source: folder or hub name of the checkpoint.
         command: for the record.
-        seconds: of one pass over the golden items, for each variant that is in the bundle.
+        seconds: of one pass over the golden items, for each of these that runs on a CPU.
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read.
         ranges: how large numbers get where there is half precision.
@@ -78,9 +80,9 @@ def write_bundle(
         command=command,
         versions=_versions(),
     )
-    variants: dict[str, Variant] = {
+    written: dict[str, Variant] = {
         variant: _variant(folder, variant, verdicts[variant], mixed.get(variant), images=model.contract.takes_images)
-        for variant in seconds
+        for variant in dict.fromkeys(variants)
     }
     report = {
         "provenance": dataclasses.asdict(provenance),
@@ -95,7 +97,7 @@ def write_bundle(
         "max_ndcg_drop": gate.max_ndcg_drop,
         "seconds": dict(seconds),
         "default_variant": default_variant,
-        "bytes": {variant: _bytes(folder, found) for variant, found in variants.items()},
+        "bytes": {variant: _bytes(folder, found) for variant, found in written.items()},
     }
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / "report.json").write_text(content, encoding="utf-8")
@@ -104,7 +106,7 @@ def write_bundle(
         format_version=FORMAT_VERSION,
         name=name,
         contract=model.contract,
-        variants=variants,
+        variants=written,
         default_variant=default_variant,
         files={
             path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)

@@ -66,10 +66,16 @@ class Bundle:
         name = name or (self._default_on_gpu() if on_gpu else self._default())
         if name in self.manifest.variants:
             found = self.manifest.variants[name]
+            if not on_gpu and not runs_on_cpu(found):
+                others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_cpu(one)) or "none"
+                raise UsageError(
+                    f"{self.path}: variant '{name}' is in bf16, which ONNX Runtime computes on GPUs alone; "
+                    f"these run on a CPU: {others}"
+                )
             if on_gpu and not runs_on_gpu(found):
                 others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_gpu(one))
                 hint = f"these run on a GPU: {others}" if others else "export fp16 or fp32 for one that runs on a GPU"
-                raise UsageError(f"{self.path}: variant '{name}' has operators for the CPU alone; {hint}")
+                raise UsageError(f"{self.path}: variant '{name}' is not for ONNX Runtime on a GPU; {hint}")
             return name, found
         if name in self.manifest.rejected:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
@@ -78,15 +84,15 @@ class Bundle:
     def _default_on_gpu(self) -> str:
         """What a GPU is fast at: half precision, or else float32."""
         names = [name for name, variant in self.manifest.variants.items() if runs_on_gpu(variant)]
-        order = ("fp16", "fp32", "fused")
+        order = ("fp16", "bf16", "fp32", "fused")
         return min(names, key=lambda name: order.index(name) if name in order else len(order), default=self._default())
 
     def _default(self) -> str:
-        """The default variant; where it needs operators that were not built here, the nearest that does not."""
+        """The default variant on a CPU; where it does not run there, or its operators were not built, the nearest."""
         variants, name = self.manifest.variants, self.manifest.default_variant
-        if not variants[name].operators or library_file() is not None:
+        if runs_on_cpu(variants[name]) and (not variants[name].operators or library_file() is not None):
             return name
-        others = [other for other, variant in variants.items() if not variant.operators]
+        others = [other for other, one in variants.items() if runs_on_cpu(one) and not one.operators]
         same = [other for other in others if variants[other].precision == variants[name].precision]
         return next(iter([*same, *others]), name)
 
@@ -198,7 +204,12 @@ class Bundle:
 
 def runs_on_gpu(variant: Variant) -> bool:
     """Whether all of a variant can run on a GPU: in 8 and 4 bits it has operators that are of the CPU alone."""
-    return not variant.operators and {variant.precision, variant.image_precision} <= {"fp32", "fp16", None}
+    return not variant.operators and {variant.precision, variant.image_precision} <= {"fp32", "fp16", "bf16", None}
+
+
+def runs_on_cpu(variant: Variant) -> bool:
+    """Whether ONNX Runtime has all of a variant's operators on the CPU: in bf16 it has them on GPUs alone."""
+    return "bf16" not in (variant.precision, variant.image_precision)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -46,7 +46,7 @@ class Tolerance:
     max_abs: float
 
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Target = Literal["tensorrt-rtx", "tensorrt"]
 """What engines are built with."""
 

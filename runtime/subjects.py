@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtx.runtime.bundle import Bundle
+from rtx.runtime.bundle import Bundle, runs_on_cpu
 from rtx.runtime.cli import open_model
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
@@ -104,7 +104,7 @@ def open_variants(
 
     Args:
         bundle: the bundle.
-        names: of the variants; none for all.
+        names: of the variants; none for all that run on a CPU.
         threads: of one run.
         models: closes what is opened.
         note: told what is checked next.
@@ -114,7 +114,8 @@ def open_variants(
         BundleError: a file is damaged, or variants are out of their tolerance on this machine; all are named.
     """
     golden, manifest = bundle.golden(), bundle.manifest
-    chosen = dict.fromkeys([bundle.variant(name)[0] for name in names] or manifest.variants)
+    every = [name for name, variant in manifest.variants.items() if runs_on_cpu(variant)]
+    chosen = dict.fromkeys([bundle.variant(name)[0] for name in names] or every)
     subjects, problems = [], []
     for name in sorted(chosen, key=lambda name: manifest.variants[name].precision != "fp32"):
         note(f"checking {name} against the golden outputs")

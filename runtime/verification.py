@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rtx.runtime.backends.graphs import VISUAL_INPUTS, GraphEngine
-from rtx.runtime.bundle import Bundle, runs_on_gpu
+from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
 from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget, cuda_device
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
@@ -72,7 +72,7 @@ def verify_bundle(
     except BundleError as broken:
         return [Finding("manifest", problems=(str(broken),))]
     manifest, contract = bundle.manifest, bundle.manifest.contract
-    names = [name for name, one in manifest.variants.items() if not (on_gpu and not runs_on_gpu(one))]
+    names = [name for name, one in manifest.variants.items() if (runs_on_gpu if on_gpu else runs_on_cpu)(one)]
     if variant is not None or not names:
         names = [bundle.variant(variant, device=device)[0]]
     damaged = bundle.damaged()

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import onnx_ir as ir
 
-from rtx.export.fp16 import to_fp16
+from rtx.export.emulation import emulate
+from rtx.export.fp16 import to_bf16, to_fp16
 from rtx.export.gate import limits
 from rtx.export.graph import is_norm, is_scoring, module_of
+from rtx.runtime.golden import deviation
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -116,3 +118,20 @@ def test_weights_beyond_half_are_bounded(exported):
     to_fp16(found.graph)
     stored = found.graph.graph.initializers[f"{weight.name}_fp16"].const_value.numpy()
     assert (stored.dtype, stored[7, 3], stored[8, 3]) == (np.float16, 65504, -65504)
+
+
+def test_bfloat16_has_the_same_nodes_and_less_precision(each):
+    half, brain = each.graph.clone(), each.graph.clone()
+    to_fp16(half)
+    to_bf16(brain)
+    assert [node.op_type for node in half.graph] == [node.op_type for node in brain.graph]
+    for one, other in zip(half.graph, brain.graph, strict=True):
+        pairs = [(value.dtype, twin.dtype) for value, twin in zip(one.outputs, other.outputs, strict=True)]
+        assert all((dtype == ir.DataType.FLOAT16) == (twin == ir.DataType.BFLOAT16) for dtype, twin in pairs)
+    assert not any(value.dtype == ir.DataType.FLOAT16 for node in brain.graph for value in node.outputs)
+    reference = each.model.engine()
+    off = []
+    for graph in (half, brain):
+        engine = each._replace(graph=emulate(graph)).engine()
+        off.append(max(deviation(engine.run(batch), reference.run(batch)).max_abs for batch in each.batches()))
+    assert off[0] < off[1] < 0.2

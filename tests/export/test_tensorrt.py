@@ -85,15 +85,19 @@ def count(network: tensorrt.Network, kind: str, dtype: str | None = None) -> int
 def test_engines_of_texts(exported: Callable[..., Any], tmp_path: Path, architecture: str, task: str) -> None:
     model, graph = exported(architecture, task)
     profiles = token_profiles(model.contract, (16, model.contract.max_tokens))
-    for precision in ("fp32", "fp16") if architecture == "bert" else ("fp16",):
+    every = ("fp32", "fp16", "bf16", "int4-half")
+    for precision in every if architecture in ("bert", "qwen3") else ("fp16",):
         network = build(graph, profiles, tmp_path, precision).network
         assert network.inputs == dict.fromkeys(model.contract.inputs, (INT64, (-1, -1)))
         dtype, shape = network.outputs[model.contract.output]
         assert (dtype, len(shape)) == (FLOAT, 2 if task == "embed" else 1)
         # What overflows or loses ties in half precision is not in half precision.
         assert count(network, "SOFTMAX") == count(network, "SOFTMAX", FLOAT) > 0
-        assert count(network, "NORMALIZATION", HALF) == count(network, "REDUCE", HALF) == 0
-        assert (count(network, "MATRIX_MULTIPLY", HALF) > 0) == (precision == "fp16")
+        half = "BF16" if precision == "bf16" else HALF
+        assert count(network, "NORMALIZATION", half) == count(network, "REDUCE", half) == 0
+        assert (count(network, "MATRIX_MULTIPLY", half) > 0) == (precision != "fp32")
+        layers = sum(len(layers) for layers in activations(graph.graph).values())
+        assert count(network, "DEQUANTIZE", HALF) == (layers if precision == "int4-half" else 0)
 
 
 def calibrated(graphs: Graphs, model: RetrievalModel, folder: Path, items: Sequence[Any]) -> Graphs:
@@ -223,7 +227,7 @@ def test_options() -> None:
     rtx = EngineOptions(target="tensorrt-rtx", capabilities=SM, lengths=(16, 32))
     rtx.check(("fp32", "fp16"), 64)
     with pytest.raises(
-        UsageError, match=r"--target tensorrt-rtx: engines are built of fp32, fp16, int8-static, not of int8$"
+        UsageError, match=r"--target tensorrt-rtx: .* fp32, fp16, bf16, int8-static, int4-half, not of int8$"
     ):
         rtx.check(("fp32", "int8"), 64)
     with pytest.raises(UsageError, match="model's limit of 20, got"):

@@ -81,15 +81,33 @@ def test_variants_on_a_gpu(toy_bundle: Path) -> None:
     variants = {"int8-packed": packed, "fp32": fp32, "fp16": dataclasses.replace(fp32, precision="fp16")}
     bundle.manifest = dataclasses.replace(bundle.manifest, variants=variants, default_variant="int8-packed")
     assert bundle.variant(device="cuda")[0] == "fp16"
-    with pytest.raises(UsageError, match="has operators for the CPU alone; these run on a GPU: fp32, fp16"):
+    with pytest.raises(UsageError, match="is not for ONNX Runtime on a GPU; these run on a GPU: fp32, fp16"):
         bundle.variant("int8-packed", device="cuda")
-    with pytest.raises(UsageError, match="has operators for the CPU alone"):
+    with pytest.raises(UsageError, match="is not for ONNX Runtime on a GPU"):
         Bundle.open(toy_bundle).variant("int8", device="cuda")
     del variants["fp16"]
     assert bundle.variant(device="cuda:1")[0] == "fp32"
     bundle.manifest = dataclasses.replace(bundle.manifest, variants={"int8-packed": packed})
-    with pytest.raises(UsageError, match="operators for the CPU alone; export fp16 or fp32 for one that runs on a GPU"):
+    with pytest.raises(
+        UsageError, match="is not for ONNX Runtime on a GPU; export fp16 or fp32 for one that runs on a GPU"
+    ):
         bundle.variant(device="cuda")
+
+
+def test_variants_on_a_cpu(toy_bundle: Path) -> None:
+    bundle = Bundle.open(toy_bundle)
+    fp32 = bundle.manifest.variants["fp32"]
+    bf16 = dataclasses.replace(fp32, precision="bf16")
+    bundle.manifest = dataclasses.replace(
+        bundle.manifest, variants={"bf16": bf16, "fp32": fp32}, default_variant="bf16"
+    )
+    assert bundle.variant()[0] == "fp32"
+    assert bundle.variant(device="cuda")[0] == "bf16"
+    with pytest.raises(UsageError, match=r"'bf16' is in bf16, which .* on GPUs alone; these run on a CPU: fp32"):
+        bundle.variant("bf16")
+    bundle.manifest = dataclasses.replace(bundle.manifest, variants={"bf16": bf16})
+    with pytest.raises(UsageError, match="these run on a CPU: none"):
+        bundle.variant()
 
 
 def test_nothing_that_could_be_verified(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +115,7 @@ def test_nothing_that_could_be_verified(toy_bundle: Path, monkeypatch: pytest.Mo
     packed = dataclasses.replace(bundle.manifest.variants["fp32"], operators=True)
     bundle.manifest = dataclasses.replace(bundle.manifest, variants={"fp32": packed})
     monkeypatch.setattr(Bundle, "open", lambda _: bundle)
-    with pytest.raises(UsageError, match="variant 'fp32' has operators for the CPU alone"):
+    with pytest.raises(UsageError, match="variant 'fp32' is not for ONNX Runtime on a GPU"):
         verify_bundle(toy_bundle, device="cuda")
 
 
