@@ -1,11 +1,11 @@
-"""Static int8: each calibrator at several strengths of migration, and the best of each layer, beside int8 a token.
+"""What the precisions of TensorRT's engines cost: static int8 by calibrator and migration, and all as they round.
 
 MiniLM on code search. Scales are found on functions of packages that are not evaluated; quality is against PyTorch: on
 the golden items of an export, which calibration has not seen, and by NDCG@10 on the dev set of examples/code_search.py.
-Around the layers everything is float32 here, so that the rounding to 8 bits is all that differs; the variant as it is
-exported, in half precision, is the last line.
+Calibrators are compared with float32 around the layers, so that the rounding to 8 bits is all that differs; the last
+lines are variants as they are exported, each result rounded as a GPU rounds it.
 
-    python benchmarks/bench_static_int8.py
+    python benchmarks/bench_engine_precisions.py
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import onnx_ir as ir
 
 from rtx.export.calibration import calibrate
 from rtx.export.calibrators import CALIBRATORS
+from rtx.export.emulation import emulate
 from rtx.export.gate import Gate
 from rtx.export.graphs import Graphs, export_graphs
 from rtx.export.int8_static import insert_pairs
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.served import Served
-from rtx.export.variants import derive, save
+from rtx.export.variants import Form, derive, save
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.machine import describe_machine
@@ -43,6 +44,7 @@ from code_search import Settings, prepare
 from python_functions import installed
 
 STRENGTHS = (0.0, 0.5, 0.8)
+EXPORTED: tuple[Form, ...] = ("fp16", "bf16", "int8-static", "int4-half")
 ITEMS = 128
 
 
@@ -94,7 +96,8 @@ def main() -> None:
             if options == CalibrationOptions():
                 best, seconds = found, perf_counter() - start
             judge(name, rounded(found))
-        judge("int8-static, as exported", derive("int8-static", plain.tokens, (), best.scales))
+        for form in EXPORTED:
+            judge(f"{form}, as exported", emulate(derive(form, plain.tokens, (), best.scales)))
     scales = sorted(best.scales.values(), key=lambda scale: -scale.error)
     show(scales)
     machine = dataclasses.asdict(describe_machine())
