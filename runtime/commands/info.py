@@ -1,30 +1,23 @@
-"""`rtx info`: what is in a bundle or a checkpoint, or what this machine can run."""
+"""`rtx info`: what is in a bundle or a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rtx.kernels.library import best_isa
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import open_model
+from rtx.runtime.commands.tables import in_bytes, print_pairs, print_table
 from rtx.runtime.contract import Task
-from rtx.runtime.errors import install_command
-from rtx.runtime.machine import describe_machine, installed_version
 from rtx.runtime.manifest import MANIFEST_FILE
 
-_DISTRIBUTION = "rtx-retrieval"
 _REPORT_FILE = "report.json"
-# name[extras] ... ; extra == "name"
-_REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 _ONLY_FOR = {
     "embed": ("pooling", "dimension", "normalize", "similarity", "include_prompt"),
     "rerank": ("activation", "first_stage_weight"),
@@ -32,19 +25,17 @@ _ONLY_FOR = {
 
 
 @click.command()
-@click.argument("path", metavar="[BUNDLE|CHECKPOINT]", required=False, type=click.Path(path_type=Path))
+@click.argument("path", metavar="BUNDLE|CHECKPOINT", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(["embed", "rerank"]), help="Of a checkpoint that does not say it itself.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def info(path: Path | None, task: Task | None, as_json: bool) -> None:
-    """Show what is in a bundle or a checkpoint; without either, what this machine can run.
+def info(path: Path, task: Task | None, as_json: bool) -> None:
+    """Show what is in a bundle or a checkpoint.
 
     Of a bundle: its contract, its variants with their size and how closely they agree with PyTorch, the variants that
-    did not pass the gate, and where it comes from. Of a checkpoint: its contract. Of the machine: what decides how fast
-    int8 is, which optional packages are there, and which command installs a missing one.
+    did not pass the gate, and where it comes from. Of a checkpoint: its contract. `rtx doctor` tells what this machine
+    can run.
     """
-    if path is None:
-        found = describe_installation()
-    elif (path / MANIFEST_FILE).exists() or not path.is_dir():
+    if (path / MANIFEST_FILE).exists() or not path.is_dir():
         found = describe_bundle(Bundle.open(path))
     else:
         with open_model(path, task=task) as model:
@@ -91,69 +82,21 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def describe_installation() -> dict[str, Any]:
-    """This machine, the engines that it could run and the extras with their packages, for JSON."""
-    extras: dict[str, dict[str, Any]] = {}
-    for extra, (packages, includes) in optional_packages(metadata.requires(_DISTRIBUTION) or []).items():
-        versions = {package: installed_version(package) for package in packages}
-        extras[extra] = {"packages": versions, "includes": includes}
-
-    def complete(extra: str) -> bool:
-        entry = extras[extra]
-        return None not in entry["packages"].values() and all(map(complete, entry["includes"]))
-
-    for extra, entry in extras.items():
-        entry["install"] = None if complete(extra) else install_command(extra)
-    onnxruntime = installed_version("onnxruntime") or installed_version("onnxruntime-gpu")
-    torch = installed_version("torch")
-    return {
-        "kind": "machine",
-        "rtx": installed_version(_DISTRIBUTION),
-        "machine": dataclasses.asdict(describe_machine()),
-        "operators": best_isa(),
-        "engines": {
-            "onnx": {"runs": "bundles", "package": "onnxruntime", "version": onnxruntime, "extra": "cpu"},
-            "torch": {"runs": "checkpoints", "package": "torch", "version": torch, "extra": "train"},
-        },
-        "extras": extras,
-    }
-
-
-def optional_packages(requirements: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
-    """The packages of each extra of rtx, and the other extras that it includes.
-
-    Args:
-        requirements: as `importlib.metadata.requires` gives them.
-    """
-    extras: dict[str, tuple[list[str], list[str]]] = {}
-    for requirement in requirements:
-        if match := _REQUIREMENT.match(requirement):
-            package, included, extra = match.groups()
-            packages, includes = extras.setdefault(extra, ([], []))
-            if package == _DISTRIBUTION:
-                includes += [name.strip() for name in included.split(",")]
-            else:
-                packages.append(package)
-    return extras
-
-
 # -- for people ----------------------------------------------------------------------------------------------------
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    if found["kind"] == "machine":
-        _show_machine(found)
-    elif found["kind"] == "bundle":
-        size = _size(found["bytes"])
-        _print_pairs(f"{found['name']}: a bundle of format version {found['format_version']}, {size}", {})
+    if found["kind"] == "bundle":
+        size = in_bytes(found["bytes"])
+        print_pairs(f"{found['name']}: a bundle of format version {found['format_version']}, {size}", {})
         _print_variants(found)
         _print_engines(found["engines"])
-        _print_pairs("Contract", _contract_rows(found["contract"]))
+        print_pairs("Contract", _contract_rows(found["contract"]))
         provenance = dict(found["provenance"])
         versions = provenance.pop("versions")
-        _print_pairs("Provenance", provenance | {"versions": ", ".join(f"{k} {v}" for k, v in versions.items())})
+        print_pairs("Provenance", provenance | {"versions": ", ".join(f"{k} {v}" for k, v in versions.items())})
     else:
-        _print_pairs(f"{found['path']}: a checkpoint", _contract_rows(found["contract"]))
+        print_pairs(f"{found['path']}: a checkpoint", _contract_rows(found["contract"]))
 
 
 def _contract_rows(contract: Mapping[str, Any]) -> dict[str, str]:
@@ -209,7 +152,7 @@ def _print_variants(found: Mapping[str, Any]) -> None:
             (
                 f"{name} (default)" if name == found["default_variant"] else name,
                 _precision(variant),
-                _size(variant["bytes"]),
+                in_bytes(variant["bytes"]),
                 f"{parity['min_cosine']:.6f}" if parity else "",
                 f"{parity['max_abs']:.1e}" if parity else "",
                 f"{ranking['difference']:+.4f}" if ranking else "",
@@ -217,9 +160,9 @@ def _print_variants(found: Mapping[str, Any]) -> None:
         )
     closeness = "least cosine" if found["contract"]["task"] == "embed" else "least agreement"
     columns = ("variant", "precision", "size", closeness, "largest difference", "NDCG@10")
-    _print_table("Variants, against PyTorch in fp32", columns, rows)
+    print_table("Variants, against PyTorch in fp32", columns, rows)
     if found["rejected"]:
-        _print_pairs("Did not pass the gate", found["rejected"])
+        print_pairs("Did not pass the gate", found["rejected"])
 
 
 def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
@@ -235,12 +178,12 @@ def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
                 Path(file).name,
                 f"{engine['target']} {engine['version']}",
                 " ".join(map(str, engine["capabilities"])) or "the builder's GPU",
-                _size(engine["bytes"]),
+                in_bytes(engine["bytes"]),
                 _axes(engine["profiles"]),
                 ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),
             )
         )
-    _print_table("Engines", ("engine", "built with", "sm", "size", "buckets", "layers by type"), rows)
+    print_table("Engines", ("engine", "built with", "sm", "size", "buckets", "layers by type"), rows)
 
 
 def _axes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
@@ -253,70 +196,3 @@ def _precision(variant: Mapping[str, Any]) -> str:
     kept = len(variant["kept"])
     left = f", {kept} layer{'s' * (kept > 1)} {variant['kept_precision']}" if kept else ""
     return f"{variant['precision']}{left}"
-
-
-def _show_machine(found: Mapping[str, Any]) -> None:
-    machine = found["machine"]
-    memory = machine["memory_bytes"]
-    _print_pairs(
-        f"rtx {found['rtx']} on this machine",
-        {
-            "CPU": machine["cpu"],
-            "cores": f"{machine['cores']} that this process may use",
-            "instructions": ", ".join(machine["instruction_sets"]) or "none that matter here",
-            "operators": f"built, {found['operators']}"
-            if found["operators"]
-            else "not built: packed variants cannot run",
-            "memory": _size(memory) if memory is not None else "unknown",
-            "system": machine["system"],
-            "Python": machine["versions"]["python"],
-        },
-    )
-    engines = [
-        (name, entry["runs"], entry["package"], entry["version"] or f"missing: {install_command(entry['extra'])}")
-        for name, entry in found["engines"].items()
-    ]
-    _print_table("Engines", ("engine", "runs", "package", "version"), engines)
-    extras = []
-    for extra, entry in found["extras"].items():
-        packages = [f"{package} {version or 'missing'}" for package, version in entry["packages"].items()]
-        if extra != "dev":
-            extras.append((extra, ", ".join([*entry["includes"], *packages]), entry["install"] or ""))
-    _print_table("Extras", ("extra", "packages and extras", "to install"), extras)
-
-
-def _print_pairs(title: str, pairs: Mapping[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    console.print(Text(title, style="bold"))
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in pairs.items():
-        table.add_row(Text(name), Text(value))
-    if pairs:
-        console.print(table)
-    console.print()
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    console.print(Text(title, style="bold"))
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    console.print()
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"

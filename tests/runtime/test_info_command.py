@@ -2,31 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
-import sys
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
-from rtx.runtime.commands.info import describe_installation, optional_packages
 from rtx.runtime.contract import Contract
-
-REQUIREMENTS = [
-    "numpy>=1.26",
-    'onnxruntime>=1.20; extra == "cpu"',
-    'torch>=2.9; extra == "train"',
-    "transformers<6,>=5; extra == 'train'",
-    'rtx-retrieval[cpu,train]; extra == "export"',
-    'onnx-ir>=0.1; python_version >= "3.11" and extra == "export"',
-    'rtx-retrieval[export]; extra == "demo"',
-]
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +29,6 @@ def lines_of(*arguments: object) -> list[str]:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
-
-
-def installed(monkeypatch: pytest.MonkeyPatch, versions: Mapping[str, str]) -> None:
-    def version(package: str) -> str:
-        if package not in versions:
-            raise metadata.PackageNotFoundError(package)
-        return versions[package]
-
-    monkeypatch.setattr(metadata, "requires", lambda _: REQUIREMENTS)
-    monkeypatch.setattr(metadata, "version", version)
-
-
-# -- a bundle ------------------------------------------------------------------------------------------------------
 
 
 def test_a_bundle_shows_contract_variants_rejected_and_provenance(toy_bundle: Path):
@@ -175,71 +147,7 @@ def test_a_folder_of_something_else_exits_with_5(tmp_path: Path):
     assert result.stderr.startswith(f"error: {tmp_path / 'config.json'}: missing; expected a Sentence Transformers ")
 
 
-# -- the machine ---------------------------------------------------------------------------------------------------
-
-
-def test_the_machine_shows_python_engines_and_extras():
-    lines = lines_of()
-    assert lines[0] == f"rtx {metadata.version('rtx-retrieval')} on this machine"
-    assert f"Python {platform.python_version()}" in lines
-    assert f"onnx bundles onnxruntime {metadata.version('onnxruntime')}" in lines
-    assert f"cpu onnxruntime {metadata.version('onnxruntime')}" in lines
-    assert not any(line.startswith("dev ") for line in lines)
-
-
-def test_the_machine_as_json():
-    result = run("--json")
-    found = json.loads(result.stdout)
-    assert (result.exit_code, found["kind"]) == (0, "machine")
-    assert found["machine"]["cores"] >= 1
-    assert found["machine"]["versions"]["python"] == platform.python_version()
-    assert found["engines"]["onnx"]["version"] == metadata.version("onnxruntime")
-    assert found["extras"]["cpu"] == {
-        "packages": {"onnxruntime": metadata.version("onnxruntime")},
-        "includes": [],
-        "install": None,
-    }
-    assert {"cpu", "gpu", "parquet", "train", "export", "demo", "dev"} <= set(found["extras"])
-
-
-def test_missing_extras_name_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch):
-    installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime": "1.20.0", "onnx-ir": "0.1.0", "torch": "2.9.0"})
-    found = describe_installation()
-    # transformers is missing: so is what includes it, though its own packages are there.
-    assert {extra: entry["install"] for extra, entry in found["extras"].items()} == {
-        "cpu": None,
-        "train": "pip install 'rtx-retrieval[train]'",
-        "export": "pip install 'rtx-retrieval[export]'",
-        "demo": "pip install 'rtx-retrieval[demo]'",
-    }
-    assert found["extras"]["train"]["packages"] == {"torch": "2.9.0", "transformers": None}
-    lines = lines_of()
-    assert "train torch 2.9.0, transformers missing pip install 'rtx-retrieval[train]'" in lines
-    assert "export cpu, train, onnx-ir 0.1.0 pip install 'rtx-retrieval[export]'" in lines
-
-
-def test_an_engine_that_cannot_run_says_what_would_bring_it(monkeypatch: pytest.MonkeyPatch):
-    installed(monkeypatch, {"rtx-retrieval": "0.1.0"})
-    lines = lines_of()
-    assert "onnx bundles onnxruntime missing: pip install 'rtx-retrieval[cpu]'" in lines
-    assert "torch checkpoints torch missing: pip install 'rtx-retrieval[train]'" in lines
-    installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime-gpu": "1.20.1"})
-    assert "onnx bundles onnxruntime 1.20.1" in lines_of()
-
-
-def test_optional_packages_are_read_off_the_requirements():
-    assert optional_packages(REQUIREMENTS) == {
-        "cpu": (["onnxruntime"], []),
-        "train": (["torch", "transformers"], []),
-        "export": (["onnx-ir"], ["cpu", "train"]),
-        "demo": ([], ["export"]),
-    }
-
-
-def test_no_engine_is_imported_to_tell_its_version():
-    modules: dict[str, Any] = {name: sys.modules.pop(name) for name in ("torch", "onnxruntime") if name in sys.modules}
-    try:
-        describe_installation()
-        assert not {"torch", "onnxruntime"} & set(sys.modules)
-    finally:
-        sys.modules.update(modules)
+def test_without_a_path_it_says_what_is_missing():
+    result = run()
+    assert result.exit_code == 2
+    assert "BUNDLE|CHECKPOINT" in result.stderr

@@ -1,0 +1,186 @@
+"""What this machine has, what is missing, and which variant of a bundle would run where.
+
+Nothing is taken for granted that can be tried: ONNX Runtime's CUDA provider runs a graph on each GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from rtx.kernels.library import best_isa
+from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.errors import EngineError, MissingExtraError, UsageError, install_command
+from rtx.runtime.gpu import Gpu, Gpus, find_gpus
+from rtx.runtime.machine import describe_machine, installed_version
+from rtx.runtime.manifest import EngineEntry, Target
+
+_DISTRIBUTION = "rtx-retrieval"
+# name[extras] ... ; extra == "name"
+_REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
+_TENSORRT: dict[Target, tuple[str, ...]] = {
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
+    "tensorrt": ("tensorrt",),
+}
+_TENSORRT_INSTALL: dict[Target, str] = {
+    "tensorrt-rtx": install_command("tensorrt-rtx"),
+    "tensorrt": "pip install tensorrt",
+}
+# The smallest graph that does something, in ONNX: y = Identity(x), float32 of any length.
+_IDENTITY = (
+    b'\x08\x08\x12\x03rtx:9\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x10\n\x01x\x12\x0b\n\t\x08\x01\x12\x05\n\x03'
+    b"\x12\x01nb\x10\n\x01y\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01nB\x04\n\x00\x10\r"
+)
+
+
+def examine(bundle: Bundle | None = None) -> dict[str, Any]:
+    """The machine, its GPUs, engines and extras, and where a bundle would run; for JSON.
+
+    Each engine has `problem`, why it cannot be used, and None if it can.
+    """
+    try:
+        gpus, problem = find_gpus(), None
+    except EngineError as broken:
+        gpus, problem = None, str(broken)
+    devices = () if gpus is None else gpus.devices
+    if gpus is not None and not devices:
+        problem = "the NVIDIA driver finds no GPU"
+    cuda = {gpu.index: _why_not_cuda(gpu) for gpu in devices}
+    found = {
+        "kind": "machine",
+        "rtx": installed_version(_DISTRIBUTION),
+        "machine": dataclasses.asdict(describe_machine()),
+        "operators": best_isa(),
+        "gpu": {
+            "cuda": None if gpus is None else gpus.cuda,
+            "devices": [dataclasses.asdict(gpu) for gpu in devices],
+            "problem": problem,
+        },
+        "engines": _engines(cuda, problem),
+        "extras": describe_extras(),
+        "bundle": None,
+    }
+    if bundle is not None:
+        found["bundle"] = _where_it_runs(bundle, gpus, cuda)
+    return found
+
+
+def describe_extras() -> dict[str, dict[str, Any]]:
+    """The extras of rtx with the versions of their packages, and the command that brings what is missing."""
+    extras: dict[str, dict[str, Any]] = {}
+    for extra, (packages, includes) in optional_packages(metadata.requires(_DISTRIBUTION) or []).items():
+        versions = {package: installed_version(package) for package in packages}
+        extras[extra] = {"packages": versions, "includes": includes}
+
+    def complete(extra: str) -> bool:
+        entry = extras[extra]
+        return None not in entry["packages"].values() and all(map(complete, entry["includes"]))
+
+    for extra, entry in extras.items():
+        entry["install"] = None if complete(extra) else install_command(extra)
+    return extras
+
+
+def optional_packages(requirements: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+    """The packages of each extra of rtx, and the other extras that it includes.
+
+    Args:
+        requirements: as `importlib.metadata.requires` gives them.
+    """
+    extras: dict[str, tuple[list[str], list[str]]] = {}
+    for requirement in requirements:
+        if match := _REQUIREMENT.match(requirement):
+            package, included, extra = match.groups()
+            packages, includes = extras.setdefault(extra, ([], []))
+            if package == _DISTRIBUTION:
+                includes += [name.strip() for name in included.split(",")]
+            else:
+                packages.append(package)
+    return extras
+
+
+def _engines(cuda: dict[int, str | None], no_gpu: str | None) -> dict[str, dict[str, Any]]:
+    cpu, gpu = installed_version("onnxruntime"), installed_version("onnxruntime-gpu")
+    torch = installed_version("torch")
+    both = "onnxruntime and onnxruntime-gpu are both installed and exclude each other: pip uninstall onnxruntime"
+    broken = "; ".join(f"cuda:{index}: {why}" for index, why in cuda.items() if why)
+    missing = f"missing: {'pip uninstall onnxruntime; ' if cpu else ''}{install_command('gpu')}"
+    on_cuda = missing if gpu is None else (both if cpu else no_gpu or broken or None)
+    found: dict[str, dict[str, Any]] = {
+        "onnx": {
+            "runs": "bundles, on the CPU",
+            "version": cpu or gpu,
+            "problem": None if cpu or gpu else f"missing: {install_command('cpu')}",
+        },
+        "onnx, cuda": {"runs": "bundles, on GPUs", "version": gpu, "problem": on_cuda},
+        "torch": {
+            "runs": "checkpoints",
+            "version": torch,
+            "problem": None if torch else f"missing: {install_command('train')}",
+        },
+    }
+    for target in _TENSORRT:
+        version = _tensorrt_version(target)
+        problem = None if version else f"missing: {_TENSORRT_INSTALL[target]}"
+        found[target] = {"runs": "builds of engines", "version": version, "problem": problem}
+    return found
+
+
+def _tensorrt_version(target: Target) -> str | None:
+    return next((version for package in _TENSORRT[target] if (version := installed_version(package))), None)
+
+
+def _why_not_cuda(gpu: Gpu) -> str | None:
+    """Why ONNX Runtime does not run a graph on a GPU; None if it does."""
+    x = np.array([1.0, -2.0], dtype=np.float32)
+    try:
+        engine = OnnxEngine(_IDENTITY, output="y", name="a graph", device=f"cuda:{gpu.index}", threads=1)
+        try:
+            same = np.array_equal(engine.run({"x": x}), x)
+        finally:
+            engine.close()
+    except (MissingExtraError, EngineError) as broken:
+        return str(broken)
+    return None if same else "it runs a graph and gives wrong numbers"
+
+
+def _where_it_runs(bundle: Bundle, gpus: Gpus | None, cuda: dict[int, str | None]) -> dict[str, Any]:
+    devices = {"cpu": _variant(bundle, "cpu", lambda: None)}
+    for index, why in cuda.items():
+        devices[f"cuda:{index}"] = _variant(bundle, f"cuda:{index}", lambda why=why: why)  # type: ignore[misc]
+    return {
+        "path": str(bundle.path),
+        "devices": devices,
+        "engines": {
+            file: {"problem": _why_not_engine(engine, gpus)} for file, engine in bundle.manifest.engines.items()
+        },
+    }
+
+
+def _variant(bundle: Bundle, device: str, why_not: Callable[[], str | None]) -> dict[str, Any]:
+    """What is opened on a device where no variant is named, and why it cannot be."""
+    try:
+        name, variant = bundle.variant(device=device)
+    except UsageError as none:
+        return {"variant": None, "precision": None, "problem": str(none)}
+    return {"variant": name, "precision": variant.precision, "problem": why_not()}
+
+
+def _why_not_engine(engine: EngineEntry, gpus: Gpus | None) -> str | None:
+    """Why no GPU of this machine takes an engine; None if one does, for a program that loads engines."""
+    if gpus is None or not gpus.devices:
+        return "there is no GPU"
+    if (version := _tensorrt_version(engine.target)) != engine.version:
+        here = f"here is {version}" if version else "it is not installed here"
+        return f"it was built with {engine.target} {engine.version}, and runs with that alone; {here}"
+    capabilities = {gpu.capability for gpu in gpus.devices}
+    if engine.capabilities and not capabilities & {*engine.capabilities}:
+        built, here = (", ".join(f"sm_{sm}" for sm in sorted(of)) for of in ({*engine.capabilities}, capabilities))
+        return f"it was built for {built}; here is {here}"
+    return None
