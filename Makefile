@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Newer than the operators in kernels/cpu, which the installation has built if there is a compiler.
 OPERATORS := $(VENV)/.operators
 
-.PHONY: help demo demo-pages test test-fast lint format bench peers interop clean
+.PHONY: help demo demo-pages test test-fast test-gpu lint format bench peers interop clean
 
 help:            ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 14
@@ -26,6 +26,12 @@ test: $(READY) $(OPERATORS)   ## all tests
 
 test-fast: $(READY) $(OPERATORS)   ## all but the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# The two packages of ONNX Runtime exclude each other: where there is a GPU, that for GPUs takes the other's place in .venv.
+test-gpu: $(READY)   ## what needs an NVIDIA GPU, and says why it is skipped where there is none
+	if command -v nvidia-smi > /dev/null; then \
+		$(BIN)/python -m pip uninstall -qq -y onnxruntime; $(BIN)/python -m pip install -qq onnxruntime-gpu; fi
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: $(READY) build/typing/rtx   ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from rtx.runtime.backends.onnx import usable_cores
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import cuda_device
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, compare, evaluate_embedder, evaluate_reranker
@@ -47,13 +48,15 @@ class BenchOptions:
         rounds: how often everything is measured.
         seconds: about how long the slowest subject takes for a measurement in a round; the others do the same work.
         threads: of one run; None for the cores that this process may use.
-        variants: of the bundle; none for all.
+        device: "cpu", "cuda" or "cuda:N".
+        variants: of the bundle; none for all that run there.
         seed: of the choice of texts.
     """
 
     rounds: int = 5
     seconds: float = 2.0
     threads: int | None = None
+    device: str = "cpu"
     variants: tuple[str, ...] = ()
     seed: int = 0
 
@@ -64,6 +67,7 @@ class BenchOptions:
             raise UsageError(f"seconds: expected more than 0, got {self.seconds}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: expected at least 1, got {self.threads}")
+        cuda_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class BenchResult:
     workload: WorkloadInfo
     rounds: int
     threads: int
+    device: str
     machine: Machine
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,6 +241,7 @@ def bench(
         workload=info,
         rounds=options.rounds,
         threads=threads,
+        device=options.device,
         machine=machine,
     )
 
@@ -246,9 +252,15 @@ def _open(
     """The subjects, the baseline first."""
     subjects = []
     if against is not None:
+        if cuda_device(options.device) is not None:
+            raise UsageError(
+                f"{against}: PyTorch runs on the CPU here, and is nothing to hold {options.device} against"
+            )
         note(f"opening {against} on PyTorch")
         subjects.append(open_checkpoint(against, bundle, threads=threads, models=models))
-    return subjects + open_variants(bundle, options.variants, threads=threads, models=models, note=note)
+    return subjects + open_variants(
+        bundle, options.variants, threads=threads, device=options.device, models=models, note=note
+    )
 
 
 @dataclass
@@ -368,7 +380,14 @@ def _start_processes(
     def start(name: str, further: Sequence[Item]) -> coldstart.Start:
         origin = by_name[name].origin
         first = workload.queries[0]
-        return coldstart.measure(origin.path, variant=origin.variant, threads=threads, first=first, further=further)
+        return coldstart.measure(
+            origin.path,
+            variant=origin.variant,
+            threads=threads,
+            device=origin.device,
+            first=first,
+            further=further,
+        )
 
     peaks = {}
     for name in by_name:

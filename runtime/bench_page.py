@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rtx.runtime.bench import PERCENTILES, BenchResult, SubjectResult
+from rtx.runtime.engine import cuda_device
 from rtx.runtime.plots import Bar, Mark, Point, Series, Span, svg_bars, svg_dots, svg_lines, svg_scatter
 from rtx.runtime.report import (
     Cell,
@@ -52,6 +53,15 @@ def result_rows(result: BenchResult) -> dict[str, list[Row]]:
             Row("Size on disk", "MB, weights and tokenizer", tuple(_megabytes(s.size_bytes) for s in subjects)),
         ],
     }
+
+
+def where_of(result: BenchResult) -> str:
+    """What ran it, in words."""
+    gpu = cuda_device(result.device)
+    if gpu is None:
+        return f"{result.machine.cpu}, {result.threads} threads"
+    name = result.machine.gpus[gpu] if gpu < len(result.machine.gpus) else result.device
+    return f"{name}, beside {result.threads} threads of {result.machine.cpu}"
 
 
 def headline(result: BenchResult) -> str:
@@ -107,7 +117,7 @@ def bench_page(result: BenchResult) -> str:
         section("All numbers", _numbers(result, colors), note=_note(result)),
         *_worst(result),
     ]
-    subline = f"{result.machine.cpu}, {result.threads} threads, medians of {result.rounds} interleaved rounds."
+    subline = f"{where_of(result)}, medians of {result.rounds} interleaved rounds."
     return render(
         f"{result.bundle}: benchmark", *sections, lead=headline(result), subline=subline, facts=conditions(result)
     )

@@ -37,6 +37,7 @@ def measure(
     *,
     variant: str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     first: Sequence[Any],
     further: Sequence[Any] = (),
 ) -> Start:
@@ -46,13 +47,14 @@ def measure(
         path: a bundle, or a checkpoint for PyTorch.
         variant: of the bundle; None for a checkpoint, or for the bundle's default.
         threads: of one run; None for all cores.
+        device: of a bundle: "cpu", "cuda" or "cuda:N".
         first: the first call's items: texts, images as `Content`, or pairs of these.
         further: items that are run afterwards, for the peak of memory under load.
 
     Raises:
         EngineError: the process failed; with the last lines that it wrote.
     """
-    request = {"path": path, "variant": variant, "threads": threads, "first": _plain(first)}
+    request = {"path": path, "variant": variant, "threads": threads, "device": device, "first": _plain(first)}
     # -P: what lies in the working directory is not importable by the process, as in any installed program.
     command = [sys.executable, "-P", "-m", "rtx.runtime.first_result"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:

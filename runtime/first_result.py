@@ -30,7 +30,7 @@ def peak_rss_bytes() -> int | None:
 def _main() -> None:
     """The process: reads a request and then items, a line each, and answers each with a line."""
     request = json.loads(sys.stdin.readline())
-    with _open(request["path"], request["variant"], request["threads"]) as model:
+    with _open(request["path"], request["variant"], request["threads"], request["device"]) as model:
         run = model.embed if model.contract.task == "embed" else model.logits
         run(request["first"])
         print("{}", flush=True)
@@ -40,18 +40,18 @@ def _main() -> None:
         print(json.dumps({"peak_rss_bytes": peak_rss_bytes()}), flush=True)
 
 
-def _open(path: str, variant: str | None, threads: int | None) -> Any:
+def _open(path: str, variant: str | None, threads: int | None, device: str) -> Any:
     """As a program that serves a bundle does, without what only the command line needs."""
     if variant is None:
         from rtx.runtime.cli import open_model
 
-        return open_model(path, threads=threads)
+        return open_model(path, threads=threads, device=device)
     from rtx.runtime.bundle import Bundle
     from rtx.runtime.embedder import Embedder
     from rtx.runtime.reranker import Reranker
 
     kind = Embedder if Bundle.open(path).manifest.contract.task == "embed" else Reranker
-    return kind.open(path, variant=variant, threads=threads)
+    return kind.open(path, variant=variant, threads=threads, device=device)
 
 
 if __name__ == "__main__":

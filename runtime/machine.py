@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from rtx.runtime.backends.onnx import usable_cores
+from rtx.runtime.errors import EngineError
+from rtx.runtime.gpu import find_gpus
 
 # Instructions that decide how fast int8 and fp32 products are, as /proc/cpuinfo calls them.
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
@@ -25,6 +27,7 @@ class Machine:
         cores: that this process may use.
         instruction_sets: of those that matter here, the ones that the CPU has.
         memory_bytes: of the machine; None where the system does not tell.
+        gpus: names of the NVIDIA GPUs that the driver finds, in its order.
         load: mean number of waiting processes over the last minute, before anything was run.
         system: operating system and architecture.
         versions: of Python and of the installed packages that matter.
@@ -35,6 +38,7 @@ class Machine:
     cores: int
     instruction_sets: tuple[str, ...]
     memory_bytes: int | None
+    gpus: tuple[str, ...]
     load: float | None
     system: str
     versions: dict[str, str]
@@ -51,6 +55,7 @@ def describe_machine() -> Machine:
         cores=usable_cores(),
         instruction_sets=tuple(flag for flag in _INSTRUCTION_SETS if flag in flags),
         memory_bytes=_memory_bytes(),
+        gpus=_gpus(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version(), **installed},
@@ -73,6 +78,13 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _gpus() -> tuple[str, ...]:
+    try:
+        return tuple(gpu.name for gpu in find_gpus().devices)
+    except EngineError:
+        return ()
 
 
 def installed_version(package: str) -> str | None:

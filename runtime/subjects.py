@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtx.runtime.bundle import Bundle, runs_on_cpu
+from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
 from rtx.runtime.cli import open_model
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import Budget, Engine
+from rtx.runtime.engine import Budget, Engine, cuda_device
 from rtx.runtime.errors import BundleError, CheckpointError, ItemError, UsageError
 from rtx.runtime.golden import Deviation, Golden
 from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Tolerance
@@ -36,12 +36,14 @@ class Origin:
         variant: of the bundle; None for a checkpoint.
         precision: of the weights.
         size_bytes: of weights and tokenizer; None where they are not in a folder here.
+        device: that it runs on.
     """
 
     path: str
     variant: str | None
     precision: str
     size_bytes: int | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -98,32 +100,42 @@ def open_checkpoint(path: str, bundle: Bundle, *, threads: int, models: ExitStac
 
 
 def open_variants(
-    bundle: Bundle, names: Sequence[str], *, threads: int, models: ExitStack, note: Note = lambda _: None
+    bundle: Bundle,
+    names: Sequence[str],
+    *,
+    threads: int,
+    device: str = "cpu",
+    models: ExitStack,
+    note: Note = lambda _: None,
 ) -> list[Subject]:
     """Variants of a bundle, the fp32 ones first.
 
     Args:
         bundle: the bundle.
-        names: of the variants; none for all that run on a CPU.
+        names: of the variants; none for all that run on the device.
         threads: of one run.
+        device: "cpu", "cuda" or "cuda:N".
         models: closes what is opened.
         note: told what is checked next.
 
     Raises:
-        UsageError: there is no such variant.
+        UsageError: there is no such variant, or it does not run on the device.
         BundleError: a file is damaged, or variants are out of their tolerance on this machine; all are named.
     """
     golden, manifest = bundle.golden(), bundle.manifest
-    every = [name for name, variant in manifest.variants.items() if runs_on_cpu(variant)]
-    chosen = dict.fromkeys([bundle.variant(name)[0] for name in names] or every)
+    runs = runs_on_cpu if cuda_device(device) is None else runs_on_gpu
+    every = [name for name, variant in manifest.variants.items() if runs(variant)]
+    # Where none runs, the default is asked for: that says why.
+    wanted: Sequence[str | None] = names or every or [None]
+    chosen = dict.fromkeys(bundle.variant(name, device=device)[0] for name in wanted)
     subjects, problems = [], []
     for name in sorted(chosen, key=lambda name: manifest.variants[name].precision != "fp32"):
         note(f"checking {name} against the golden outputs")
         variant = manifest.variants[name]
         size = sum(manifest.files[file].bytes for file in (*variant.graphs, *variant.external, TOKENIZER_FILE))
-        origin = Origin(str(bundle.path), name, variant.precision, size)
+        origin = Origin(str(bundle.path), name, variant.precision, size, device)
         # No image is kept: the same ones come round after round, and PyTorch runs them each time.
-        engine = bundle.engine(name, threads=threads, cache_bytes=0)
+        engine = bundle.engine(name, threads=threads, device=device, cache_bytes=0)
         subject = _subject(name, origin, bundle.preprocessor(), engine, golden)
         models.enter_context(subject.model)
         if (problem := _problem(subject, golden, variant.tolerance)) is not None:

@@ -17,8 +17,9 @@ from rich.table import Table
 from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.bench import BenchOptions, BenchResult, Judgements, Texts
 from rtx.runtime.bench import bench as measure
-from rtx.runtime.bench_page import bench_page, headline, result_rows
+from rtx.runtime.bench_page import bench_page, headline, result_rows, where_of
 from rtx.runtime.candidates import read_candidates
+from rtx.runtime.commands.opening import device_option
 from rtx.runtime.errors import DataError, UsageError
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.records import STDIN, BadRecord, Input
@@ -41,6 +42,7 @@ class _Arguments:
     rounds: int
     seconds: float
     threads: int | None
+    device: str
     json_path: str | None
     html_path: str | None
 
@@ -56,6 +58,7 @@ class _Arguments:
 @click.option("--rounds", type=int, default=5, show_default=True, help="How often everything is measured.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Of one measurement in a round, about.")
 @click.option("--threads", type=int, help="Threads of one run.  [default: the usable cores]")
+@device_option
 @click.option("--json", "json_path", metavar="FILE", help="Write one line of JSON; - for standard output.")
 @click.option("--html", "html_path", metavar="FILE", help="Write the report as a self-contained page.")
 def bench(**values: Any) -> None:
@@ -67,7 +70,11 @@ def bench(**values: Any) -> None:
     """
     arguments = _Arguments(**values)
     options = BenchOptions(
-        rounds=arguments.rounds, seconds=arguments.seconds, threads=arguments.threads, variants=arguments.variants
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        threads=arguments.threads,
+        device=arguments.device,
+        variants=arguments.variants,
     )
     for path in (arguments.json_path, arguments.html_path):
         _check_output(path)
@@ -135,7 +142,7 @@ def _notes() -> Iterator[Note]:
 
 
 def _show(result: BenchResult, console: Console) -> None:
-    shown = Table(title=f"{escape(result.bundle)}: {result.threads} threads, {escape(result.machine.cpu)}", box=None)
+    shown = Table(title=escape(f"{result.bundle}: {where_of(result)}"), box=None)
     shown.add_column("", overflow="fold")
     for subject in result.subjects:
         shown.add_column(escape(subject.name), justify="right")

@@ -21,7 +21,7 @@ from rtx.runtime import bench as bench_module
 from rtx.runtime import bundle as bundle_module
 from rtx.runtime import subjects as subjects_module
 from rtx.runtime.bench import BenchOptions, BenchResult, Judgements, Texts, bench
-from rtx.runtime.bench_page import bench_page, conditions, headline, result_rows
+from rtx.runtime.bench_page import bench_page, conditions, headline, result_rows, where_of
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import Candidate
 from rtx.runtime.cli import main
@@ -360,6 +360,37 @@ def test_options_out_of_range(option: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as raised:
         BenchOptions(**option)
     assert str(raised.value) == message
+
+
+def test_a_gpu(toy_bundle: Path, quick: BenchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device goes to every engine and every process that starts, and what is shown names the GPU."""
+    asked: list[str] = []
+    real = Bundle.engine
+
+    def engine(bundle: Bundle, variant: str | None = None, *, device: str, **options: Any) -> Any:
+        asked.append(device)
+        return real(bundle, variant, **options)
+
+    def start(_path: str, *, device: str, **_: Any) -> Start:
+        asked.append(device)
+        return Start(0.1, 1)
+
+    monkeypatch.setattr(Bundle, "engine", engine)
+    monkeypatch.setattr(bench_module.coldstart, "measure", start)
+    result = bench(toy_bundle, dataclasses.replace(quick, device="cuda:1"))
+    assert {*asked} == {"cuda:1"}
+    assert len(asked) > 2
+    # int8 has operators that are of the CPU alone.
+    assert [subject.name for subject in result.subjects] == ["fp32"]
+    assert (result.device, result.machine.gpus) == ("cuda:1", ())
+    assert where_of(result).startswith("cuda:1, beside 1 threads of ")
+    known = dataclasses.replace(result.machine, gpus=("NVIDIA L4", "Tesla T4"))
+    assert where_of(dataclasses.replace(result, machine=known)).startswith("Tesla T4, beside")
+    assert where_of(dataclasses.replace(result, device="cpu")) == f"{known.cpu}, 1 threads"
+    with pytest.raises(UsageError, match=r"PyTorch runs on the CPU here, and is nothing to hold cuda against"):
+        bench(toy_bundle, dataclasses.replace(quick, device="cuda"), against=str(toy_bundle))
+    with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, got 'tpu'"):
+        BenchOptions(device="tpu")
 
 
 def _run(*arguments: str | Path) -> Result:
