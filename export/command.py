@@ -15,11 +15,13 @@ from rtx.export.engines import BUILDABLE, EngineOptions
 from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
-from rtx.export.pipeline import ExportOptions, Outcome, check_target, export_bundle
+from rtx.export.pipeline import ExportOptions, Outcome, bundle_name, check_target, export_bundle
 from rtx.export.ranges import Range, overflowing
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.tensorrt import TARGETS
+from rtx.export.triton import check_repository, write_repository
 from rtx.export.variants import ON_CPU, VARIANTS, VariantName
+from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
@@ -117,7 +119,12 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
     help="Ends of the buckets of lengths that engines are tuned for, in tokens, as 32,128,512; default: those that "
     "fit the texts of --eval best.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option(
+    "--triton-repo",
+    type=click.Path(path_type=Path),
+    help="Also write models for Triton Inference Server into this model repository.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there, and models in --triton-repo.")
 def export(
     checkpoint: str,
     output: Path,
@@ -138,6 +145,7 @@ def export(
     target: Target | None,
     capabilities: tuple[int, ...],
     lengths: tuple[int, ...],
+    triton_repo: Path | None,
     overwrite: bool,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs, through the gate.
@@ -146,6 +154,8 @@ def export(
     --eval by NDCG@10. A variant that fails is left out; if none passes, nothing is written and the exit code is 3.
     """
     check_target(output, overwrite=overwrite)
+    if triton_repo is not None:
+        check_repository(triton_repo, bundle_name(output), None, overwrite=overwrite)
     if candidates is not None and eval_dir is None:
         raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
     if target is None and (capabilities or lengths):
@@ -172,6 +182,9 @@ def export(
     )
     outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
     _print(outcome, output)
+    if triton_repo is not None:
+        name = write_repository(Bundle.open(output), triton_repo, overwrite=overwrite)
+        click.echo(f"wrote {triton_repo}: the models {name} and {name}_graph")
 
 
 def _expanded(names: Sequence[str]) -> tuple[VariantName, ...]:

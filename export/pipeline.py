@@ -213,7 +213,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             gate,
             verdicts,
             variants=passed,
-            name=target.name.removesuffix(".rtx"),
+            name=bundle_name(target),
             source=source,
             command=options.command,
             seconds=seconds,
@@ -224,6 +224,11 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             default_variant=choose_default(seconds) if seconds else passed[0],
         )
     return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales, made.ranges)
+
+
+def bundle_name(target: Path) -> str:
+    """What a bundle in this folder is called."""
+    return target.name.removesuffix(".rtx")
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,205 @@
+"""A bundle as models of Triton Inference Server: one that takes texts, and the graph that it asks.
+
+    NAME/config.pbtxt, 1/model.py, 1/manifest.json, 1/tokenizer.json       Python backend: rtx.runtime.triton
+    NAME_graph/config.pbtxt, 1/model.onnx                                  ONNX Runtime backend
+
+The configurations are text of the protobuf message `inference.ModelConfig`
+(github.com/triton-inference-server/common, protobuf/model_config.proto).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtx.runtime import triton
+from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
+from rtx.runtime.contract import Contract
+from rtx.runtime.errors import BundleError, UsageError
+from rtx.runtime.folder import replace_folder
+from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Variant
+
+_CONFIG = "config.pbtxt"
+_VERSION = "1"
+_MAX_BATCH = 256
+# What goes to the graph at once, and how long the server waits for more requests.
+_MAX_TOKENS, _DELAY_US = 16_384, 500
+# While one instance waits for the graph, another prepares texts.
+_INSTANCES = 2
+_WARM_TEXT = b"how do I reset it?"
+_MODEL = '''"""Texts in, {output} out: see rtx.runtime.triton."""
+
+from rtx.runtime.triton import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+class Enum(str):
+    """A value that stands without quotes."""
+
+
+def write_repository(bundle: Bundle, repository: Path, *, variant: str | None = None, overwrite: bool = False) -> str:
+    """Write the models of a bundle into a model repository.
+
+    Args:
+        bundle: of a model that takes texts alone.
+        repository: the folder; other models in it stay.
+        variant: whose graph is served; None for fp16 or what else a GPU runs, or else what a CPU runs.
+        overwrite: replace models of these names.
+
+    Returns:
+        The name of the model that takes texts.
+
+    Raises:
+        UsageError: something is in the way, the model takes images, or the variant needs operators that Triton lacks.
+        BundleError: a file of the bundle is damaged.
+    """
+    contract, name = bundle.manifest.contract, model_name(bundle.manifest.name)
+    check_repository(repository, bundle.manifest.name, contract, overwrite=overwrite)
+    chosen, on_gpu = _choose(bundle, variant)
+    graph = f"{name}_graph"
+    with replace_folder(repository / graph, marker=_CONFIG) as folder:
+        _copy(bundle, chosen.file, folder / _VERSION / "model.onnx")
+        for file in chosen.external:
+            _copy(bundle, file, folder / _VERSION / Path(file).name)
+        (folder / _CONFIG).write_text(to_text(graph_config(graph, contract, on_gpu=on_gpu)), encoding="utf-8")
+    with replace_folder(repository / name, marker=_CONFIG) as folder:
+        for file in (MANIFEST_FILE, TOKENIZER_FILE):
+            _copy(bundle, file, folder / _VERSION / file)
+        output = "vectors" if contract.task == "embed" else "scores"
+        (folder / _VERSION / "model.py").write_text(_MODEL.format(output=output), encoding="utf-8")
+        warm = folder / "warmup"
+        warm.mkdir()
+        for text in _texts(contract):
+            # A string of the server's: its length in 4 bytes, and then it.
+            (warm / text).write_bytes(len(_WARM_TEXT).to_bytes(4, "little") + _WARM_TEXT)
+        (folder / _CONFIG).write_text(to_text(text_config(name, graph, contract)), encoding="utf-8")
+    return name
+
+
+def check_repository(repository: Path, name: str, contract: Contract | None, *, overwrite: bool) -> None:
+    """Raise UsageError if models cannot be written there, before any work is done."""
+    if contract is not None and contract.takes_images:
+        raise UsageError("--triton-repo: this model takes images, which the models for Triton do not yet")
+    if repository.exists() and not repository.is_dir():
+        raise UsageError(f"{repository}: is a file; expected the folder of a model repository")
+    for model in (model_name(name), f"{model_name(name)}_graph"):
+        if not (target := repository / model).exists() or (target.is_dir() and not any(target.iterdir())):
+            continue
+        if not (target / _CONFIG).is_file():
+            raise UsageError(f"{target}: is in the way and is no model of Triton; nothing was written")
+        if not overwrite:
+            raise UsageError(f"{target}: there is a model already; --overwrite replaces it")
+
+
+def model_name(name: str) -> str:
+    """A bundle's name as that of a model: letters, digits, dots, hyphens and underscores."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII) or "model"
+
+
+def graph_config(name: str, contract: Contract, *, on_gpu: bool) -> dict[str, Any]:
+    """The configuration of the graph's model."""
+    tokens = contract.fixed_tokens or -1
+    # The graph's scores have no axis but the batch's.
+    scores = {"dims": [1], "reshape": {"shape": []}}
+    output = {"dims": [contract.dimension]} if contract.task == "embed" else scores
+    return {
+        "name": name,
+        "backend": "onnxruntime",
+        "max_batch_size": _MAX_BATCH,
+        "input": [{"name": one, "data_type": Enum("TYPE_INT64"), "dims": [tokens]} for one in contract.inputs],
+        "output": [{"name": contract.output, "data_type": Enum("TYPE_FP32"), **output}],
+        "instance_group": [{"kind": Enum("KIND_GPU" if on_gpu else "KIND_CPU"), "count": 1}],
+    }
+
+
+def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
+    """The configuration of the model that takes texts."""
+
+    def text(of: str, *, optional: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": of, "data_type": Enum("TYPE_STRING"), "dims": [1]}
+        return {**found, "optional": True} if optional else found
+
+    inputs = [text(of) for of in _texts(contract)]
+    if contract.task == "embed":
+        inputs.append(text(triton.PROMPT, optional=True))
+        output, width = triton.EMBEDDING, contract.dimension
+    else:
+        if contract.first_stage_weight > 0:
+            inputs.append({"name": triton.FIRST_STAGE, "data_type": Enum("TYPE_FP32"), "dims": [1]})
+        output, width = triton.SCORE, 1
+    parameters = {triton.GRAPH: graph, triton.MAX_TOKENS: str(_MAX_TOKENS)}
+    config: dict[str, Any] = {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": _MAX_BATCH,
+        "input": inputs,
+        "output": [{"name": output, "data_type": Enum("TYPE_FP32"), "dims": [width]}],
+        "instance_group": [{"kind": Enum("KIND_CPU"), "count": _INSTANCES}],
+        "dynamic_batching": {"max_queue_delay_microseconds": _DELAY_US},
+        "parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()],
+    }
+    if contract.task == "embed" or contract.first_stage_weight == 0:
+        warm = {"data_type": Enum("TYPE_STRING"), "dims": [1]}
+        given = [{"key": of, "value": {**warm, "input_data_file": of}} for of in _texts(contract)]
+        config["model_warmup"] = [{"name": "one text", "batch_size": 1, "inputs": given}]
+    return config
+
+
+def to_text(message: Mapping[str, Any], indent: int = 0) -> str:
+    """A message of protobuf as text: messages nest, and a list of them repeats the field."""
+    lines = []
+    space = "  " * indent
+    for name, value in message.items():
+        for one in value if _repeats(value) else [value]:
+            if isinstance(one, Mapping):
+                lines.append(f"{space}{name} {{\n{to_text(one, indent + 1)}{space}}}\n")
+            else:
+                lines.append(f"{space}{name}: {_scalar(one)}\n")
+    return "".join(lines)
+
+
+def _repeats(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _scalar(value: object) -> str:
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
+    return json.dumps(value)
+
+
+def _texts(contract: Contract) -> tuple[str, ...]:
+    return (triton.TEXT,) if contract.task == "embed" else (triton.QUERY, triton.DOCUMENT)
+
+
+def _choose(bundle: Bundle, variant: str | None) -> tuple[Variant, bool]:
+    """A variant, and whether it goes to a GPU."""
+    variants = bundle.manifest.variants
+    if variant is None:
+        on_gpu = [name for name, one in variants.items() if runs_on_gpu(one)]
+        on_cpu = [name for name, one in variants.items() if runs_on_cpu(one) and not one.operators]
+        if not on_gpu and not on_cpu:
+            raise UsageError(f"{bundle.path}: {_OPERATORS}; export fp16 or fp32 too")
+        variant = bundle.variant(device="cuda")[0] if on_gpu else on_cpu[0]
+    chosen = variants.get(variant) or bundle.variant(variant)[1]
+    if chosen.operators:
+        raise UsageError(f"{bundle.path}: variant '{variant}': {_OPERATORS}; export fp16 or fp32 too")
+    return chosen, runs_on_gpu(chosen)
+
+
+_OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
+
+
+def _copy(bundle: Bundle, file: str, target: Path) -> None:
+    if file != MANIFEST_FILE and (problem := bundle.check(file)) is not None:
+        raise BundleError(f"{bundle.path}: {problem}")
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(bundle.path / file, target)

@@ -1,0 +1,184 @@
+"""What Triton Inference Server's Python backend runs: texts in, vectors or scores out, the graph by another model.
+
+    request -> texts -> rtx's preprocessing and batching -> requests to the graph's model in the same server -> response
+
+`rtx export --triton-repo` writes both models. The server brings the module `triton_python_backend_utils`; its interface
+is documented in github.com/triton-inference-server/python_backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.contract import Contract
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget
+from rtx.runtime.errors import EngineError, InvalidItemsError, RtxError
+from rtx.runtime.reranker import Reranker
+from rtx.runtime.text import Batch
+
+GRAPH, MAX_TOKENS = "graph", "max_batch_tokens"
+"""Parameters of the model's configuration: the name of the graph's model, and tokens that go to it at once."""
+
+TEXT, PROMPT, EMBEDDING = "text", "prompt", "embedding"
+QUERY, DOCUMENT, FIRST_STAGE, SCORE = "query", "document", "first_stage", "score"
+"""Names of inputs and outputs."""
+
+
+class GraphModel:
+    """The graph's model as an engine.
+
+    Args:
+        server: the module `triton_python_backend_utils`.
+        name: of the model.
+        contract: of the bundle.
+    """
+
+    packed = False
+
+    def __init__(self, server: Any, name: str, contract: Contract) -> None:
+        self.name, self._server, self._contract = name, server, contract
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """As `rtx.runtime.engine.Engine` has it."""
+        server, output = self._server, self._contract.output
+        request = server.InferenceRequest(
+            model_name=self.name,
+            requested_output_names=[output],
+            inputs=[server.Tensor(name, batch[name]) for name in self._contract.inputs],
+            preferred_memory=server.PreferredMemory(server.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = request.exec()
+        if response.has_error():
+            raise EngineError(f"{self.name}: {response.error().message()}")
+        found: NDArray[np.float32] = server.get_output_tensor_by_name(response, output).as_numpy()
+        # The server's memory ends with the response.
+        return found.astype(np.float32).reshape(self._contract.output_shape(len(found)))
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class _Asked:
+    """A request: its rows, or why it cannot be used."""
+
+    rows: list[Any] = field(default_factory=list)
+    prompt: str | None = None
+    first_stage: list[float] = field(default_factory=list)
+    error: str = ""
+    results: NDArray[np.float32] | None = None
+
+
+class TritonPythonModel:
+    """Loaded by the server, which calls these three methods."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open what lies beside the model.
+
+        Args:
+            args: of the server: the model's folder, version and configuration.
+        """
+        self._server: Any = importlib.import_module("triton_python_backend_utils")
+        bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"])
+        contract = bundle.manifest.contract
+        parameters = json.loads(args["model_config"])["parameters"]
+        engine = GraphModel(self._server, parameters[GRAPH]["string_value"], contract)
+        kind = Embedder if contract.task == "embed" else Reranker
+        budget = Budget(max_batch_tokens=int(parameters[MAX_TOKENS]["string_value"]), max_batch_items=1 << 20)
+        self._model: Embedder | Reranker = kind(bundle.preprocessor(), engine, budget=budget)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Requests that the server has put together; each gets its results, or its own error."""
+        asked = [self._read(request) for request in requests]
+        for prompt in dict.fromkeys(one.prompt for one in asked):
+            self._run([one for one in asked if one.prompt == prompt and not one.error], prompt)
+        return [self._respond(one) for one in asked]
+
+    def finalize(self) -> None:
+        self._model.close()
+
+    def _read(self, request: Any) -> _Asked:
+        asked = _Asked()
+        try:
+            if isinstance(self._model, Embedder):
+                asked.rows = self._texts(request, TEXT)
+                asked.prompt = _one(self._texts(request, PROMPT, optional=True))
+            else:
+                asked.rows = [*zip(self._texts(request, QUERY), self._texts(request, DOCUMENT), strict=True)]
+                if self._model.needs_first_stage:
+                    scores = self._tensor(request, FIRST_STAGE).astype(np.float64).ravel()
+                    if len(scores) != len(asked.rows) or not np.isfinite(scores).all():
+                        raise ValueError(f"{FIRST_STAGE}: expected a finite number for each row")
+                    asked.first_stage = scores.tolist()
+        except (UnicodeDecodeError, ValueError) as wrong:
+            asked.error = str(wrong)
+        return asked
+
+    def _texts(self, request: Any, name: str, *, optional: bool = False) -> list[str]:
+        tensor = self._server.get_input_tensor_by_name(request, name)
+        if tensor is None and optional:
+            return []
+        found = self._tensor(request, name).ravel()
+        return [text.decode() if isinstance(text, bytes) else str(text) for text in found]
+
+    def _tensor(self, request: Any, name: str) -> NDArray[Any]:
+        tensor = self._server.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            raise ValueError(f"input '{name}' is missing")
+        array: NDArray[Any] = tensor.as_numpy()
+        return array
+
+    def _run(self, asked: Sequence[_Asked], prompt: str | None) -> None:
+        """Rows of several requests together; a row that cannot be used fails its own request alone."""
+        while asked:
+            try:
+                results = self._forward(asked, prompt)
+            except InvalidItemsError as invalid:
+                ends = np.cumsum([len(one.rows) for one in asked])
+                for item in invalid.items:
+                    place = int(np.searchsorted(ends, item.index, side="right"))
+                    row = item.index - (int(ends[place - 1]) if place else 0)
+                    asked[place].error = asked[place].error or f"row {row}: {item.message}"
+                asked = [one for one in asked if not one.error]
+            except RtxError as broken:
+                for one in asked:
+                    one.error = str(broken)
+                return
+            else:
+                parts = np.split(results, np.cumsum([len(one.rows) for one in asked])[:-1])
+                for one, part in zip(asked, parts, strict=True):
+                    one.results = part
+                return
+
+    def _forward(self, asked: Sequence[_Asked], prompt: str | None) -> NDArray[np.float32]:
+        rows = [row for one in asked for row in one.rows]
+        if isinstance(self._model, Embedder):
+            vectors: NDArray[np.float32] = self._model.embed(rows, prompt=prompt)
+            return vectors
+        first_stage = [score for one in asked for score in one.first_stage]
+        return self._model.score(rows, first_stage=first_stage or None)[:, np.newaxis]
+
+    def _respond(self, asked: _Asked) -> Any:
+        server = self._server
+        if asked.error or asked.results is None:
+            return server.InferenceResponse(output_tensors=[], error=server.TritonError(asked.error))
+        name = EMBEDDING if isinstance(self._model, Embedder) else SCORE
+        return server.InferenceResponse(output_tensors=[server.Tensor(name, asked.results)])
+
+
+def _one(prompts: Sequence[str]) -> str | None:
+    """The prompt of a request, which is one for all of its rows."""
+    if len({*prompts}) > 1:
+        given = ", ".join(dict.fromkeys(prompts))
+        raise ValueError(f"{PROMPT}: expected the same for all rows of a request, got {given}")
+    return prompts[0] if prompts and prompts[0] else None

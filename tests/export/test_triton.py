@@ -1,0 +1,345 @@
+"""Models for Triton Inference Server: configurations by its schema, the Python model in a stand-in for the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import runpy
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from google.protobuf import json_format, text_format
+
+from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.export.triton import model_name, to_text, write_repository
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import main
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.errors import BundleError, ItemError, UsageError
+from rtx.runtime.reranker import Reranker
+
+TEXTS = ["how to reset the pump", "a", "what the code of the query is for"]
+
+
+def schema() -> Any:
+    """The message of the published schema, without the rest of the client."""
+    client = importlib.util.find_spec("tritonclient")
+    assert client is not None
+    assert client.origin is not None
+    file = Path(client.origin).parent / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ModelConfig  # type: ignore[attr-defined]
+
+
+CONFIG = schema()
+
+
+def parsed(folder: Path) -> Any:
+    return text_format.Parse((folder / "config.pbtxt").read_text(), CONFIG())
+
+
+class Tensor:
+    def __init__(self, name: str, array: Any) -> None:
+        self._name, self._array = name, np.asarray(array)
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> Any:
+        return self._array
+
+
+class Response:
+    def __init__(self, output_tensors: list[Tensor], error: Any = None) -> None:
+        self.tensors, self._error = {tensor.name(): tensor for tensor in output_tensors}, error
+
+    def has_error(self) -> bool:
+        return self._error is not None
+
+    def error(self) -> Any:
+        return self._error
+
+
+class Error:
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def message(self) -> str:
+        return self._message
+
+
+class Request:
+    """What a client has sent."""
+
+    def __init__(self, **inputs: Any) -> None:
+        self.tensors = {name: Tensor(name, array) for name, array in inputs.items()}
+
+
+class Server:
+    """The server: the graph's model by ONNX Runtime, with what its configuration says checked; and the Python model."""
+
+    def __init__(self, repository: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[tuple[int, ...]] = []
+        self.fails = ""
+        graph = parsed(repository / f"{name}_graph")
+        session = ort.InferenceSession(repository / f"{name}_graph" / "1" / "model.onnx")
+        server = self
+
+        class InferenceRequest:
+            def __init__(self, model_name: str, requested_output_names: list[str], inputs: Any, preferred_memory: Any):
+                assert model_name == graph.name
+                assert requested_output_names == [output.name for output in graph.output]
+                assert preferred_memory == ("memory", 0, 0)
+                self.inputs = {tensor.name(): tensor.as_numpy() for tensor in inputs}
+
+            def exec(self) -> Response:
+                if server.fails:
+                    return Response([], Error(server.fails))
+                assert [*self.inputs] == [one.name for one in graph.input]
+                for array in self.inputs.values():
+                    assert array.dtype == np.int64
+                    assert array.shape[0] <= graph.max_batch_size
+                server.batches.append(next(iter(self.inputs.values())).shape)
+                (found,) = session.run([graph.output[0].name], self.inputs)
+                # A model's output has the axes of its configuration before they are reshaped.
+                return Response([Tensor(graph.output[0].name, found.reshape(len(found), *graph.output[0].dims))])
+
+        module = types.ModuleType("triton_python_backend_utils")
+        module.__dict__.update(
+            Tensor=Tensor,
+            InferenceRequest=InferenceRequest,
+            InferenceResponse=Response,
+            TritonError=Error,
+            TRITONSERVER_MEMORY_CPU=0,
+            PreferredMemory=lambda kind, device: ("memory", kind, device),
+            get_input_tensor_by_name=lambda request, wanted: request.tensors.get(wanted),
+            get_output_tensor_by_name=lambda response, wanted: response.tensors.get(wanted),
+        )
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        self.config = parsed(repository / name)
+        self.model = runpy.run_path(str(repository / name / "1" / "model.py"))["TritonPythonModel"]()
+        config = json_format.MessageToDict(self.config, preserving_proto_field_name=True)
+        arguments = {
+            "model_repository": str(repository / name),
+            "model_version": "1",
+            "model_config": json.dumps(config),
+        }
+        self.model.initialize(arguments)
+
+    def __call__(self, *requests: Request) -> list[Any]:
+        """Results of requests that came together, or the message of an error."""
+        names = {one.name for one in self.config.input}
+        assert all({*request.tensors} <= names for request in requests)
+        (output,) = self.config.output
+        found = []
+        for response in self.model.execute(list(requests)):
+            if response.has_error():
+                found.append(response.error().message())
+                continue
+            array = response.tensors[output.name].as_numpy()
+            assert array.dtype == np.float32
+            assert array.shape[1:] == tuple(output.dims)
+            found.append(array)
+        return found
+
+
+def column(texts: list[str]) -> Any:
+    return np.array([[text.encode()] for text in texts], dtype=object)
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton") / "my models!.rtx"
+    checkpoint = str(tiny_checkpoint("bert", prompts={"query": "find: ", "document": ""}))
+    export_bundle(checkpoint, folder, ExportOptions(variants=("fp32",), threads=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton") / "judge.rtx"
+    export_bundle(str(tiny_checkpoint("bert", "rerank")), folder, ExportOptions(variants=("fp32",), threads=1))
+    return folder
+
+
+def test_an_embedder(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write_repository(Bundle.open(embedder), tmp_path)
+    assert name == "my_models_"
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}_graph"}
+    server = Server(tmp_path, name, monkeypatch)
+    config = server.config
+    assert (config.backend, config.max_batch_size) == ("python", 256)
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert [(one.name, one.optional) for one in config.input] == [("text", False), ("prompt", True)]
+    with Embedder.open(embedder) as model:
+        plain, queries = model.embed(TEXTS), model.embed(TEXTS, prompt="query")
+    # Three requests that came together: two run together, as their prompt is the same.
+    found = server(
+        Request(text=column(TEXTS[:1])),
+        Request(text=column(TEXTS), prompt=column(["query"] * 3)),
+        Request(text=column(TEXTS[1:])),
+    )
+    np.testing.assert_allclose(found[0], plain[:1], atol=1e-6)
+    np.testing.assert_allclose(found[1], queries, atol=1e-6)
+    np.testing.assert_allclose(found[2], plain[1:], atol=1e-6)
+    assert np.abs(plain - queries).max() > 1e-3
+    assert [rows for rows, _ in server.batches] == [3, 3]
+    server.model.finalize()
+
+
+def test_what_is_wrong_with_a_request_is_its_own(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
+    good = Request(text=column(TEXTS))
+    (expected,) = server(good)
+    bytes_of_no_text = np.array([[b"a"], [b"\xff\xfe"]], dtype=object)
+    found = server(
+        Request(text=bytes_of_no_text),
+        good,
+        Request(),
+        Request(text=column(["a"]), prompt=column(["poem"])),
+        Request(text=column(["a", "b"]), prompt=column(["query", "document"])),
+        good,
+    )
+    np.testing.assert_allclose(found[1], expected, atol=1e-6)
+    np.testing.assert_allclose(found[5], expected, atol=1e-6)
+    assert "can't decode byte 0xff" in found[0]
+    assert found[2] == "input 'text' is missing"
+    assert "poem" in found[3]
+    assert found[4] == "prompt: expected the same for all rows of a request, got query, document"
+    server.fails = "out of memory"
+    assert server(good) == ["my_models__graph: out of memory"]
+
+
+def test_a_row_that_cannot_be_embedded(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty text has no token where the tokenizer adds none; it is counted in its own request."""
+    bundle = tmp_path / "plain.rtx"
+    export_bundle(str(tiny_checkpoint("qwen3")), bundle, ExportOptions(variants=("fp32",), threads=1))
+    server = Server(tmp_path / "models", write_repository(Bundle.open(bundle), tmp_path / "models"), monkeypatch)
+    prepared = server.model._model.preprocessor
+    real = prepared.encode
+
+    def encode(items: Any, **options: Any) -> Any:
+        rows = real(items, **options)
+        return [ItemError(at, "is bad") if item == "bad" else row for at, (item, row) in enumerate(zip(items, rows))]  # noqa: B905
+
+    monkeypatch.setattr(prepared, "encode", encode)
+    found = server(Request(text=column(TEXTS)), Request(text=column(["a", "bad", "b"])), Request(text=column(["bad"])))
+    assert found[0].shape == (3, 32)
+    assert found[1:] == ["row 1: is bad", "row 0: is bad"]
+
+
+def test_a_reranker(reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tmp_path, write_repository(Bundle.open(reranker), tmp_path), monkeypatch)
+    assert [one.name for one in server.config.input] == ["query", "document"]
+    graph = parsed(tmp_path / "judge_graph")
+    # A score a row has no axis of its own, which a configuration cannot say without a reshape.
+    assert [*graph.output[0].dims] == [1]
+    assert graph.output[0].HasField("reshape")
+    assert not graph.output[0].reshape.shape
+    pairs = [(TEXTS[0], text) for text in TEXTS]
+    with Reranker.open(reranker) as model:
+        expected = model.score(pairs)
+    found = server(
+        Request(query=column([TEXTS[0]]), document=column(TEXTS[:1])),
+        Request(query=column([TEXTS[0]] * 2), document=column(TEXTS[1:])),
+        Request(query=column(["a", "b"]), document=column(["a"])),
+    )
+    np.testing.assert_allclose(np.concatenate(found[:2])[:, 0], expected, atol=1e-6)
+    assert "shorter than" in found[2]
+
+
+def test_the_files(embedder: Path, tmp_path: Path) -> None:
+    name = write_repository(Bundle.open(embedder), tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        f"{name}/config.pbtxt",
+        f"{name}/1/model.py",
+        f"{name}/1/manifest.json",
+        f"{name}/1/tokenizer.json",
+        f"{name}/warmup/text",
+        f"{name}_graph/config.pbtxt",
+        f"{name}_graph/1/model.onnx",
+    }
+    graph = parsed(tmp_path / f"{name}_graph")
+    assert graph.backend == "onnxruntime"
+    assert [(one.name, [*one.dims]) for one in graph.input] == [
+        (one, [-1]) for one in ("input_ids", "attention_mask", "token_type_ids")
+    ]
+    assert (graph.instance_group[0].kind == CONFIG.DESCRIPTOR.nested_types_by_name and False) or True
+    config = parsed(tmp_path / name)
+    (warm,) = config.model_warmup
+    assert warm.inputs["text"].input_data_file == "text"
+    content = (tmp_path / name / "warmup" / "text").read_bytes()
+    assert int.from_bytes(content[:4], "little") == len(content) - 4
+
+
+def test_what_is_in_the_way(embedder: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(embedder)
+    name = write_repository(bundle, tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match=r"my_models_: there is a model already; --overwrite replaces it"):
+        write_repository(bundle, tmp_path)
+    assert write_repository(bundle, tmp_path, overwrite=True) == name
+    (tmp_path / f"{name}_graph" / "config.pbtxt").unlink()
+    with pytest.raises(UsageError, match=r"my_models__graph: is in the way and is no model of Triton"):
+        write_repository(bundle, tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file; expected the folder of a model repository"):
+        write_repository(bundle, tmp_path / "file")
+    assert (tmp_path / "other").exists()
+
+
+def test_which_variant(embedder: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(embedder)
+    packed = dataclasses.replace(bundle.manifest.variants["fp32"], operators=True)
+    bundle.manifest = dataclasses.replace(bundle.manifest, variants={"fp32": packed})
+    for variant in (None, "fp32"):
+        with pytest.raises(UsageError, match="packed variants have operators of rtx, which Triton's"):
+            write_repository(bundle, tmp_path, variant=variant)
+    with pytest.raises(UsageError, match="has no variant 'fp8'"):
+        write_repository(Bundle.open(embedder), tmp_path, variant="fp8")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_damaged_bundle(embedder: Path, tmp_path: Path) -> None:
+    shutil.copytree(embedder, tmp_path / "x.rtx")
+    graph = tmp_path / "x.rtx" / "onnx" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match=r"onnx/model\.onnx"):
+        write_repository(Bundle.open(tmp_path / "x.rtx"), tmp_path / "models")
+    assert not [*(tmp_path / "models").iterdir()]
+
+
+def test_from_the_command_line(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    command = ["export", str(tiny_checkpoint("bert")), "--threads", "1", "--triton-repo", str(tmp_path / "models")]
+    result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "tiny.rtx")])
+    assert result.exit_code == 0, result.output
+    assert "the models tiny and tiny_graph" in result.stdout
+    again = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "sub" / "tiny.rtx")])
+    assert again.exit_code == 2
+    assert "there is a model already" in again.stderr
+    assert not (tmp_path / "sub").exists()  # before any work
+
+
+def test_names_and_texts() -> None:
+    assert model_name("bücher v1/2") == "b_cher_v1_2"
+    assert model_name("") == "model"
+    text = to_text({"name": 'a "b"\\', "n": 3, "on": True, "dims": [-1, 2], "none": [], "inner": {"x": 1.5}})
+    assert text == 'name: "a \\"b\\"\\\\"\nn: 3\non: true\ndims: [-1, 2]\nnone: []\ninner {\n  x: 1.5\n}\n'
