@@ -25,8 +25,11 @@ from rtx.runtime.errors import ExportError
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Encoded
 
-# Rows of an activation that are kept of each item, and what all may take: 4,096 rows of MiniLM take 264 MB.
+# Rows of an activation that are kept of each item, and what all may take: MiniLM's 4,832 rows take 312 MB.
 _ROWS, _MOST_BYTES = 16, 1 << 30
+_PLACES = "watch_places"
+# Below 1 in float32 even times many rows.
+_LAST = 1 - 2.0**-20
 
 
 def activations(graph: ir.Graph) -> dict[ir.Value, list[tuple[ir.Node, ir.Value]]]:
@@ -82,7 +85,7 @@ def calibrate(
     rows = max(1, min(_ROWS, _MOST_BYTES // (4 * channels * len(items))))
     collectors = [_Collector(graph, rows) for graph in graphs]
     run_watched(collectors, files, preprocessor, items, threads=threads)
-    found = [_choose(one, of.seen, options) for one, of in zip(graphs, collectors, strict=True)]
+    found = [_choose(one, of.take_all(), options) for one, of in zip(graphs, collectors, strict=True)]
     return plain._replace(scales=found[0], image_scales=found[1] if len(found) > 1 else {})
 
 
@@ -105,27 +108,35 @@ class _Collector(Watcher):
         # What an output is of, and whether it is the largest.
         self._shown: dict[str, tuple[str, bool]] = {}
         insert, constant = self.editor.insert, self.editor.constant
-        # Evenly over however many rows there are, the first and the last among them.
-        places = constant("watch_places", np.linspace(0, 1, rows, dtype=np.float32))
-        rows_axis, one = (constant(f"watch_{number}", np.array([number], dtype=np.int64)) for number in (0, 1))
+        self._rows, self._runs = rows, 0
+        # Fractions of however many rows there are: others in each run.
+        places = ir.Value(name=_PLACES, shape=ir.Shape([rows]), type=ir.TensorType(ir.DataType.FLOAT))
+        self.graph.graph.inputs.append(places)
+        rows_axis = constant("watch_rows_axis", np.array([0], dtype=np.int64))
         to_float, to_int = {"to": ir.DataType.FLOAT}, {"to": ir.DataType.INT64}
         for x, layers in activations(self.graph.graph).items():
             (before, _), channels = layers[0], _channels(layers)
             shape = constant(f"watch_{x.name}_shape", np.array([-1, channels], dtype=np.int64))
             flat = insert(before, "Reshape", x, shape)
             count = insert(before, "Shape", flat, attributes={"start": 0, "end": 1}, dtype=ir.DataType.INT64)
-            last = insert(before, "Sub", count, one, dtype=ir.DataType.INT64)
-            place = insert(before, "Mul", places, insert(before, "Cast", last, attributes=to_float))
+            place = insert(before, "Mul", places, insert(before, "Cast", count, attributes=to_float))
             place = insert(before, "Cast", place, attributes=to_int, dtype=ir.DataType.INT64)
             some = insert(before, "Gather", flat, place)
-            magnitude = insert(before, "Abs", flat)
+            magnitude = self.magnitude(before, flat)
             largest = insert(before, "ReduceMax", magnitude, rows_axis, attributes={"keepdims": 0})
             self._shown[self.show(largest, [channels])] = str(x.name), True
             self._shown[self.show(some, [rows, channels])] = str(x.name), False
 
-    @property
-    def seen(self) -> dict[str, Seen]:
-        return {x: Seen(largest, np.concatenate(self._some[x])) for x, largest in self._largest.items()}
+    def take_all(self) -> dict[str, Seen]:
+        """What was seen; the collector is empty afterwards."""
+        return {x: Seen(self._largest.pop(x), np.concatenate(self._some.pop(x))) for x in list(self._largest)}
+
+    def give(self) -> Mapping[str, NDArray[Any]]:
+        # One in each of `rows` equal parts, at a place in it that runs through all of them by the golden ratio.
+        phase = self._runs * 0.6180339887 % 1
+        self._runs += 1
+        places = (np.arange(self._rows) + phase) / self._rows
+        return {_PLACES: np.minimum(places, _LAST).astype(np.float32)}
 
     def take(self, outputs: Mapping[str, NDArray[Any]]) -> None:
         for name, found in outputs.items():
@@ -144,7 +155,7 @@ def _choose(graph: ir.Model, seen: Mapping[str, Seen], options: CalibrationOptio
         if (some := seen.get(str(x.name))) is None:
             continue
         modules = tuple(dict.fromkeys(module_of(node) for node, _ in layers))
-        if not np.isfinite(some.largest).all():
+        if not (np.isfinite(some.largest).all() and np.isfinite(some.rows).all()):
             raise ExportError(f"int8-static: {modules[0]}: reads NaN or infinity on a calibration item")
         weight = np.concatenate([weight_of(*layer) for layer in layers], axis=1)
         found[str(x.name)] = choose_scale(some, weight, options, modules=modules)

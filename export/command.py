@@ -16,7 +16,7 @@ from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
 from rtx.export.pipeline import ExportOptions, Outcome, bundle_name, check_target, export_bundle
-from rtx.export.ranges import Range, overflowing
+from rtx.export.ranges import overflowing
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.tensorrt import TARGETS
 from rtx.export.triton import check_repository, write_repository
@@ -78,7 +78,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
 @click.option(
     "--min-cosine",
     type=click.FloatRange(0, 1),
-    help="Least cosine to PyTorch of fp16 and int8; default: by precision.",
+    help="Least cosine to PyTorch of what is not fp32; default: by precision.",
 )
 @click.option(
     "--calibration",
@@ -96,7 +96,8 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
 @click.option(
     "--migration",
     type=click.FloatRange(0, 1),
-    help="For int8-static: how far large channels are moved into the weights (SmoothQuant); default: the best of each.",
+    help="For int8-static: how far large channels are moved into the weights (SmoothQuant), 0 for not; default: the "
+    "best of each.",
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime while measuring; default: all cores."
@@ -117,7 +118,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
     "--lengths",
     callback=_numbers,
     help="Ends of the buckets of lengths that engines are tuned for, in tokens, as 32,128,512; default: those that "
-    "fit the texts of --eval best.",
+    "fit the texts of --calibration or --eval best.",
 )
 @click.option(
     "--triton-repo",
@@ -239,8 +240,8 @@ def _print(outcome: Outcome, output: Path) -> None:
     Console().print(table)
     for name, mixed in outcome.mixed.items():
         click.echo(f"{name}: {_mixed(mixed)}")
-    if outcome.ranges:
-        click.echo(f"half precision: {_ranges(outcome.ranges)}")
+    if outcome.ranges and not overflowing(outcome.ranges):
+        click.echo(f"half precision: numbers reach {outcome.ranges[0].largest:,.4g}, of {LARGEST:,.0f}")
     if outcome.scales:
         click.echo(f"int8-static: {_scales(outcome.scales)}")
     for name, verdict in outcome.verdicts.items():
@@ -258,11 +259,6 @@ def _mixed(mixed: Mixed) -> str:
     quality += [] if without.ranking is None else [f"NDCG@{without.ranking.k} {without.ranking.difference:+.4f}"]
     layers = f"{len(mixed.kept)} of {mixed.layers} layers in {mixed.precision}"
     return f"{layers} (without: {', '.join(quality)}): {in_words(mixed.kept)}"
-
-
-def _ranges(ranges: Sequence[Range]) -> str:
-    """How much room there is where numbers are largest."""
-    return overflowing(ranges) or f"numbers reach {ranges[0].largest:,.4g}, of {LARGEST:,.0f}"
 
 
 def _scales(scales: Sequence[Scale]) -> str:

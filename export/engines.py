@@ -27,7 +27,7 @@ class EngineOptions:
     Attributes:
         target: which TensorRT.
         capabilities: compute capabilities, as 89; none for classic TensorRT.
-        lengths: ends of buckets, in tokens; empty to find them: of the evaluation set's texts if there is one.
+        lengths: ends of buckets, in tokens; empty to find them, on the user's own texts if there are any.
     """
 
     target: Target

@@ -51,6 +51,24 @@ def _convert(model: ir.Model, half: ir.DataType) -> None:
     drop_dead(converter.editor.graph)
 
 
+def half_values(model: ir.Model) -> set[str]:
+    """Names of what the fp16 graph of a plain one computes in half precision.
+
+    Scores are not among them once a mask is added: they are as large as the mask, and go into a softmax in float32.
+    """
+    graph = model.clone()
+    converter = _Converter(Editor(graph.graph, "half"), ir.DataType.FLOAT16, weights=False)
+    for node in list(graph.graph):
+        converter.convert(node)
+    return {
+        str(value.name)
+        for node in graph.graph
+        if node.op_type != "Cast" and node not in converter.masking
+        for value in node.outputs
+        if value.dtype == ir.DataType.FLOAT16
+    }
+
+
 def bound_masks(model: ir.Model) -> None:
     """Let the masks of a plain graph be those of its fp16 graph, in place: no larger than half precision holds."""
     converter = _Converter(Editor(model.graph, "bounded"), ir.DataType.FLOAT16)
@@ -60,8 +78,18 @@ def bound_masks(model: ir.Model) -> None:
 
 
 class _Converter:
-    def __init__(self, editor: Editor, half: ir.DataType) -> None:
-        self.editor, self._half = editor, half
+    """Brings nodes to their precision, one after the other.
+
+    Args:
+        editor: of the graph.
+        half: the type of half precision.
+        weights: whether weights are converted; without, types alone are right.
+    """
+
+    def __init__(self, editor: Editor, half: ir.DataType, *, weights: bool = True) -> None:
+        self.editor, self._half, self._weights = editor, half, weights
+        # Nodes that put a mask on scores.
+        self.masking: set[ir.Node] = set()
         # What is computed from weights, as against positions and masks.
         self._hidden: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -74,6 +102,8 @@ class _Converter:
         )
         is_hidden = reads_weight or any(value in self._hidden for value in node.inputs)
         half = is_hidden and not (is_scoring(node) or is_norm(node) or node.op_type in _FP32_OPERATORS)
+        if half and self._adds_mask(node):
+            self.masking.add(node)
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (ir.DataType.FLOAT, self._half):
                 continue
@@ -87,6 +117,17 @@ class _Converter:
             for output in outputs if half else ():
                 output.type = ir.TensorType(self._half)
 
+    def _adds_mask(self, node: ir.Node) -> bool:
+        """Whether a node of what is computed from weights takes something that is not, and is no weight."""
+        if node.op_type not in ("Add", "Where"):
+            return False
+        others = [value for value in node.inputs if value is not None and value not in self._hidden]
+        return any(
+            value.const_value is None or (value.const_value.size == 1 and value.const_value.numpy().item() <= _MASK)
+            for value in others
+            if value.dtype == ir.DataType.FLOAT
+        )
+
     def bound_masks(self, node: ir.Node) -> None:
         """What a node of the backbone reads of the kind of a mask."""
         if is_scoring(node):
@@ -99,6 +140,8 @@ class _Converter:
                 node.replace_input_with(index, self._constant(value, "bounded", content))
 
     def _cast(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if value.const_value is not None and not self._weights:
+            return value
         if value.const_value is not None:
             content = value.const_value.numpy()
             if dtype == ir.DataType.FLOAT16:

@@ -23,7 +23,7 @@ from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget, Engine, run_batch, run_items
-from rtx.runtime.errors import EngineError
+from rtx.runtime.errors import EngineError, ExportError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, Evaluation, compare, evaluate_embedder, evaluate_reranker
 from rtx.runtime.golden import Deviation, Golden, deviation
@@ -140,7 +140,7 @@ class Gate:
         min_cosine: least cosine to PyTorch of a variant that is not fp32; None for its precision's own.
 
     Raises:
-        ExportError: the tokenizer gives no token for any golden item.
+        ExportError: the tokenizer gives no token for any golden item, or PyTorch gives numbers that are not finite.
     """
 
     def __init__(
@@ -159,6 +159,12 @@ class Gate:
         self._min_cosine = min_cosine
         engine = model.engine()
         self.golden: Golden = make_golden(self.preprocessor, engine, *golden_items(model.contract, evalset))
+        outputs = zip(self.golden.items, self.golden.outputs, strict=True)
+        if bad := [item for item, output in outputs if not np.isfinite(output).all()]:
+            raise ExportError(
+                f"PyTorch itself gives numbers that are not finite for {len(bad)} of {len(self.golden.items)} golden "
+                f"items, first for {describe(bad[0])}; there is nothing to hold a graph against"
+            )
         self.reference: Evaluation | None = self._rank(engine) if evalset is not None else None
 
     def limits(self, precision: Precision) -> Limits:

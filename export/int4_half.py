@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from rtx.export.edit import Editor, drop_dead
 from rtx.export.fp16 import to_fp16
 from rtx.export.graph import module_of
-from rtx.export.int8 import check_gemm, content_of, quantizable, refuse_left_out
+from rtx.export.int8 import check_gemm, content_of, quantizable, refuse_left_out, replace_product
 from rtx.export.scales import half_up
+from rtx.runtime.errors import ExportError
 
 _NAME, _OPSET = "int4-half", 21
 # 4 bits and 16 / 64 more a weight. Smaller where a layer's inputs are no multiple of it.
@@ -77,7 +78,8 @@ def quantize_int4_half(model: ir.Model) -> list[str]:
         Names of the modules whose weights are now int4, as `RetrievalModel.named_modules` calls them.
 
     Raises:
-        ExportError: a weight holds NaN or infinity, or is used in a way that is not known here.
+        ExportError: a weight holds NaN or infinity, has a width that no block divides, or is used in a way that is not
+            known here.
     """
     editor = Editor(model.graph, "int4_half")
     model.graph.opset_imports[""] = _OPSET
@@ -91,8 +93,10 @@ def quantize_int4_half(model: ir.Model) -> list[str]:
         if (weight, transposed) not in weights:
             content = content_of(_NAME, node, weight)
             content = np.ascontiguousarray(content.T) if transposed else content
-            if (block := next((size for size in _BLOCKS if len(content) % size == 0), None)) is None:
-                continue
+            block = next((size for size in _BLOCKS if len(content) % size == 0), 0)
+            if not block:
+                reason = f"reads {len(content)} numbers; expected a multiple of {_BLOCKS[-1]}"
+                raise ExportError(f"{_NAME}: {module_of(node)}: {reason}")
             name = f"{weight.name}_transposed" if transposed else weight.name
             rounded = quantize_blocks(content, block)
             weights[weight, transposed] = (
@@ -100,19 +104,14 @@ def quantize_int4_half(model: ir.Model) -> list[str]:
                 editor.constant(f"{name}_scale", rounded.scale),
                 block,
             )
-        _replace(editor, node, *weights[weight, transposed])
+        values, scale, block = weights[weight, transposed]
+        attributes = {"axis": 0, "block_size": block}
+        real = editor.insert(node, "DequantizeLinear", values, scale, attributes=attributes, shape=values.shape)
+        x = node.inputs[0]
+        assert x is not None
+        replace_product(editor, node, x, real)
         done[module_of(node)] = None
     drop_dead(editor.graph)
     refuse_left_out(model.graph, _NAME)
     to_fp16(model)
     return list(done)
-
-
-def _replace(editor: Editor, node: ir.Node, values: ir.Value, scale: ir.Value, block: int) -> None:
-    """MatMul(x, weight), or Gemm(x, weight, bias)."""
-    attributes = {"axis": 0, "block_size": block}
-    weight = editor.insert(node, "DequantizeLinear", values, scale, attributes=attributes, shape=values.shape)
-    result = editor.insert(node, "MatMul", node.inputs[0], weight, shape=node.outputs[0].shape)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        result = editor.insert(node, "Add", result, node.inputs[2], shape=node.outputs[0].shape)
-    editor.replace(node, result)

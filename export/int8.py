@@ -180,6 +180,21 @@ def check_gemm(variant: str, node: ir.Node) -> None:
         raise ExportError(f"{variant}: {module_of(node)}: a Gemm that scales or transposes its input is not supported")
 
 
+def replace_product(editor: Editor, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
+    """Let x @ weight take the place of a MatMul, or of a Gemm with its bias.
+
+    Args:
+        editor: of the graph.
+        node: the MatMul or Gemm.
+        x: [..., in].
+        weight: [in, out].
+    """
+    result = editor.insert(node, "MatMul", x, weight, shape=node.outputs[0].shape)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        result = editor.insert(node, "Add", result, node.inputs[2], shape=node.outputs[0].shape)
+    editor.replace(node, result)
+
+
 def replace_embedding(variant: str, editor: Editor, node: ir.Node, table: ir.Value) -> None:
     """Let int8 rows take the place of the table of Gather(table, ids).
 

@@ -19,7 +19,7 @@ from rtx.export.calibration import activations, weight_of
 from rtx.export.edit import Editor, drop_dead
 from rtx.export.fp16 import to_fp16
 from rtx.export.graph import module_of
-from rtx.export.int8 import refuse_left_out
+from rtx.export.int8 import refuse_left_out, replace_product
 from rtx.export.scales import Scale, Scales, quantize_columns
 from rtx.runtime.errors import ExportError
 
@@ -55,22 +55,29 @@ def insert_pairs(model: ir.Model, scales: Scales, keep: Collection[str] = ()) ->
         if not layers:
             continue
         if (scale := scales.get(str(x.name))) is None:
-            raise ExportError(f"int8-static: {module_of(layers[0][0])}: nothing that it reads was seen in calibration")
-        rounded = _round(editor, layers[0][0], x, scale)
+            module = module_of(layers[0][0])
+            raise ExportError(
+                f"int8-static: no calibration item goes through {module}; expected items of each kind that is served, "
+                "texts and images"
+            )
+        # Read now: what made it may have been replaced since.
+        read = layers[0][0].inputs[0]
+        assert read is not None
+        rounded = _round(editor, layers[0][0], read, str(x.name), scale)
         for node, weight in layers:
-            _replace(editor, node, rounded, _weight(editor, node, weight, scale, str(x.name), weights))
+            replace_product(editor, node, rounded, _weight(editor, node, weight, scale, str(x.name), weights))
             done[module_of(node)] = None
     drop_dead(editor.graph)
     return list(done)
 
 
-def _round(editor: Editor, before: ir.Node, x: ir.Value, scale: Scale) -> ir.Value:
-    """An activation after its way through 8 bits."""
+def _round(editor: Editor, before: ir.Node, x: ir.Value, name: str, scale: Scale) -> ir.Value:
+    """An activation after its way through 8 bits; `name` is its own in the plain graph."""
     insert, constant = editor.insert, editor.constant
     if scale.migrated is not None:
-        x = insert(before, "Mul", x, constant(f"{x.name}_migrated", scale.migrated), shape=x.shape)
-    step = constant(f"{x.name}_step", np.array(scale.step, dtype=np.float32))
-    zero = constant(f"{x.name}_zero", np.array(0, dtype=np.int8))
+        x = insert(before, "Mul", x, constant(f"{name}_migrated", scale.migrated), shape=x.shape)
+    step = constant(f"{name}_step", np.array(scale.step, dtype=np.float32))
+    zero = constant(f"{name}_zero", np.array(0, dtype=np.int8))
     values = insert(before, "QuantizeLinear", x, step, zero, dtype=ir.DataType.INT8, shape=x.shape)
     return insert(before, "DequantizeLinear", values, step, zero, shape=x.shape)
 
@@ -105,11 +112,3 @@ def _weight(
         )
     held = known[weight, transposed, of]
     return editor.insert(node, "DequantizeLinear", *held, attributes={"axis": 1}, shape=held.values.shape)
-
-
-def _replace(editor: Editor, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
-    """MatMul(x, weight), or Gemm(x, weight, bias)."""
-    result = editor.insert(node, "MatMul", x, weight, shape=node.outputs[0].shape)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        result = editor.insert(node, "Add", result, node.inputs[2], shape=node.outputs[0].shape)
-    editor.replace(node, result)

@@ -33,6 +33,7 @@ from rtx.export.gate import Gate, Verdict
 from rtx.export.graph import module_of, strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int8 import quantizable
+from rtx.export.int8_static import insert_pairs
 from rtx.export.variants import Form, VariantName, derive, files_of, form_of, kept_in, write_variant
 from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.engine import Budget, run_items
@@ -159,7 +160,11 @@ class Mixer:
     def _error(self, form: Form, modules: Collection[str], places: Sequence[int]) -> float:
         """1 - mean cosine to PyTorch (or relative error of scores) where these modules alone are int8."""
         others = set(_modules(units_of(self._plain.tokens.graph))).difference(modules)
-        graph = derive(form, self._plain.tokens, others, self._plain.scales)
+        if form == "int8-static":  # half precision would be a copy of all weights, and is the same for all
+            graph = self._plain.tokens.clone()
+            insert_pairs(graph, self._plain.scales, others)
+        else:
+            graph = derive(form, self._plain.tokens, others)
         strip_notes(graph)
         # Large weights lie beside the plain graph, in the same folder: what is in float32 stays there.
         ir.save(graph, self._folder / _TRIAL)

@@ -31,7 +31,7 @@ from rtx.export.mixed import Mixed, Mixer, fails_on_quality
 from rtx.export.packed import export_packed
 from rtx.export.ranges import Range, measure_ranges, overflowing
 from rtx.export.scales import CalibrationOptions, Scale
-from rtx.export.served import Served, lengths_of
+from rtx.export.served import Served, check_file, lengths_of
 from rtx.export.variants import (
     VARIANTS,
     Files,
@@ -135,8 +135,9 @@ class ExportOptions:
             if self.calibration is None and self.evalset is None:
                 needs = "queries and documents to find its scales on: training data (--calibration), or --eval"
                 raise UsageError(f"{calibrated[0]}: needs {needs}")
-        elif self.calibration is not None:
-            raise UsageError(f"calibration: none of {', '.join(self.variants)} has scales to find; int8-static has")
+        elif self.calibration is not None or self.scales != CalibrationOptions():
+            given = "calibrator, migration" if self.calibration is None else "calibration"
+            raise UsageError(f"{given}: none of {', '.join(self.variants)} has scales to find; int8-static has")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Outcome:
         manifest: of the bundle.
         verdicts: of all variants that were asked for, and of the plain graph.
         reference: PyTorch's own ranking; None without an evaluation set.
-        seconds: of one pass over some golden items, for each variant that is in the bundle.
+        seconds: of one pass over some golden items, for each variant in the bundle that runs on a CPU.
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read, those that lose most first; empty without it.
         ranges: how large numbers get where there is half precision, the largest first; empty without any.
@@ -177,9 +178,12 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         UsageError: something is in the way at the target, or the options do not fit the model.
         CheckpointError: the checkpoint cannot be opened.
         ExportError: the graph, or an engine of it, cannot be made.
+        EngineError: the plain graph cannot be run.
         GateError: the plain graph or every variant failed the gate; nothing was written.
     """
     check_target(target, overwrite=options.overwrite)
+    if options.calibration is not None:
+        check_file(options.calibration)
     notify(f"loading {source}")
     model = _load(source, options)
     served = _served(model, options)
@@ -310,19 +314,27 @@ def _make_variants(
     if any(map(can_overflow, options.variants)):
         notify("measuring how large numbers get, where half precision ends at 65,504")
         ranges = _measure_ranges(plain, files, gate, served, options)
+    uncalibrated = ""
     if served is not None and any(map(is_calibrated, options.variants)):
         items = _calibration_items(served, gate)
         notify(f"calibrating on {len(items)} items")
-        plain = calibrate(plain, files, gate.preprocessor, items, options.scales, threads=options.threads)
+        try:
+            plain = calibrate(plain, files, gate.preprocessor, items, options.scales, threads=options.threads)
+        except (ExportError, EngineError) as broken:
+            uncalibrated = str(broken).removeprefix("int8-static: ")
     judge = functools.partial(_judge, gate, plain, folder, options.threads)
     for name in dict.fromkeys(options.variants):
         if name in verdicts:
             continue
+        if is_calibrated(name) and uncalibrated:
+            verdicts[name] = gate.refuse(name, precision_of(name, images=images), uncalibrated)
+            continue
         notify(f"{name}: deriving and judging")
         verdicts[name] = judge(name)
-        if can_overflow(name) and (reason := overflowing(ranges)):
-            verdicts[name] = dataclasses.replace(verdicts[name], failures=(*verdicts[name].failures, reason))
-        if options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
+        # Layers that are kept do not mend what half precision does not hold.
+        if can_overflow(name) and (too_large := overflowing(ranges)):
+            verdicts[name] = dataclasses.replace(verdicts[name], failures=(*verdicts[name].failures, too_large))
+        elif options.mixed and _has_graph_of_its_own(name, options) and fails_on_quality(verdicts[name]):
             if mixer is None:
                 mixer = Mixer(gate, plain, folder, threads=options.threads, judge=judge, notify=notify)
             verdicts[name], found = mixer.mix(name, verdicts[name])
@@ -361,7 +373,7 @@ def _judge(
         write_variant(name, plain, folder, keep)
         engine = _open(gate, folder, files_of(name, images=images), threads, name, rounding=True)
     except (ExportError, EngineError) as broken:
-        return gate.refuse(name, precision, str(broken))
+        return gate.refuse(name, precision, str(broken).removeprefix(f"{name}: "))
     with contextlib.closing(engine):
         if keep:
             # Of many that are tried, most are not close enough: those need no ranking of the evaluation set.

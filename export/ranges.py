@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rtx.export.fp16 import LARGEST, bound_masks, to_fp16
+from rtx.export.fp16 import LARGEST, bound_masks, half_values
 from rtx.export.graph import module_of
 from rtx.export.graphs import Graphs
 from rtx.export.watching import Watcher, run_watched
@@ -33,7 +32,7 @@ class Range:
 
     Attributes:
         module: as `RetrievalModel.named_modules` calls it.
-        largest: of what it computes in half precision; NaN if that is not a number even in float32.
+        largest: of what it computes in half precision; infinity if that is no number even in float32.
     """
 
     module: str
@@ -62,7 +61,7 @@ def measure_ranges(
         threads: of ONNX Runtime.
 
     Returns:
-        One for each module with anything in half precision, the largest first; those that are no number before all.
+        One for each module with anything in half precision, the largest first.
 
     Raises:
         EngineError: an item could not be run.
@@ -72,10 +71,9 @@ def measure_ranges(
     found: dict[str, float] = {}
     for watcher in watchers:
         for module, largest in watcher.largest.items():
-            # NaN stays: no number is larger than it.
-            found[module] = float(np.maximum(found.get(module, 0.0), largest))
+            found[module] = max(found.get(module, 0.0), largest)
     ranges = [Range(module, largest) for module, largest in found.items()]
-    return tuple(sorted(ranges, key=lambda one: -math.inf if math.isnan(one.largest) else -one.largest))
+    return tuple(sorted(ranges, key=lambda one: -one.largest))
 
 
 def overflowing(ranges: Sequence[Range]) -> str:
@@ -83,9 +81,13 @@ def overflowing(ranges: Sequence[Range]) -> str:
     out = [one for one in ranges if not one.fits]
     if not out:
         return ""
-    shown = ", ".join(f"{one.module} reaches {one.largest:,.0f}" for one in out[:_SHOWN])
+    shown = ", ".join(f"{one.module} reaches {_number(one.largest)}" for one in out[:_SHOWN])
     more = f", and {len(out) - _SHOWN} more" if len(out) > _SHOWN else ""
     return f"half precision ends at {LARGEST:,.0f}: {shown}{more}"
+
+
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e9 else f"{number:.3g}"
 
 
 class _Largest(Watcher):
@@ -95,31 +97,18 @@ class _Largest(Watcher):
         super().__init__(graph)
         self.largest: dict[str, float] = {}
         self._modules: dict[str, str] = {}
-        half = _half_values(graph)
+        half = half_values(graph)
         # A mask is as large as float32 gets, and in half precision no more than is needed.
         bound_masks(self.graph)
         for node in list(self.graph.graph):
             for value in node.outputs:
                 if value.name in half and (readers := value.uses()):
                     reader = next(iter(readers)).node
-                    magnitude = self.editor.insert(reader, "Abs", value)
+                    magnitude = self.magnitude(reader, value)
                     largest = self.editor.insert(reader, "ReduceMax", magnitude, attributes={"keepdims": 0})
                     self._modules[self.show(largest, [])] = module_of(node)
 
     def take(self, outputs: Mapping[str, NDArray[Any]]) -> None:
         for name, found in outputs.items():
             module = self._modules[name]
-            self.largest[module] = float(np.maximum(self.largest.get(module, 0.0), found))
-
-
-def _half_values(graph: ir.Model) -> set[str]:
-    """Names of what the fp16 graph computes in half precision."""
-    half = graph.clone()
-    to_fp16(half)
-    return {
-        str(value.name)
-        for node in half.graph
-        if node.op_type != "Cast"
-        for value in node.outputs
-        if value.dtype == ir.DataType.FLOAT16
-    }
+            self.largest[module] = max(self.largest.get(module, 0.0), float(found))

@@ -32,7 +32,8 @@ _TRIED_ROWS, _SHARE = 512, 0.99
 # Scales are in half precision where the graph is, and hold what fits into that.
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _LARGEST = float(np.finfo(np.float16).max)
-_LEAST_MAGNITUDE = 1e-5
+# Of a channel, and of the median channel, in the formula of migration.
+_LEAST_MAGNITUDE, _LEAST_SHARE = 1e-5, 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,8 @@ def choose_scale(
     """
     strengths = STRENGTHS if options.migration is None else (options.migration,)
     calibrators = CALIBRATORS if options.calibrator is None else (options.calibrator,)
-    rows = seen.rows[:: max(1, len(seen.rows) // _TRIED_ROWS)][:_TRIED_ROWS]
+    tried = np.linspace(0, len(seen.rows) - 1, min(len(seen.rows), _TRIED_ROWS)).astype(np.int64)
+    rows = seen.rows[tried]
     exact = rows @ weight
     best: Scale | None = None
     for strength in strengths:
@@ -146,13 +148,25 @@ def quantize_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDA
     return np.clip(np.rint(weight / step), -LEVELS, LEVELS).astype(np.int8), step
 
 
+def half_up(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers of half precision, the next ones that are not below; none of them is 0, and none beyond 65504."""
+    held = np.clip(numbers, _SMALLEST, _LARGEST)
+    near = held.astype(np.float16)
+    above = np.nextafter(near, np.float16(_LARGEST))
+    return np.where(near < held, above, near).astype(np.float32)
+
+
 def _migration(
     activation: NDArray[np.float32], weight: NDArray[np.float32], strength: float
 ) -> NDArray[np.float32] | None:
     """[channels] float32 that an activation is multiplied by; around 1, and in half precision to the last bit."""
     if strength == 0:
         return None
-    x, w = (np.maximum(of.astype(np.float64), _LEAST_MAGNITUDE) for of in (activation, weight))
+    # What was 0 in calibration need not be so for ever: its factor stays within reach of the others.
+    x, w = (
+        np.maximum(of.astype(np.float64), max(_LEAST_SHARE * float(np.median(of)), _LEAST_MAGNITUDE))
+        for of in (activation, weight)
+    )
     divisor = x**strength / w ** (1 - strength)
     factor: NDArray[np.float64] = np.exp(np.log(divisor).mean()) / divisor
     return np.clip(factor, 2.0**-14, _LARGEST).astype(np.float16).astype(np.float32)
@@ -160,14 +174,6 @@ def _migration(
 
 def _half(number: float) -> float:
     return float(half_up(np.array([number], dtype=np.float32))[0])
-
-
-def half_up(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Numbers of half precision, the next ones that are not below; none of them is 0, and none beyond 65504."""
-    held = np.clip(numbers, _SMALLEST, _LARGEST)
-    near = held.astype(np.float16)
-    above = np.nextafter(near, np.float16(_LARGEST))
-    return np.where(near < held, above, near).astype(np.float32)
 
 
 def _error(found: NDArray[np.float32], exact: NDArray[np.float32]) -> float:

@@ -15,11 +15,11 @@ from typing import TypeVar
 
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.contract import Contract
-from rtx.runtime.errors import DataError, ItemError
+from rtx.runtime.errors import DataError, ItemError, UsageError
 from rtx.runtime.evalset import EvalSet, Problems
 from rtx.runtime.items import Content
 from rtx.runtime.preprocessor import Preprocessor
-from rtx.runtime.records import BadRecord
+from rtx.runtime.records import STDIN, BadRecord, Input
 from rtx.runtime.text import Encoded
 from rtx.trainer.data import read_rows
 from rtx.trainer.examples import RowChecker
@@ -121,6 +121,27 @@ class Served:
             pairs = [*zip(scraps, documents, strict=False), *((scrap, scrap) for scrap in scraps)]
             return _readable(preprocessor.encode_pairs(pairs))
         return _readable(preprocessor.encode(scraps))
+
+
+def check_file(path: Path) -> None:
+    """Before any work is done.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+        UsageError: it is of no kind that training data can have.
+    """
+    if path.is_dir():
+        return  # what `datasets` saved; reading it says what is wrong
+    wrong = UsageError(f"calibration: {path}: expected training data, as jsonl, csv, tsv or parquet")
+    if str(path) == STDIN:
+        raise wrong
+    try:
+        with Input(str(path)) as source:
+            file_format = source.format
+    except UsageError as unknown:
+        raise wrong from unknown
+    if file_format == "txt":
+        raise wrong
 
 
 def lengths_of(sides: Sequence[Sequence[Encoded]]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -42,9 +43,21 @@ class Watcher:
         """Is given what was shown, after each run; valid until it returns."""
         raise NotImplementedError
 
+    def give(self) -> Mapping[str, NDArray[Any]]:
+        """What the graph takes besides a batch, for the next run."""
+        return {}
+
+    def magnitude(self, before: ir.Node, x: ir.Value) -> ir.Value:
+        """|x|, and infinity for NaN, which ReduceMax may lose."""
+        infinity = self.editor.graph.initializers.get("watch_infinity")
+        if infinity is None:
+            infinity = self.editor.constant("watch_infinity", np.array(np.inf, dtype=np.float32))
+        unknown = self.editor.insert(before, "IsNaN", x, dtype=ir.DataType.BOOL)
+        return self.editor.insert(before, "Where", unknown, infinity, self.editor.insert(before, "Abs", x))
+
     @property
     def watch(self) -> Watch:
-        return Watch(tuple(self._names), self.take)
+        return Watch(tuple(self._names), self.take, self.give)
 
     @contextlib.contextmanager
     def written(self, beside: Path) -> Iterator[Path]:
@@ -66,7 +79,7 @@ def run_watched(
     *,
     threads: int | None,
 ) -> None:
-    """Run items through graphs that are looked into, each alone, so that nothing is padding.
+    """Run items through graphs that are looked into, each alone: none is padded but to a model's fixed length.
 
     Args:
         watchers: of the graph for what has tokens, and of that for images if there is one.

@@ -35,11 +35,13 @@ class Finding:
         check: what was checked.
         measured: what was found, in some words.
         problems: a sentence for each thing that is wrong; empty if nothing is.
+        skipped: whether it could not be made on this device.
     """
 
     check: str
     measured: str = ""
     problems: tuple[str, ...] = ()
+    skipped: bool = False
 
     @property
     def ok(self) -> bool:
@@ -72,8 +74,9 @@ def verify_bundle(
     except BundleError as broken:
         return [Finding("manifest", problems=(str(broken),))]
     manifest, contract = bundle.manifest, bundle.manifest.contract
-    names = [name for name, one in manifest.variants.items() if (runs_on_gpu if on_gpu else runs_on_cpu)(one)]
-    if variant is not None or not names:
+    runs = runs_on_gpu if on_gpu else runs_on_cpu
+    names = [name for name, one in manifest.variants.items() if runs(one)]
+    if variant is not None:
         names = [bundle.variant(variant, device=device)[0]]
     damaged = bundle.damaged()
     size = sum(entry.bytes for entry in manifest.files.values())
@@ -92,6 +95,8 @@ def verify_bundle(
     findings.append(Finding("tokenizer", "" if problems else "gives the golden tokens", problems))
     for name in names:
         findings += _check_variant(bundle, name, damaged, golden, preprocessor, threads=threads, device=device)
+    left_out = [name for name in manifest.variants if variant is None and name not in names]
+    findings += [Finding(name, f"ONNX Runtime does not run it on {device}", skipped=True) for name in left_out]
     return findings
 
 

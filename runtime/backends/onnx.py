@@ -28,10 +28,12 @@ class Watch(NamedTuple):
     Attributes:
         outputs: names of outputs that are fetched in each run besides those that were asked for.
         tell: is given them by name after each run; they are valid until it returns.
+        inputs: gives what the graph takes besides a batch, for each run.
     """
 
     outputs: Sequence[str]
     tell: Callable[[Mapping[str, NDArray[Any]]], None]
+    inputs: Callable[[], Mapping[str, NDArray[Any]]] = dict
 
 
 class OnnxEngine:
@@ -135,8 +137,9 @@ class OnnxEngine:
             raise EngineError(f"{self.name}: the engine is closed")
         options = self._giving_back if self._may_be_large(batch) else self._keeping
         watched = () if self._watch is None else self._watch.outputs
+        given = batch if self._watch is None else {**batch, **self._watch.inputs()}
         try:
-            results: list[NDArray[np.float32]] = session.run([*outputs, *watched], batch, options)
+            results: list[NDArray[np.float32]] = session.run([*outputs, *watched], given, options)
         except Exception as broken:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
             raise EngineError(f"{self.name}: running a batch failed ({shapes}): {broken}") from broken

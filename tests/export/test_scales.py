@@ -80,6 +80,29 @@ def test_absmax_clips_nothing_and_a_percentile_does() -> None:
     assert most.step < whole.step
 
 
+def test_rows_from_first_to_last_are_tried() -> None:
+    """Items come in their order, queries first: what is only in the last ones must count."""
+    found, weight = data(906, 16, 8)
+    found.rows[800:, 5] *= 200.0
+    late = Seen(np.abs(found.rows).max(axis=0), found.rows)
+    scale = choose_scale(late, weight, BEST)
+    early = choose_scale(late._replace(rows=found.rows[:800]), weight, BEST)
+    assert error(scale, found.rows[800:], weight) < 0.5 * error(early, found.rows[800:], weight) + 1e-3
+    assert scale.error == pytest.approx(error(scale, found.rows, weight), rel=0.2)
+
+
+def test_a_channel_that_was_silent_may_speak() -> None:
+    found, weight = data(300, 48, 40)
+    found.rows[:, 7] = 0.0
+    silent = Seen(np.abs(found.rows).max(axis=0), found.rows)
+    scale = choose_scale(silent, weight, CalibrationOptions(migration=1.0))
+    assert scale.migrated is not None
+    assert scale.migrated.max() < 1000 * np.median(scale.migrated)
+    spoken = found.rows.copy()
+    spoken[:, 7] = 0.01
+    assert error(scale, spoken, weight) < 2 * error(scale, found.rows, weight)
+
+
 def test_what_was_seen_of_all_rows_counts() -> None:
     """The rows that are kept are some of them: the largest may be in none."""
     found, weight = data(100, 16, 8)

@@ -115,8 +115,16 @@ def test_nothing_that_could_be_verified(toy_bundle: Path, monkeypatch: pytest.Mo
     packed = dataclasses.replace(bundle.manifest.variants["fp32"], operators=True)
     bundle.manifest = dataclasses.replace(bundle.manifest, variants={"fp32": packed})
     monkeypatch.setattr(Bundle, "open", lambda _: bundle)
+    found = {finding.check: finding for finding in verify_bundle(toy_bundle, device="cuda")}
+    assert found["fp32"].skipped
+    assert found["fp32"].measured == "ONNX Runtime does not run it on cuda"
+    assert found["files"].ok
+    result = CliRunner().invoke(main, ["verify", str(toy_bundle), "--device", "cuda"])
+    assert result.exit_code == 0
+    assert "all checks hold, 1 could not be made" in result.stdout
+    assert "–       fp32" in result.stdout
     with pytest.raises(UsageError, match="variant 'fp32' is not for ONNX Runtime on a GPU"):
-        verify_bundle(toy_bundle, device="cuda")
+        verify_bundle(toy_bundle, variant="fp32", device="cuda")
 
 
 def test_a_checkpoint_has_no_device(tmp_path: Path) -> None:

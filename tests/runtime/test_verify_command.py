@@ -269,6 +269,7 @@ def test_the_command_speaks_json(copy: Path):
     assert found["checks"][2] == {
         "check": "other files",
         "ok": False,
+        "skipped": False,
         "measured": "",
         "problems": ["stranger is not listed in manifest.json"],
     }
