@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +35,8 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        yield written
+        with _ending_by_exception():
+            yield written
         _share(written)
         for path in (*written.rglob("*"), written):
             sync(path)
@@ -45,6 +48,24 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
         raise ArtifactError(f"{target}: cannot be written: {broken.strerror}; nothing was changed there") from broken
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ending_by_exception() -> Iterator[None]:
+    """Let SIGTERM, with which a container is stopped, end the block as Ctrl-C does: what was begun is removed."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # whoever handles it does so
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)  # what a shell reports of it
 
 
 def _may_replace(target: Path, marker: str) -> bool:

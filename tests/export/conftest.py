@@ -28,6 +28,8 @@ MODELS = [
     for task in ("embed", "rerank")
 ] + [("qwen3-chat", "rerank")]
 
+SOME = [("bert", "embed"), ("modernbert", "embed"), ("deberta-v2", "rerank"), ("qwen3-chat", "rerank")]
+
 
 class Exported(NamedTuple):
     """A model and its graph, which is the caller's own to change."""
@@ -111,6 +113,12 @@ def architecture_and_task(request: pytest.FixtureRequest) -> tuple[str, str]:
 def each(architecture_and_task: tuple[str, str], exported: Callable[..., Exported]) -> Exported:
     """Every architecture, as an embedder and as a reranker, and a language model that reranks."""
     return exported(*architecture_and_task)
+
+
+@pytest.fixture(params=SOME, ids="-".join)
+def some(request: pytest.FixtureRequest, exported: Callable[..., Exported]) -> Exported:
+    """One model of each way to write layers, for tests that the others would tell nothing new."""
+    return exported(*request.param)
 
 
 @pytest.fixture(scope="session")

@@ -120,8 +120,8 @@ def test_weights_beyond_half_are_bounded(exported):
     assert (stored.dtype, stored[7, 3], stored[8, 3]) == (np.float16, 65504, -65504)
 
 
-def test_bfloat16_has_the_same_nodes_and_less_precision(each):
-    half, brain = each.graph.clone(), each.graph.clone()
+def test_bfloat16_has_the_same_nodes_and_less_precision(some):
+    half, brain = some.graph.clone(), some.graph.clone()
     to_fp16(half)
     to_bf16(brain)
     assert [node.op_type for node in half.graph] == [node.op_type for node in brain.graph]
@@ -129,9 +129,9 @@ def test_bfloat16_has_the_same_nodes_and_less_precision(each):
         pairs = [(value.dtype, twin.dtype) for value, twin in zip(one.outputs, other.outputs, strict=True)]
         assert all((dtype == ir.DataType.FLOAT16) == (twin == ir.DataType.BFLOAT16) for dtype, twin in pairs)
     assert not any(value.dtype == ir.DataType.FLOAT16 for node in brain.graph for value in node.outputs)
-    reference = each.model.engine()
+    reference = some.model.engine()
     off = []
     for graph in (half, brain):
-        engine = each._replace(graph=emulate(graph)).engine()
-        off.append(max(deviation(engine.run(batch), reference.run(batch)).max_abs for batch in each.batches()))
+        engine = some._replace(graph=emulate(graph)).engine()
+        off.append(max(deviation(engine.run(batch), reference.run(batch)).max_abs for batch in some.batches()))
     assert off[0] < off[1] < 0.2

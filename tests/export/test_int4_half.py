@@ -64,7 +64,7 @@ def test_the_graph_is_that_of_rounded_weights(each: Any) -> None:
         assert deviation(engine.run(batch), reference.run(batch)).max_abs < 2e-2
 
 
-def test_a_width_that_no_block_divides(each: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_width_that_no_block_divides(some: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_half, "_BLOCKS", (48,))
     with pytest.raises(ExportError, match=r"int4-half: \S+: reads \d+ numbers; expected a multiple of 48"):
-        quantize_int4_half(each.graph)
+        quantize_int4_half(some.graph)

@@ -82,18 +82,18 @@ def rounded(model: RetrievalModel, scales: dict[str, Scale], keep: Collection[st
             linear.weight.data = weight
 
 
-def test_it_is_pytorch_with_rounded_layers(each: Any, tmp_path: Path) -> None:
+def test_it_is_pytorch_with_rounded_layers(some: Any, tmp_path: Path) -> None:
     """In float32 around the layers, so that nothing but the rounding differs."""
-    graphs = calibrated(Graphs(each.graph), each.model, tmp_path, encoded(each.model, TEXTS))
+    graphs = calibrated(Graphs(some.graph), some.model, tmp_path, encoded(some.model, TEXTS))
     every = [module for scale in graphs.scales.values() for module in scale.modules]
     # DeBERTa has layers that read two things, which hooks do not tell apart.
     twice = {module for module in every if every.count(module) > 1}
-    assert insert_pairs(each.graph, graphs.scales, twice) == [module for module in every if module not in twice]
-    engine, reference = each.engine(), each.model.engine()
-    exact = [reference.run(batch) for batch in each.batches()]
-    with rounded(each.model, dict(graphs.scales), twice):
-        expected = [reference.run(batch) for batch in each.batches()]
-    found = [engine.run(batch) for batch in each.batches()]
+    assert insert_pairs(some.graph, graphs.scales, twice) == [module for module in every if module not in twice]
+    engine, reference = some.engine(), some.model.engine()
+    exact = [reference.run(batch) for batch in some.batches()]
+    with rounded(some.model, dict(graphs.scales), twice):
+        expected = [reference.run(batch) for batch in some.batches()]
+    found = [engine.run(batch) for batch in some.batches()]
     # A sum in another order moves a number over the edge of a step, which in layers this small is much.
     off = [deviation(one, other).max_abs for one, other in zip(found, expected, strict=True)]
     costs = [deviation(one, other).max_abs for one, other in zip(expected, exact, strict=True)]
@@ -129,17 +129,17 @@ def test_a_layer_is_the_formula(each: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(found[~edge], expected[~edge], rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-def test_the_rest_is_in_half_precision(each: Any, tmp_path: Path) -> None:
-    graphs = calibrated(Graphs(each.graph.clone()), each.model, tmp_path, encoded(each.model, TEXTS))
-    done = quantize_int8_static(each.graph, graphs.scales)
+def test_the_rest_is_in_half_precision(some: Any, tmp_path: Path) -> None:
+    graphs = calibrated(Graphs(some.graph.clone()), some.model, tmp_path, encoded(some.model, TEXTS))
+    done = quantize_int8_static(some.graph, graphs.scales)
     assert len(done) > 5
-    weights = [value for value in each.graph.graph.initializers.values() if value.dtype == ir.DataType.INT8]
+    weights = [value for value in some.graph.graph.initializers.values() if value.dtype == ir.DataType.INT8]
     assert sum(value.const_value.shape.rank() == 2 for value in weights) >= len(done) - 2
-    layers = [node for node in each.graph.graph if node.op_type == "MatMul" and _reads_pair(node)]
+    layers = [node for node in some.graph.graph if node.op_type == "MatMul" and _reads_pair(node)]
     assert len(layers) >= len(done)
     assert {node.outputs[0].dtype for node in layers} == {ir.DataType.FLOAT16}
-    engine, reference = each.engine(), each.model.engine()
-    off = [deviation(engine.run(batch), reference.run(batch)).max_abs for batch in each.batches()]
+    engine, reference = some.engine(), some.model.engine()
+    off = [deviation(engine.run(batch), reference.run(batch)).max_abs for batch in some.batches()]
     assert 1e-5 < max(off) < 0.5  # tiny random models bear it worse than trained ones
 
 

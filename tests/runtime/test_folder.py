@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +98,38 @@ def test_a_full_disk_is_named_by_what_was_to_be_there(tmp_path: Path) -> None:
         fill_the_disk()
     assert (tmp_path / "model" / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_container_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM is how that begins; by itself it would end the process there and then."""
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from rtx.runtime.folder import replace_folder\n"
+        "target = Path(sys.argv[1])\n"
+        "with replace_folder(target) as folder:\n"
+        "    (folder / 'config.json').write_text('{}')\n"
+        "    assert len(list(target.parent.iterdir())) == 1\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    raise AssertionError('goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], capture_output=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_who_handles_the_signal_goes_on_to(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with replace_folder(tmp_path / "x") as folder:
+            (folder / "config.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    assert (tmp_path / "x" / "config.json").exists()
+    with replace_folder(tmp_path / "y") as folder:
+        (folder / "config.json").write_text("{}")
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
