@@ -414,7 +414,13 @@ def _open(
             paths = [stack.enter_context(emulated(path)) for path in paths]
         # No image is kept: each pass over the golden items should run all of it.
         return open_graphs(
-            gate.preprocessor.contract, *paths, threads=threads, name=name, cache_bytes=0, packed=is_packed(name)
+            gate.preprocessor.contract,
+            paths[0],
+            paths[1] if len(paths) > 1 else None,
+            threads=threads,
+            name=name,
+            cache_bytes=0,
+            packed=is_packed(name),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from rtx.export.graph import export_graph
+from rtx.export.graphs import Graphs
 from rtx.export.packed import export_packed
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.evalset import EvalSet
@@ -113,6 +114,12 @@ def architecture_and_task(request: pytest.FixtureRequest) -> tuple[str, str]:
 def each(architecture_and_task: tuple[str, str], exported: Callable[..., Exported]) -> Exported:
     """Every architecture, as an embedder and as a reranker, and a language model that reranks."""
     return exported(*architecture_and_task)
+
+
+@pytest.fixture
+def shared_graph(exported: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the tiny BERT take the graph that other tests have exported, which is most of their time."""
+    monkeypatch.setattr("rtx.export.pipeline.export_graphs", lambda model: Graphs(exported("bert", model.task).graph))
 
 
 @pytest.fixture(params=SOME, ids="-".join)

@@ -70,20 +70,20 @@ def test_what_overflows_does() -> None:
     np.testing.assert_array_equal(np.isfinite(found), [[True, False, False, True]])
 
 
-def test_every_model(each: Any) -> None:
+def test_every_model(some: Any) -> None:
     """Nothing is left in half precision but what is rounded to and at once widened."""
-    to_fp16(each.graph)
-    graph = emulate(each.graph).graph
+    to_fp16(some.graph)
+    graph = emulate(some.graph).graph
     for node in graph:
         if any(value.dtype == HALF for value in node.outputs):
             assert node.op_type == "Cast"
             assert {use.node.op_type for value in node.outputs for use in value.uses()} == {"Cast"}
         if node.op_type != "Cast":
             assert not any(value is not None and value.dtype == HALF for value in node.inputs)
-    half = [value for node in each.graph.graph for value in node.outputs if value.dtype == HALF]
+    half = [value for node in some.graph.graph for value in node.outputs if value.dtype == HALF]
     casts = [value for node in graph for value in node.outputs if value.dtype == HALF]
     assert len(casts) == len(half) > 50
-    onnx.checker.check_model(ir.to_proto(emulate(each.graph)), full_check=True)
+    onnx.checker.check_model(ir.to_proto(emulate(some.graph)), full_check=True)
 
 
 def test_bfloat16() -> None:

@@ -44,9 +44,9 @@ def test_an_outlier_widens_its_own_block_only() -> None:
     assert np.delete(scale.ravel(), 1).max() < 0.7
 
 
-def test_the_graph_is_that_of_rounded_weights(each: Any) -> None:
+def test_the_graph_is_that_of_rounded_weights(some: Any) -> None:
     """Against the plain graph with the weights that the integers stand for: half precision alone differs."""
-    expected = each.graph.clone()
+    expected = some.graph.clone()
     for layers in activations(expected.graph).values():
         for node, weight in layers:
             content = np.ascontiguousarray(weight_of(node, weight))
@@ -55,12 +55,12 @@ def test_the_graph_is_that_of_rounded_weights(each: Any) -> None:
             transposed = node.attributes.get_int("transB", False)
             rounded = np.ascontiguousarray(rounded.T if transposed else rounded)
             weight.const_value = ir.tensor(rounded, name=weight.name)
-    modules = [module_of(node) for layers in activations(each.graph.graph).values() for node, _ in layers]
-    assert {*quantize_int4_half(each.graph)} == {*modules}
-    assert [value for value in each.graph.graph.initializers.values() if value.dtype == ir.DataType.INT4]
-    engine = each._replace(graph=emulate(each.graph)).engine()
-    reference = each._replace(graph=expected).engine()
-    for batch in each.batches():
+    modules = [module_of(node) for layers in activations(some.graph.graph).values() for node, _ in layers]
+    assert {*quantize_int4_half(some.graph)} == {*modules}
+    assert [value for value in some.graph.graph.initializers.values() if value.dtype == ir.DataType.INT4]
+    engine = some._replace(graph=emulate(some.graph)).engine()
+    reference = some._replace(graph=expected).engine()
+    for batch in some.batches():
         assert deviation(engine.run(batch), reference.run(batch)).max_abs < 2e-2
 
 

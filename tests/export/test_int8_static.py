@@ -241,6 +241,7 @@ def test_one_layer_reads_what_another_gives() -> None:
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 3
 
 
+@pytest.mark.usefixtures("shared_graph")
 def test_a_model_that_cannot_be_calibrated_is_exported_without(
     tiny_checkpoint: Callable[..., Path], evalset: EvalSet, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -278,6 +279,7 @@ def pairs(tmp_path: Path) -> Path:
     return tmp_path / "pairs.jsonl"
 
 
+@pytest.mark.usefixtures("shared_graph")
 def test_from_the_command_line(
     tiny_checkpoint: Callable[..., Path], pairs: Path, evalset: EvalSet, tmp_path: Path
 ) -> None:
@@ -327,6 +329,7 @@ def test_what_is_asked_for_must_fit(tiny_checkpoint: Callable[..., Path], pairs:
     assert not (tmp_path / "x.rtx").exists()
 
 
+@pytest.mark.usefixtures("shared_graph")
 def test_layers_that_cost_most_are_kept_in_half_precision(
     tiny_checkpoint: Callable[..., Path], evalset: EvalSet, tmp_path: Path
 ) -> None:

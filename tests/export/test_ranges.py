@@ -111,6 +111,7 @@ def test_what_is_no_number_does_not_fit(exported: Callable[..., Any], tmp_path: 
     assert not found[0].fits
 
 
+@pytest.mark.usefixtures("shared_graph")
 def test_layers_that_are_kept_do_not_mend_it(
     tiny_checkpoint: Callable[..., Path], evalset: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

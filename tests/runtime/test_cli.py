@@ -75,7 +75,7 @@ def test_an_unknown_command_names_the_nearest():
     result = CliRunner().invoke(main, ["verfy", "x"])
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, compose, data, embed, eval, "
+        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, compose, data, doctor, embed, eval, "
         "export, finetune, info, mine, rerank, verify)\n"
     )
 
@@ -136,7 +136,7 @@ def test_a_bug_is_not_hidden(command: str):
     assert isinstance(result.exception, AttributeError)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["info", "--json"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["doctor", "--json"]])
 def test_a_reader_that_goes_away_is_no_error(arguments: list[str]):
     """As in `rtx info | head -0`: no complaint, neither from rtx nor from Python when it ends."""
     read, write = os.pipe()
@@ -174,7 +174,7 @@ def test_a_checkpoint_needs_the_trainer(tmp_path: Path):
 def test_a_full_disk_behind_standard_output_is_one_line():
     code = "from rtx.runtime.cli import main; main()"
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", code, "info"], stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run([sys.executable, "-c", code, "doctor"], stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.stderr == b"error: standard output or a file: cannot be read or written: No space left on device\n"
     assert done.returncode == 5
 

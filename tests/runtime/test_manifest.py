@@ -115,7 +115,7 @@ def test_a_foreign_manifest_lists_all_that_is_wrong_with_it(content: bytes):
     with pytest.raises(BundleError) as caught:
         Manifest.from_bytes(signed(data))
     assert str(caught.value) == (
-        "manifest.json: variants.int8.precision: expected one of 'fp32', 'fp16', 'int8', 'int4', got 'int2'; "
+        "manifest.json: variants.int8.precision: expected one of 'fp32', 'fp16', 'bf16', 'int8', 'int4', got 'int2'; "
         "missing key 'provenance.source'"
     )
 
