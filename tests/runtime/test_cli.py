@@ -75,8 +75,8 @@ def test_an_unknown_command_names_the_nearest():
     result = CliRunner().invoke(main, ["verfy", "x"])
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, compose, data, doctor, embed, eval, "
-        "export, finetune, info, mine, rerank, verify)\n"
+        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, compose, data, doctor, "
+        "embed, eval, export, finetune, info, mine, rerank, verify)\n"
     )
 
 
