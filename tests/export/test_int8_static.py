@@ -100,21 +100,21 @@ def test_it_is_pytorch_with_rounded_layers(some: Any, tmp_path: Path) -> None:
     assert sum(off) < 0.3 * sum(costs)
 
 
-def test_a_layer_is_the_formula(each: Any, tmp_path: Path) -> None:
+def test_a_layer_is_the_formula(some: Any, tmp_path: Path) -> None:
     """Layer by layer, each on what it reads in the graph itself, so that nothing adds up."""
-    scales = calibrated(Graphs(each.graph), each.model, tmp_path, encoded(each.model, TEXTS)).scales
+    scales = calibrated(Graphs(some.graph), some.model, tmp_path, encoded(some.model, TEXTS)).scales
     before = {
         (module_of(node), x.name): (scales[str(x.name)], weight_of(node, weight))
-        for x, layers in activations(each.graph.graph).items()
+        for x, layers in activations(some.graph.graph).items()
         for node, weight in layers
     }
-    insert_pairs(each.graph, scales)
-    layers = [node for node in each.graph.graph if node.op_type == "MatMul" and _reads_pair(node)]
+    insert_pairs(some.graph, scales)
+    layers = [node for node in some.graph.graph if node.op_type == "MatMul" and _reads_pair(node)]
     assert len(layers) == len(before)
     rounded = [node.inputs[0].producer().inputs[0].producer() for node in layers]
     shown = list(dict.fromkeys([*(node.inputs[0] for node in rounded), *(node.outputs[0] for node in layers)]))
-    each.graph.graph.outputs.extend(value for value in shown if not value.is_graph_output())
-    engine, batch = each.engine(), each.batch(3, 7)
+    some.graph.graph.outputs.extend(value for value in shown if not value.is_graph_output())
+    engine, batch = some.engine(), some.batch(3, 7)
     read = dict(zip(shown, engine.fetch([str(value.name) for value in shown], batch), strict=True))
     for node, rounding in zip(layers, rounded, strict=True):
         scale, weight = before[module_of(node), _unmigrated(rounding.inputs[0]).name]
