@@ -27,7 +27,7 @@ from rtx.trainer.examples import RowChecker
 Item = TypeVar("Item")
 
 # Texts that a user's data need not have and a service gets: next to nothing, other scripts, numbers. What a token of
-# them looks like inside can be far from all others. The golden texts are none of these.
+# them looks like inside can be far from all others. But for the empty one, no golden text is among them.
 _SCRAPS = (
     "",
     "x",

@@ -20,14 +20,14 @@ from typing import Any, get_args
 import onnx_ir as ir
 
 from rtx.export.buckets import Range
-from rtx.runtime.errors import ExportError, UsageError, install_command
+from rtx.runtime.doctor import TENSORRT_INSTALL
+from rtx.runtime.errors import ExportError, UsageError
 from rtx.runtime.manifest import Target
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 Profile = dict[str, Range]
 """Of one bucket: ranges by the graph's names of its axes."""
 
-_INSTALL: dict[Target, str] = {"tensorrt-rtx": install_command("tensorrt-rtx"), "tensorrt": "pip install tensorrt"}
 _MODULES: dict[Target, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "tensorrt": ("tensorrt",),
@@ -82,7 +82,7 @@ def load_tensorrt(target: Target) -> Any:
         except (ImportError, OSError, RuntimeError) as broken:
             reasons.append(f"{name}: {broken}")
     why = "; ".join(reasons) or "it is not installed"
-    raise ExportError(f"{target}: {why}. It comes with: {_INSTALL[target]}")
+    raise ExportError(f"{target}: {why}. It comes with: {TENSORRT_INSTALL[target]}")
 
 
 def capability_names(trt: Any) -> list[int]:

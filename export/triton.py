@@ -30,6 +30,7 @@ _MAX_BATCH = 256
 _MAX_TOKENS, _DELAY_US = 16_384, 500
 # While one instance waits for the graph, another prepares texts.
 _INSTANCES = 2
+_OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
 _WARM_TEXT = b"how do I reset it?"
 _MODEL = '''"""Texts in, {output} out: see rtx.runtime.triton."""
 
@@ -193,9 +194,6 @@ def _choose(bundle: Bundle, variant: str | None) -> tuple[Variant, bool]:
     if chosen.operators:
         raise UsageError(f"{bundle.path}: variant '{variant}': {_OPERATORS}; export fp16 or fp32 too")
     return chosen, runs_on_gpu(chosen)
-
-
-_OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
 
 
 def _copy(bundle: Bundle, file: str, target: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -28,10 +28,12 @@ _TENSORRT: dict[Target, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
     "tensorrt": ("tensorrt",),
 }
-_TENSORRT_INSTALL: dict[Target, str] = {
+TENSORRT_INSTALL: dict[Target, str] = {
     "tensorrt-rtx": install_command("tensorrt-rtx"),
     "tensorrt": "pip install tensorrt",
 }
+"""The command that brings each."""
+
 # The smallest graph that does something, in ONNX: y = Identity(x), float32 of any length.
 _IDENTITY = (
     b'\x08\x08\x12\x03rtx:9\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x10\n\x01x\x12\x0b\n\t\x08\x01\x12\x05\n\x03'
@@ -127,7 +129,7 @@ def _engines(cuda: dict[int, str | None], no_gpu: str | None) -> dict[str, dict[
     }
     for target in _TENSORRT:
         version = _tensorrt_version(target)
-        problem = None if version else f"missing: {_TENSORRT_INSTALL[target]}"
+        problem = None if version else f"missing: {TENSORRT_INSTALL[target]}"
         found[target] = {"runs": "builds of engines", "version": version, "problem": problem}
     return found
 
@@ -151,25 +153,23 @@ def _why_not_cuda(gpu: Gpu) -> str | None:
 
 
 def _where_it_runs(bundle: Bundle, gpus: Gpus | None, cuda: dict[int, str | None]) -> dict[str, Any]:
-    devices = {"cpu": _variant(bundle, "cpu", lambda: None)}
-    for index, why in cuda.items():
-        devices[f"cuda:{index}"] = _variant(bundle, f"cuda:{index}", lambda why=why: why)  # type: ignore[misc]
+    problems = {"cpu": None, **{f"cuda:{index}": why for index, why in cuda.items()}}
     return {
         "path": str(bundle.path),
-        "devices": devices,
+        "devices": {device: _variant(bundle, device, problem) for device, problem in problems.items()},
         "engines": {
             file: {"problem": _why_not_engine(engine, gpus)} for file, engine in bundle.manifest.engines.items()
         },
     }
 
 
-def _variant(bundle: Bundle, device: str, why_not: Callable[[], str | None]) -> dict[str, Any]:
-    """What is opened on a device where no variant is named, and why it cannot be."""
+def _variant(bundle: Bundle, device: str, problem: str | None) -> dict[str, Any]:
+    """What is opened on a device where no variant is named, and why it cannot be; `problem` is the device's own."""
     try:
         name, variant = bundle.variant(device=device)
     except UsageError as none:
         return {"variant": None, "precision": None, "problem": str(none)}
-    return {"variant": name, "precision": variant.precision, "problem": why_not()}
+    return {"variant": name, "precision": variant.precision, "problem": problem}
 
 
 def _why_not_engine(engine: EngineEntry, gpus: Gpus | None) -> str | None:

@@ -91,10 +91,13 @@ class TritonPythonModel:
         self._server: Any = importlib.import_module("triton_python_backend_utils")
         bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"])
         contract = bundle.manifest.contract
-        parameters = json.loads(args["model_config"])["parameters"]
+        config = json.loads(args["model_config"])
+        parameters = config["parameters"]
         engine = GraphModel(self._server, parameters[GRAPH]["string_value"], contract)
         kind = Embedder if contract.task == "embed" else Reranker
-        budget = Budget(max_batch_tokens=int(parameters[MAX_TOKENS]["string_value"]), max_batch_items=1 << 20)
+        tokens = int(parameters[MAX_TOKENS]["string_value"])
+        # The graph's model takes as many rows as this one.
+        budget = Budget(max_batch_tokens=tokens, max_batch_items=config["max_batch_size"])
         self._model: Embedder | Reranker = kind(bundle.preprocessor(), engine, budget=budget)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

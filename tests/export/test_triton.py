@@ -227,6 +227,17 @@ def test_what_is_wrong_with_a_request_is_its_own(
     assert server(good) == ["my_models__graph: out of memory"]
 
 
+def test_the_graph_gets_no_more_rows_than_it_takes(
+    embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests came together: the stand-in refuses more, as the server does."""
+    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
+    found = server(*[Request(text=column(["a"] * 100))] * 3)
+    assert [array.shape for array in found] == [(100, 32)] * 3
+    assert sum(rows for rows, _ in server.batches) == 300
+    assert max(rows for rows, _ in server.batches) == 256
+
+
 def test_a_row_that_cannot_be_embedded(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is counted in its own request, and fails no other."""
     server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
