@@ -1,0 +1,5 @@
+"""The ops in Triton, for NVIDIA GPUs: a file an op, of the name that its contract has in `rtx.kernels`.
+
+Functions take and give tensors of PyTorch on the GPU. Importing a file of this package needs torch and triton; the ops'
+fallback, the reference, needs neither.
+"""
