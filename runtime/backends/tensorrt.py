@@ -1,0 +1,470 @@
+"""Engines of TensorRT that were built ahead of time, behind the contract of every engine.
+
+    batch ─► pinned buffer ─► GPU      a slot's own stream
+                               │
+                              run      the stream of all runs, in a CUDA graph where the shapes came before
+                               │
+    vectors ◄─ pinned buffer ◄─        the slot's stream again
+
+Two slots: while one caller's batch runs, another's is copied. Everything that a run needs is allocated when the engine
+is opened, for the largest batch of its profiles. Nothing here has run on a GPU: tests have a stand-in for the driver
+and for TensorRT, which holds back all work until it is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtx.runtime.backends.cuda import Cuda
+from rtx.runtime.engine import cuda_device
+from rtx.runtime.errors import EngineError, UsageError, install_command
+from rtx.runtime.manifest import EngineEntry, Target
+from rtx.runtime.text import Batch
+
+INSTALL: dict[Target, str] = {
+    "tensorrt-rtx": install_command("tensorrt-rtx"),
+    "tensorrt": "pip install tensorrt cuda-bindings",
+}
+"""The command that brings each."""
+
+_MODULES: dict[Target, tuple[str, ...]] = {
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "tensorrt": ("tensorrt",),
+}
+_SLOTS = 2
+# Each keeps a context of TensorRT on the host, and what the driver needs of a graph on the GPU.
+_MAX_GRAPHS = 32
+_TYPES = {"FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
+
+T = TypeVar("T")
+_Shape = tuple[int, ...]
+_Shapes = tuple[tuple[str, _Shape], ...]
+
+
+def load_tensorrt(target: Target) -> Any:
+    """TensorRT's module.
+
+    Raises:
+        EngineError: it is not installed, or cannot be loaded; says how to install it.
+    """
+    reasons = []
+    for name in _MODULES[target]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError, RuntimeError) as broken:
+            reasons.append(f"{name}: {broken}")
+    why = "; ".join(reasons) or "it is not installed"
+    raise EngineError(f"{target}: {why}. It comes with: {INSTALL[target]}")
+
+
+def quiet_logger(trt: Any) -> Any:
+    """A logger of TensorRT that is silent and keeps the last error in `last`."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last = message.strip()
+
+    return Logger()
+
+
+def mismatch(entry: EngineEntry, version: str | None, capabilities: set[int]) -> str | None:
+    """Why an engine cannot run here; None if nothing is known against it.
+
+    Args:
+        entry: of the engine.
+        version: of the TensorRT that is installed; None if it is not.
+        capabilities: of the GPUs at hand, as 89.
+    """
+    if version != entry.version:
+        here = f"here is {version}" if version else "it is not installed here"
+        return f"it was built with {entry.target} {entry.version}, and runs with that alone; {here}"
+    if entry.capabilities and not capabilities & {*entry.capabilities}:
+        built, here = (", ".join(f"sm_{sm}" for sm in sorted(of)) for of in ({*entry.capabilities}, capabilities))
+        return f"it was built for {built}; here is {here}"
+    return None
+
+
+class _Tensor(NamedTuple):
+    """An input or output of an engine.
+
+    Attributes:
+        dtype: of its numbers.
+        largest: by profile, its shape in the largest batch.
+        limits: by profile, the least and the largest shape; of inputs alone.
+    """
+
+    dtype: np.dtype[Any]
+    largest: list[_Shape]
+    limits: list[tuple[_Shape, _Shape]]
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes at most."""
+        return max(int(np.prod(shape, dtype=np.int64)) for shape in self.largest) * self.dtype.itemsize
+
+
+@dataclass
+class _Slot:
+    """What one run at a time has for itself.
+
+    Attributes:
+        number: of the slot.
+        stream: of its copies.
+        host, device: pinned buffers and addresses on the GPU, by tensor.
+        copied, computed: marks: the inputs are there, the outputs are there.
+    """
+
+    number: int
+    stream: Any
+    host: dict[str, NDArray[np.uint8]]
+    device: dict[str, int]
+    copied: Any
+    computed: Any
+
+
+class _Captured(NamedTuple):
+    """A run as a CUDA graph, and its own context: what TensorRT captured is void once a context has other shapes."""
+
+    graph: Any
+    context: Any
+
+
+class TensorRtEngine:
+    """A serialized engine of TensorRT on a GPU.
+
+    Args:
+        content: the engine.
+        entry: what the bundle's manifest says of it.
+        output: name of the output that `run` gives.
+        device: "cuda" or "cuda:N".
+        capability: compute capability of that GPU, as 89.
+        name: what error messages call the engine.
+        max_graphs: shapes that came before and are launched as a CUDA graph; 0 for none.
+
+    Attributes:
+        input_names: of the engine.
+        graph_problem: why no more runs are captured as graphs, where that failed; they go on without.
+
+    Raises:
+        UsageError: the device is no GPU.
+        MissingExtraError: cuda-bindings is not installed.
+        EngineError: TensorRT is missing or another version, the GPU is another, or one of them cannot use the engine.
+    """
+
+    packed = False
+
+    def __init__(
+        self,
+        content: bytes,
+        entry: EngineEntry,
+        *,
+        output: str,
+        device: str,
+        capability: int,
+        name: str = "tensorrt",
+        max_graphs: int = _MAX_GRAPHS,
+    ) -> None:
+        index = cuda_device(device)
+        if index is None:
+            raise UsageError(f"{name}: an engine of TensorRT runs on a GPU; expected cuda or cuda:N, got '{device}'")
+        self.name = name
+        trt = load_tensorrt(entry.target)
+        if problem := mismatch(entry, str(trt.__version__), {capability}):
+            raise EngineError(f"{name}: {problem}")
+        self._trt, self._output, self._max_graphs = trt, output, max_graphs
+        self._logger = quiet_logger(trt)
+        self._cuda = Cuda(index)
+        # In the order in which they were taken, to be given back in the other one.
+        self._held = contextlib.ExitStack()
+        self._held.callback(self._cuda.close)
+        self._closing, self._computing = threading.Lock(), threading.Lock()
+        self._captured: OrderedDict[tuple[int, int, _Shapes], _Captured | None] = OrderedDict()
+        # The one that was used last comes first: a caller alone has one slot, and its graphs.
+        self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        self.graph_problem: str | None = None
+        self._closed = False
+        try:
+            self._open(content, entry)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        return self.fetch([self._output], batch)[0]
+
+    def fetch(self, outputs: Sequence[str], batch: Batch) -> list[NDArray[Any]]:
+        """Some of the engine's outputs, the caller's to keep.
+
+        Raises:
+            EngineError: no profile takes the batch, or it could not be run.
+        """
+        arrays = self._checked(batch)
+        profile = self._profile_of(arrays)
+        slot = self._slots.get()
+        done = False
+        try:
+            self._check_open()
+            self._cuda.use()
+            shapes = self._start(slot, profile, arrays, outputs)
+            self._cuda.synchronize(slot.stream)
+            found = [self._view(slot, name, shapes[name]).copy() for name in outputs]
+            done = True
+            return found
+        except Exception as broken:  # TensorRT raises RuntimeError and TypeError
+            what = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
+            raise EngineError(f"{self.name}: running a batch failed ({what}): {broken}") from broken
+        finally:
+            if not done and not self._closed:
+                self._settle(slot)
+            self._slots.put(slot)
+
+    def close(self) -> None:
+        with self._closing:
+            if self._closed:
+                return
+            slots = [self._slots.get() for _ in range(_SLOTS)]  # nothing runs any more
+            self._closed = True
+            self._cuda.use()
+            self._held.close()
+            for slot in slots:  # for those that wait for one, to be told
+                self._slots.put(slot)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.name}: the engine is closed")
+
+    def _settle(self, slot: _Slot) -> None:
+        """Let end what a run that failed has begun, before its buffers are used again."""
+        for stream in (self._compute, slot.stream):
+            with contextlib.suppress(EngineError):  # if the GPU is lost, the next run says so
+                self._cuda.synchronize(stream)
+
+    def _open(self, content: bytes, entry: EngineEntry) -> None:
+        runtime = self._trt.Runtime(self._logger)
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise EngineError(f"{self.name}: {entry.target} cannot load the engine: {self._why()}")
+        self._runtime, self._engine = runtime, engine
+        if engine.num_optimization_profiles != len(entry.profiles):
+            found = engine.num_optimization_profiles
+            raise EngineError(f"{self.name}: expected {len(entry.profiles)} profiles in the engine, found {found}")
+        cuda = self._cuda
+        self._compute = self._keep(cuda.stream(), cuda.destroy_stream)
+        profiles = range(len(entry.profiles))
+        # Runs follow each other in one stream, so that all contexts can work in the same memory.
+        self._memory_bytes = max(int(engine.get_device_memory_size_for_profile_v2(at)) for at in profiles)
+        self._memory = self._keep(cuda.allocate(self._memory_bytes), cuda.free)
+        self._held.callback(self._drop)
+        self._contexts = [self._context(at) for at in profiles]
+        self._tensors = self._describe()
+        self.input_names = tuple(name for name, tensor in self._tensors.items() if tensor.limits)
+        if self._output not in self._tensors or self._output in self.input_names:
+            others = ", ".join(name for name in self._tensors if name not in self.input_names)
+            raise EngineError(f"{self.name}: the engine has no output '{self._output}' (it has {others})")
+        for number in range(_SLOTS):
+            self._slots.put(self._slot(number))
+        self._held.callback(self._drop)  # before the buffers that its graphs know
+
+    def _slot(self, number: int) -> _Slot:
+        cuda = self._cuda
+        stream = self._keep(cuda.stream(), cuda.destroy_stream)
+        copied, computed = (self._keep(cuda.event(), cuda.destroy_event) for _ in range(2))
+        slot = _Slot(number, stream, {}, {}, copied, computed)
+        for name, tensor in self._tensors.items():
+            slot.host[name] = self._keep(cuda.allocate_host(tensor.size), cuda.free_host)
+            slot.device[name] = self._keep(cuda.allocate(tensor.size), cuda.free)
+        return slot
+
+    def _keep(self, what: T, give_back: Callable[[T], None]) -> T:
+        """Something of the GPU that is given back when the engine is closed."""
+        self._held.callback(give_back, what)
+        return what
+
+    def _context(self, profile: int) -> Any:
+        """A context of TensorRT for batches of a profile."""
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise EngineError(f"{self.name}: TensorRT makes no context: {self._why()}")
+        context.set_device_memory(self._memory, self._memory_bytes)
+        if not context.set_optimization_profile_async(profile, self._compute):
+            raise EngineError(f"{self.name}: TensorRT does not take profile {profile}: {self._why()}")
+        self._cuda.synchronize(self._compute)
+        return context
+
+    def _describe(self) -> dict[str, _Tensor]:
+        """Inputs and outputs by name, inputs first."""
+        engine, found = self._engine, {}
+        names = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
+        profiles = range(len(self._contexts))
+        for name in inputs:
+            shapes = [[tuple(shape) for shape in engine.get_tensor_profile_shape(name, at)] for at in profiles]
+            limits = [(of[0], of[2]) for of in shapes]
+            found[name] = _Tensor(self._dtype(name), [largest for _, largest in limits], limits)
+        for at, context in enumerate(self._contexts):
+            self._set_shapes(context, tuple((name, found[name].largest[at]) for name in inputs))
+        for name in (name for name in names if name not in found):
+            found[name] = _Tensor(
+                self._dtype(name), [tuple(context.get_tensor_shape(name)) for context in self._contexts], []
+            )
+        return found
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _TYPES:
+            raise EngineError(f"{self.name}: '{name}' is {kind}; expected one of {', '.join(_TYPES)}")
+        return np.dtype(_TYPES[kind])
+
+    def _checked(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """The engine's inputs, in the order of its own."""
+        self._check_open()
+        if {*batch} != {*self.input_names}:
+            raise EngineError(
+                f"{self.name}: expected {', '.join(self.input_names)}, got {', '.join(batch) or 'nothing'}"
+            )
+        for name in self.input_names:
+            if batch[name].dtype != (dtype := self._tensors[name].dtype):
+                raise EngineError(f"{self.name}: '{name}': expected {dtype}, got {batch[name].dtype}")
+        return {name: batch[name] for name in self.input_names}
+
+    def _profile_of(self, arrays: dict[str, NDArray[Any]]) -> int:
+        """The first profile that takes arrays of these shapes."""
+        tensors = self._tensors
+        for at in range(len(self._contexts)):
+            if all(_within(array.shape, *tensors[name].limits[at]) for name, array in arrays.items()):
+                return at
+        found = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        name = next(iter(arrays))
+        taken = "; ".join(f"{list(least)} to {list(most)}" for least, most in tensors[name].limits)
+        raise EngineError(
+            f"{self.name}: no profile of the engine takes this batch ({found}); it was built for {name} of {taken}. "
+            "A smaller budget makes smaller batches; other lengths need an engine that was built for them"
+        )
+
+    def _start(
+        self, slot: _Slot, profile: int, arrays: dict[str, NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, _Shape]:
+        """Put a batch into the streams: the shapes of the outputs, which are there when the slot's stream is done."""
+        cuda = self._cuda
+        for name, array in arrays.items():
+            self._view(slot, name, array.shape)[...] = array
+            cuda.copy_in(slot.device[name], slot.host[name], array.nbytes, slot.stream)
+        cuda.record(slot.copied, slot.stream)
+        given = tuple((name, tuple(array.shape)) for name, array in arrays.items())
+        with self._computing:
+            cuda.wait(self._compute, slot.copied)
+            context = self._run(slot, profile, given)
+            shapes = {name: tuple(context.get_tensor_shape(name)) for name in outputs}
+            cuda.record(slot.computed, self._compute)
+        cuda.wait(slot.stream, slot.computed)
+        for name, shape in shapes.items():
+            size = int(np.prod(shape, dtype=np.int64)) * self._tensors[name].dtype.itemsize
+            cuda.copy_out(slot.host[name], slot.device[name], size, slot.stream)
+        return shapes
+
+    def _run(self, slot: _Slot, profile: int, given: _Shapes) -> Any:
+        """Put a run into the stream of all runs; gives the context that knows its shapes."""
+        key = (slot.number, profile, given)
+        captured = self._captured.get(key)
+        if captured is not None:
+            self._captured.move_to_end(key)
+            self._cuda.launch(captured.graph, self._compute)
+            return captured.context
+        context = self._contexts[profile]
+        self._enqueue(context, slot, given)
+        if self._max_graphs == 0:
+            return context
+        # Worth it for shapes that come again.
+        self._captured[key] = self._try_capture(slot, profile, given) if key in self._captured else None
+        self._captured.move_to_end(key)
+        while len(self._captured) > self._max_graphs:
+            self._forget(self._captured.popitem(last=False)[1])
+        return context
+
+    def _enqueue(self, context: Any, slot: _Slot, given: _Shapes) -> None:
+        self._set_shapes(context, given)
+        for name, address in slot.device.items():
+            if not context.set_tensor_address(name, address):
+                raise EngineError(f"TensorRT does not take a buffer for '{name}': {self._why()}")
+        self._execute(context)
+
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self._compute):
+            raise EngineError(f"TensorRT does not run: {self._why()}")
+
+    def _set_shapes(self, context: Any, shapes: _Shapes) -> None:
+        for name, shape in shapes:
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"TensorRT does not take {list(shape)} for '{name}': {self._why()}")
+        if unknown := context.infer_shapes():
+            raise EngineError(f"TensorRT cannot tell the shapes of {', '.join(unknown)}: {self._why()}")
+
+    def _try_capture(self, slot: _Slot, profile: int, given: _Shapes) -> _Captured | None:
+        """A run as a graph; None where it cannot be one now. What was asked for has run already, without."""
+        context = self._contexts[profile]
+        # TensorRT-RTX compiles kernels while the first ones run; until then it cannot be captured.
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._compute):
+            return None
+        try:
+            return self._capture(slot, profile, given)
+        except EngineError as broken:
+            self.graph_problem, self._max_graphs = str(broken), 0
+            return None
+
+    def _capture(self, slot: _Slot, profile: int, given: _Shapes) -> _Captured:
+        context = self._context(profile)
+        # TensorRT does at the first run of new shapes what must not be in a graph.
+        self._enqueue(context, slot, given)
+        self._cuda.synchronize(self._compute)
+        self._cuda.begin_capture(self._compute)
+        try:
+            self._execute(context)
+        except BaseException:
+            self._cuda.destroy_graph(self._cuda.end_capture(self._compute))
+            raise
+        return _Captured(self._cuda.end_capture(self._compute), context)
+
+    def _forget(self, captured: _Captured | None) -> None:
+        if captured is not None:
+            self._cuda.synchronize(self._compute)
+            self._cuda.destroy_graph(captured.graph)
+
+    def _drop(self) -> None:
+        """Give back what is TensorRT's, from the inside out, while its memory is still there."""
+        self._cuda.synchronize(self._compute)
+        while self._captured:
+            self._forget(self._captured.popitem()[1])
+        self._contexts = []
+        self._engine = self._runtime = None
+
+    def _view(self, slot: _Slot, name: str, shape: _Shape) -> NDArray[Any]:
+        """The beginning of a pinned buffer as an array."""
+        dtype = self._tensors[name].dtype
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return slot.host[name][:size].view(dtype).reshape(shape)
+
+    def _why(self) -> str:
+        return self._logger.last or "it does not say why"
+
+
+def _within(shape: _Shape, least: _Shape, most: _Shape) -> bool:
+    return len(shape) == len(least) and all(
+        low <= axis <= high for low, axis, high in zip(least, shape, most, strict=True)
+    )

@@ -1,0 +1,379 @@
+"""Engines of TensorRT behind stand-ins for it and for the driver, which check lifetimes and the order of calls."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rtx.runtime.backends import cuda, tensorrt
+from rtx.runtime.backends.tensorrt import TensorRtEngine, mismatch
+from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
+from rtx.runtime.manifest import EngineEntry
+
+sys.path.append(str(Path(__file__).parent))
+
+from stand_in_gpu import DataType, Driver, Model, TensorRt
+
+ENTRY = EngineEntry(
+    target="tensorrt-rtx",
+    version="1.7.1",
+    graph="onnx/model.onnx",
+    sources={},
+    capabilities=(80, 89),
+    profiles=({"batch": (1, 4, 16), "tokens": (2, 8, 8)}, {"batch": (1, 1, 4), "tokens": (9, 32, 32)}),
+    layers={},
+)
+BOXES = [((1, 2), (4, 8), (16, 8)), ((1, 9), (1, 32), (4, 32))]
+INPUTS = ("input_ids", "attention_mask")
+
+
+def embed(ids: NDArray[Any], mask: NDArray[Any]) -> NDArray[np.float32]:
+    kept = (ids * mask).astype(np.float32)
+    return np.stack([kept.sum(1), kept.max(1), mask.sum(1).astype(np.float32)], axis=1)
+
+
+MODEL = Model(
+    inputs=dict.fromkeys(INPUTS, DataType.INT64),
+    outputs={"sentence_embedding": DataType.FLOAT, "token_count": DataType.INT64},
+    profiles=[dict.fromkeys(INPUTS, box) for box in BOXES],
+    shapes=lambda given: {"sentence_embedding": (given["input_ids"][0], 3), "token_count": (given["input_ids"][0],)},
+    compute=lambda arrays: {
+        "sentence_embedding": embed(*arrays.values()),
+        "token_count": arrays["attention_mask"].sum(1),
+    },
+)
+
+
+@dataclasses.dataclass
+class Gpu:
+    driver: Driver
+    trt: TensorRt
+
+    def open(self, **options: Any) -> TensorRtEngine:
+        settings = {"output": "sentence_embedding", "device": "cuda:1", "capability": 89, "name": "toy", **options}
+        return TensorRtEngine(settings.pop("content", b"an engine"), settings.pop("entry", ENTRY), **settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    driver = Driver()
+    found = Gpu(driver, TensorRt(driver, MODEL))
+    monkeypatch.setattr(cuda, "load_driver", lambda: driver)
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda _: found.trt)
+    yield found
+    assert driver.left() == 0  # whatever happens, all is given back
+
+
+def batch(rows: int, tokens: int, seed: int = 0) -> dict[str, NDArray[np.int64]]:
+    random = np.random.default_rng(seed)
+    mask = (np.arange(tokens) < random.integers(1, tokens + 1, size=(rows, 1))).astype(np.int64)
+    return {"input_ids": random.integers(1, 1000, size=(rows, tokens)), "attention_mask": mask}
+
+
+def same(engine: TensorRtEngine, given: dict[str, NDArray[np.int64]]) -> None:
+    found = engine.run(given)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, embed(*given.values()))
+
+
+def test_batches_of_every_profile(gpu: Gpu) -> None:
+    engine = gpu.open()
+    assert engine.input_names == INPUTS
+    shapes = [(1, 2), (16, 8), (3, 5), (1, 9), (4, 32), (2, 17), (1, 2)]
+    for seed, (rows, tokens) in enumerate(shapes):
+        same(engine, batch(rows, tokens, seed))
+    engine.close()
+
+
+def test_what_a_caller_has_is_its_own(gpu: Gpu) -> None:
+    engine = gpu.open()
+    given, other = batch(2, 4, 1), batch(2, 4, 2)
+    first = engine.run(given)
+    engine.run(other)
+    np.testing.assert_array_equal(first, embed(*given.values()))
+    engine.close()
+
+
+def test_inputs_that_are_not_contiguous(gpu: Gpu) -> None:
+    engine = gpu.open()
+    wide = batch(4, 16)
+    same(engine, {name: array[::2, ::2] for name, array in wide.items()})
+    engine.close()
+
+
+def test_several_outputs(gpu: Gpu) -> None:
+    engine, given = gpu.open(), batch(3, 6)
+    count, vectors = engine.fetch(["token_count", "sentence_embedding"], given)
+    np.testing.assert_array_equal(count, given["attention_mask"].sum(1))
+    np.testing.assert_array_equal(vectors, embed(*given.values()))
+    engine.close()
+
+
+def test_shapes_that_come_again_are_graphs(gpu: Gpu) -> None:
+    engine = gpu.open()
+    launches = []
+    for seed in range(4):
+        same(engine, batch(2, 5, seed))
+        same(engine, batch(1, 20, seed))
+        launches.append(gpu.driver.launches)
+    # Seen, captured, and from then on launched.
+    assert launches == [0, 0, 2, 4]
+    assert engine.graph_problem is None
+    engine.close()
+
+
+def test_no_more_graphs_than_allowed(gpu: Gpu) -> None:
+    engine = gpu.open(max_graphs=2)
+    for seed, tokens in itertools.product(range(3), (2, 3)):
+        same(engine, batch(1, tokens, seed))
+    assert (gpu.driver.launches, len(gpu.driver.graphs)) == (2, 2)
+    for seed in range(3):
+        same(engine, batch(1, 4, seed))
+    assert len(gpu.driver.graphs) == 2  # the one that was not used for longest is gone
+    same(engine, batch(1, 3, 9))
+    same(engine, batch(1, 2, 9))
+    assert gpu.driver.launches == 4
+    engine.close()
+
+
+def test_without_graphs(gpu: Gpu) -> None:
+    engine = gpu.open(max_graphs=0)
+    for seed in range(3):
+        same(engine, batch(2, 5, seed))
+    assert (gpu.driver.launches, gpu.driver.graphs) == (0, [])
+    engine.close()
+
+
+def test_graphs_wait_until_they_can_be_captured(gpu: Gpu) -> None:
+    gpu.trt.capturable = False
+    engine = gpu.open()
+    for seed in range(3):
+        same(engine, batch(2, 5, seed))
+    assert gpu.driver.launches == 0
+    gpu.trt.capturable = True
+    for seed in range(2):
+        same(engine, batch(2, 5, seed))
+    assert gpu.driver.launches == 1
+    engine.close()
+
+
+def test_where_capturing_fails_runs_go_on_without(gpu: Gpu) -> None:
+    gpu.trt.refused.add("capture")
+    engine = gpu.open()
+    for seed in range(4):
+        same(engine, batch(2, 5, seed))
+    assert engine.graph_problem == "TensorRT does not run: no capture today"
+    assert (gpu.driver.launches, gpu.driver.graphs) == (0, [])
+    engine.close()
+
+
+def test_several_callers_at_once(gpu: Gpu) -> None:
+    engine = gpu.open(max_graphs=4)
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(lambda seed: same(engine, batch(1 + seed % 3, 4, seed)), range(200)))
+    assert gpu.driver.launches > 0
+    engine.close()
+
+
+def test_closing_waits_for_what_runs_and_then_nothing_does(gpu: Gpu) -> None:
+    engine = gpu.open()
+    started = threading.Event()
+
+    def run_on() -> None:
+        for seed in itertools.count():
+            same(engine, batch(2, 5, seed))
+            started.set()
+
+    with ThreadPoolExecutor(3) as threads:
+        running = [threads.submit(run_on) for _ in range(3)]
+        assert started.wait(30)
+        engine.close()
+        engine.close()
+        for each in running:
+            with pytest.raises(EngineError, match=r"toy: .*the engine is closed"):
+                each.result(30)
+    with pytest.raises(EngineError, match="toy: the engine is closed"):
+        engine.run(batch(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "1.8.0"}, "it was built with tensorrt-rtx 1.8.0, and runs with that alone; here is 1.7.1"),
+        ({"capabilities": (86, 120)}, "it was built for sm_86, sm_120; here is sm_89"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_loaded(gpu: Gpu, changes: Any, message: str) -> None:
+    gpu.driver.refused["cuInit"] = 0
+    with pytest.raises(EngineError, match=f"toy: {message}"):
+        gpu.open(entry=dataclasses.replace(ENTRY, **changes))
+    assert gpu.trt.loaded == 0
+
+
+def test_classic_engines_are_of_no_known_capability() -> None:
+    entry = dataclasses.replace(ENTRY, target="tensorrt", capabilities=())
+    assert mismatch(entry, "1.7.1", {90}) is None
+    assert mismatch(entry, None, {90}) == (
+        "it was built with tensorrt 1.7.1, and runs with that alone; it is not installed here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"content": b"another"}, "toy: tensorrt-rtx cannot load the engine: it does not say why"),
+        ({"output": "scores"}, r"no output 'scores' \(it has sentence_embedding, token_count\)"),
+        ({"output": "input_ids"}, "no output 'input_ids'"),
+        (
+            {"entry": dataclasses.replace(ENTRY, profiles=ENTRY.profiles[:1])},
+            "expected 1 profiles in the engine",
+        ),
+        ({"device": "cuda:2"}, "the NVIDIA driver answers cuDeviceGet with error 101: it was refused"),
+    ],
+)
+def test_engines_that_cannot_be_opened(gpu: Gpu, options: Any, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        gpu.open(**options)
+
+
+def test_no_engine_of_tensorrt_on_a_cpu(gpu: Gpu) -> None:
+    with pytest.raises(UsageError, match=r"toy: an engine of TensorRT runs on a GPU; .* got 'cpu'"):
+        gpu.open(device="cpu")
+
+
+@pytest.mark.parametrize("what", ["engine", "context", "profile"])
+def test_tensorrt_says_why(gpu: Gpu, what: str) -> None:
+    gpu.trt.refused.add(what)
+    with pytest.raises(EngineError, match=f"no {what} today"):
+        gpu.open()
+
+
+@pytest.mark.parametrize("call", ["cuMemAlloc", "cuMemAllocHost", "cuStreamCreate", "cuEventCreate"])
+def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: Gpu, call: str) -> None:
+    for allowed in itertools.count():
+        gpu.driver.refused = {call: allowed}
+        try:
+            engine = gpu.open()
+        except EngineError as refused:
+            assert str(refused) == f"the NVIDIA driver answers {call} with error 2: it was refused"  # noqa: PT017
+            assert gpu.driver.left() == 0
+        else:
+            engine.close()
+            break
+    assert allowed >= 3
+
+
+def test_types_that_numpy_does_not_have_are_named(gpu: Gpu) -> None:
+    gpu.trt.model = dataclasses.replace(MODEL, outputs={**MODEL.outputs, "token_count": DataType.HALF})
+    with pytest.raises(EngineError, match="toy: 'token_count' is HALF; expected one of FLOAT"):
+        gpu.open()
+
+
+def test_a_batch_that_no_profile_takes(gpu: Gpu) -> None:
+    engine = gpu.open()
+    for rows, tokens in [(17, 8), (5, 9), (1, 33), (1, 1)]:
+        with pytest.raises(EngineError, match=rf"no profile of the engine takes .*input_ids \[{rows}, {tokens}\]"):
+            engine.run(batch(rows, tokens))
+    with pytest.raises(EngineError, match=r"built for input_ids of \[1, 2\] to \[16, 8\]; \[1, 9\] to \[4, 32\]"):
+        engine.run(batch(17, 8))
+    same(engine, batch(1, 2))
+    engine.close()
+
+
+def test_inputs_of_another_name_or_type(gpu: Gpu) -> None:
+    engine, given = gpu.open(), batch(1, 4)
+    with pytest.raises(EngineError, match="toy: expected input_ids, attention_mask, got input_ids"):
+        engine.run({"input_ids": given["input_ids"]})
+    with pytest.raises(EngineError, match="toy: 'attention_mask': expected int64, got int32"):
+        engine.run({**given, "attention_mask": given["attention_mask"].astype(np.int32)})
+    engine.close()
+
+
+@pytest.mark.parametrize("what", ["run", "address"])
+def test_a_run_that_fails_is_no_ones_but_its_own(gpu: Gpu, what: str) -> None:
+    engine = gpu.open()
+    gpu.trt.refused = {what}
+    for _ in range(5):
+        with pytest.raises(EngineError, match=rf"toy: running a batch failed \(input_ids \[2, 5\], .*no {what} today"):
+            engine.run(batch(2, 5))
+    gpu.trt.refused = set()
+    for seed in range(4):
+        same(engine, batch(2, 5, seed))
+    engine.close()
+
+
+def test_a_copy_that_fails(gpu: Gpu) -> None:
+    engine = gpu.open()
+    for allowed in range(2):
+        gpu.driver.refused = {"cuMemcpyHtoDAsync": allowed}
+        with pytest.raises(EngineError, match="answers cuMemcpyHtoDAsync with error 2"):
+            engine.run(batch(2, 5))
+    gpu.driver.refused = {}
+    same(engine, batch(2, 5))
+    engine.close()
+
+
+def called(module: Any, owner: str) -> set[str]:
+    """Names of what a module reads of something that it calls so: `owner.name`."""
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and (node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")) == owner
+    }
+
+
+def test_the_real_driver_has_what_is_called() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    nodes = ast.walk(ast.parse(inspect.getsource(cuda)))
+    names = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    calls = {name for name in names if name.startswith("cu") and name.isalnum()}
+    assert len(calls) >= 20
+    assert [name for name in sorted(calls) if not hasattr(driver, name)] == []
+    assert hasattr(driver.CUstreamCaptureMode, "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL")
+    assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING == 1
+    assert driver.CUevent_flags.CU_EVENT_DISABLE_TIMING == 2
+
+
+def test_the_real_tensorrt_has_what_is_called() -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    for owner, kind in (("engine", trt.ICudaEngine), ("context", trt.IExecutionContext), ("runtime", trt.Runtime)):
+        names = called(tensorrt, owner)
+        assert names
+        assert [name for name in sorted(names) if not hasattr(kind, name)] == []
+    assert called(tensorrt, "_trt") >= {"Runtime", "TensorIOMode", "ExecutionContextAllocationStrategy"}
+    assert [name for name in sorted(called(tensorrt, "_trt")) if not hasattr(trt, name)] == []
+    assert trt.DataType.FLOAT.name == "FLOAT"
+    assert {"FLOAT", "INT64", "INT32", "BOOL"} <= {*trt.DataType.__members__}
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda _: TensorRt(Driver(), MODEL))
+    with pytest.raises(EngineError, match="cuda:0: no NVIDIA driver: "):
+        TensorRtEngine(b"", ENTRY, output="y", device="cuda", capability=89)
+
+
+def test_without_the_package_for_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(MissingExtraError, match=r"needs the package 'cuda-bindings', .*rtx-retrieval\[tensorrt-rtx\]"):
+        cuda.Cuda(0)
+
+
+def test_without_tensorrt() -> None:
+    with pytest.raises(EngineError, match=r"tensorrt: it is not installed\. It comes with: pip install tensorrt"):
+        tensorrt.load_tensorrt("tensorrt")
