@@ -24,9 +24,9 @@ TEXTS = ["how to reset the pump", "a", "Größe 東京", "for file in code: text
 pytestmark = pytest.mark.slow
 
 
-def run(*command, cwd, expected=0):
+def run(*command, cwd, expected=0, **variables):
     # Nothing of the checkout or of the environment that runs the tests.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == expected, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -45,28 +45,36 @@ def build(source):
         shutil.copy(ROOT / name, source)
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "_cpu.*"))
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", cwd=source)
+    # Here the operators need not be fast, and the compiler takes its time to make them so: its last -O counts.
+    compiler = source / "compiler"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist"]
+    run(*command, cwd=source, CC=str(compiler), CXX=str(compiler))
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+@pytest.fixture(scope="session")
+def installed(once, wheel):
     """Folder of the environment's programs."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "-c", ROOT / "constraints.txt"]
-    run(*pip, f"{wheel}[cpu]", cwd=folder)
-    return folder / "bin"
+
+    def install(folder):
+        venv.create(folder, with_pip=False)
+        # Most of the packages' modules are never imported, so that compiling all of them takes longer than all tests.
+        pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-q", "--no-compile"]
+        run(*pip, "-c", ROOT / "constraints.txt", f"{wheel}[cpu]", cwd=folder)
+
+    return once("installed", install) / "bin"
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory):
-    from rtx.export.pipeline import ExportOptions, export_bundle
+@pytest.fixture(scope="session")
+def bundle(once, tiny_checkpoint):
+    def export(folder):
+        from rtx.export.pipeline import ExportOptions, export_bundle
 
-    target = tmp_path_factory.mktemp("elsewhere") / "tiny.rtx"
-    checkpoint = tiny_checkpoint("distilbert", prompts={"query": "find: "})
-    export_bundle(str(checkpoint), target, ExportOptions(variants=("fp32", "int8"), threads=1))
-    return target
+        checkpoint = tiny_checkpoint("distilbert", prompts={"query": "find: "})
+        export_bundle(str(checkpoint), folder / "tiny.rtx", ExportOptions(variants=("fp32", "int8"), threads=1))
+
+    return once("wheel-bundle", export) / "tiny.rtx"
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
