@@ -1,0 +1,192 @@
+"""`info_nce` in Triton's interpreter, against the reference in NumPy and the trainer's loss in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rtx.kernels import info_nce as reference
+from rtx.kernels.gpu.info_nce import info_nce, info_nce_rows
+from rtx.trainer.losses.embed import info_nce as of_trainer
+from rtx.trainer.losses.targets import Targets
+
+EPSILON = 2.0**-23
+
+
+def _vectors(queries: int, documents: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(queries * 10_000 + documents * 100 + dim)
+    left, right = (F.normalize(torch.randn(count, dim, generator=random), dim=1) for count in (queries, documents))
+    return left, right, torch.randint(documents, (queries,), generator=random)
+
+
+def _bounds(loss: float, scale: float, queries: int, documents: int, dim: int) -> tuple[float, float, float]:
+    """Of loss and both gradients.
+
+    The first is the contract's. Weights of a row are off by twice the bound of its loss, relatively, and their
+    magnitudes add up to 2 at most; times scale / queries and vectors of norm 1, summed in float32 over the other side.
+    A document's gradient has a share of every query. A row's loss is at most 2 * scale + log(documents).
+    """
+    of_loss = (2 * scale * (dim + 1) + abs(loss) + documents) * EPSILON
+    of_row = (2 * scale * (dim + 1) + 2 * scale + np.log(documents) + documents) * EPSILON
+    gradient = 2 * scale * (2 * of_row + (queries + documents) * EPSILON)
+    return of_loss, gradient / queries, gradient
+
+
+def _found(queries: Any, documents: Any, positives: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    queries, documents = queries.clone().requires_grad_(), documents.clone().requires_grad_()
+    loss = info_nce(queries, documents, positives, **options)
+    return loss.detach(), *torch.autograd.grad(loss, (queries, documents))
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "dim", "scale", "margin"),
+    [
+        (1, 1, 1, 20.0, None),
+        (5, 1, 7, 20.0, 0.0),
+        (1, 70, 64, 100.0, None),
+        (5, 17, 100, 100.0, 0.1),
+        (17, 33, 7, 20.0, -0.2),
+        (33, 70, 64, 20.0, 0.05),
+        (70, 33, 7, 100.0, 0.1),
+    ],
+)
+def test_loss_and_gradients_agree_with_the_reference(
+    queries: int, documents: int, dim: int, scale: float, margin: float | None
+) -> None:
+    vectors = _vectors(queries, documents, dim)
+    options: dict[str, Any] = {"scale": scale, "false_negative_margin": margin}
+    expected = reference.info_nce(vectors[0].numpy(), vectors[1].numpy(), vectors[2].numpy(), **options)
+    bounds = _bounds(float(expected[0]), scale, queries, documents, dim)
+    for found, right, bound in zip(_found(*vectors, **options), expected, bounds, strict=True):
+        assert found.dtype == torch.float32
+        assert np.abs(found.numpy() - right).max() <= bound
+
+
+def test_more_documents_than_a_run_and_columns_of_more_than_one_program() -> None:
+    queries, documents, positives = _vectors(3, 1030, 4)
+    positives[0] = 1029
+    expected = reference.info_nce(queries.numpy(), documents.numpy(), positives.numpy(), scale=20.0)
+    bounds = _bounds(float(expected[0]), 20.0, 3, 1030, 4)
+    for found, right, bound in zip(_found(queries, documents, positives, scale=20.0), expected, bounds, strict=True):
+        assert np.abs(found.numpy() - right).max() <= bound
+
+
+@pytest.mark.parametrize("labels", [[(1,)] * 5, [(1, 0, 0), (1,), (1, 0)]], ids=["one", "several"])
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_it_is_the_loss_of_the_trainer(labels: Any, margin: float | None) -> None:
+    targets = Targets.of(labels)
+    raw: Any = [
+        torch.randn(count, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        for seed, count in enumerate((len(labels), len(targets.owner)))
+    ]
+    right = of_trainer(raw[0], raw[1], targets, scale=20.0, false_negative_margin=margin)
+    narrow = [side.detach().float().requires_grad_() for side in raw]
+    unit: Any = [F.normalize(side, dim=1) for side in narrow]
+    found = info_nce(unit[0], unit[1], targets.first, scale=20.0, false_negative_margin=margin)
+    # A norm in float32 moves a vector by (dim / 2 + 2) * 2**-24, and so a product as dim more terms of it would; the
+    # gradient goes back through the norm once more and is multiplied by 1 / norm.
+    bounds = _bounds(right.item(), 20.0, len(labels), len(targets.owner), 3 * 9)
+    assert abs(found.item() - right.item()) <= bounds[0]
+    for side, of_found, of_right, bound in zip(
+        raw, torch.autograd.grad(found, narrow), torch.autograd.grad(right, raw), bounds[1:], strict=True
+    ):
+        assert (of_found - of_right).abs().max() <= bound / side.norm(dim=1).min()
+        assert of_right.abs().max() > 100 * bound / side.norm(dim=1).min()
+
+
+def test_a_copy_of_the_positive_ties_with_it_and_stays() -> None:
+    queries, documents, positives = _vectors(5, 40, 64)
+    documents[35] = documents[3]
+    positives[:] = 3
+    documents = documents.contiguous()
+    found, _, of_documents = _found(queries, documents, positives, scale=100.0, false_negative_margin=0.0)
+    expected, _, _ = reference.info_nce(
+        queries.numpy(), documents.numpy(), positives.numpy(), scale=100.0, false_negative_margin=1e-9
+    )
+    assert abs(found.item() - expected) <= _bounds(float(expected), 100.0, 5, 40, 64)[0]
+    assert of_documents[35].abs().max() > 0.1
+
+
+def test_what_the_margin_leaves_out_takes_no_gradient() -> None:
+    queries = torch.tensor([[1.0, 0.0]])
+    documents = torch.tensor([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
+    positives = torch.tensor([0])
+    loss, _, gradient = _found(queries, documents, positives, scale=20.0, false_negative_margin=0.1)
+    # Left are the positive, 0.6, and 0: log(1 + exp(-12)).
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-12.0)), rel=1e-2)
+    assert not gradient[1].any()
+    assert gradient[2].any()
+    wide, _, of_all = _found(queries, documents, positives, scale=20.0, false_negative_margin=0.3)
+    assert wide.item() == pytest.approx(np.log(1 + np.exp(4.0) + np.exp(-12.0)), abs=1e-5)
+    assert of_all[1].any()
+
+
+def test_a_query_has_the_same_loss_and_gradient_alone_as_among_others() -> None:
+    queries, documents, positives = _vectors(37, 17, 33)
+    together, _ = info_nce_rows(queries, documents, positives, 20.0, 0.1, False)
+    for row in (0, 5, 36):
+        alone, _ = info_nce_rows(queries[row : row + 1], documents, positives[row : row + 1], 20.0, 0.1, False)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_the_gradients_of_the_reference_are_those_of_its_loss() -> None:
+    queries, documents, positives = (side.numpy() for side in _vectors(3, 5, 4))
+    sides = [queries.astype(np.float64), documents.astype(np.float64)]
+    options: dict[str, Any] = {"scale": 20.0, "false_negative_margin": 0.2}
+    _, *gradients = reference.info_nce(sides[0], sides[1], positives, **options)
+    step = 1e-6
+    for side, gradient in zip(sides, gradients, strict=True):
+        for place in np.ndindex(side.shape):
+            kept, losses = side[place], []
+            for moved in (kept + step, kept - step):
+                side[place] = moved
+                losses.append(reference.info_nce(sides[0], sides[1], positives, **options)[0])
+            side[place] = kept
+            # Central: the third derivative, scale**3 at most, times step**2 / 6, and rounding of the loss / step.
+            assert abs((losses[0] - losses[1]) / (2 * step) - gradient[place]) < 20**3 * step**2 + 1e-14 / step
+
+
+def test_there_is_no_second_gradient_and_a_positive_that_does_not_exist_is_nan() -> None:
+    queries, documents, positives = _vectors(2, 3, 4)
+    queries.requires_grad_()
+    (gradient,) = torch.autograd.grad(info_nce(queries, documents, positives, scale=2.0), queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="info_nce: its gradients have no gradients"):
+        torch.autograd.grad(gradient.sum(), queries)
+    for index in (-1, 3):
+        assert info_nce(queries, documents, torch.tensor([0, index]), scale=2.0).isnan()
+
+
+def test_compilers_of_torch_know_its_shapes() -> None:
+    torch.library.opcheck(
+        info_nce_rows, (*_vectors(2, 3, 4), 20.0, None, False), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"queries": torch.ones(4)},
+            r"queries: expected \[queries, 1 to 4096\] float32, contiguous, got \[4\] float32",
+        ),
+        ({"queries": torch.ones(2, 4, dtype=torch.float16)}, "queries: expected .* got .* float16"),
+        ({"queries": torch.ones(0, 4)}, r"queries: expected .* got \[0, 4\]"),
+        ({"documents": torch.ones(4, 3).T}, "documents: expected .* not contiguous"),
+        ({"documents": torch.ones(3, 5)}, r"documents: expected \[documents, 4\] on cpu, as queries are, got \[3, 5\]"),
+        ({"documents": torch.ones(3, 4, device="meta")}, "documents: expected .* on cpu.* got .* on meta"),
+        ({"positives": torch.zeros(3, dtype=torch.int64)}, r"positives: expected \[2\] int64.* got \[3\]"),
+        ({"positives": torch.zeros(2, dtype=torch.int32)}, "positives: expected .* got .* int32"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, torch.Tensor], message: str) -> None:
+    vectors: dict[str, Any] = {
+        "queries": torch.ones(2, 4),
+        "documents": torch.ones(3, 4),
+        "positives": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        info_nce(**{**vectors, **change}, scale=20.0)
