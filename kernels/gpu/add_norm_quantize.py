@@ -10,7 +10,8 @@ Why so:
       reads it again, and the variance is that of differences from the mean: no large squares are subtracted.
     - Each row is one program's: its bits do not depend on the batch.
     - `width` is a constant of the compiled kernel, as a model has one: it then knows that rows begin at multiples of 16
-      bytes, and loads that much at a time.
+      bytes, and loads that much at a time. (A view that begins elsewhere has a kernel of its own, which may add in
+      another order.)
 """
 
 from __future__ import annotations

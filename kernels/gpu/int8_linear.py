@@ -71,14 +71,18 @@ def int8_linear_kernel(
     there = (row[:, None] < tokens) & (out[None, :] < outputs)
     per_out = tl.load(scale_w + out, mask=out < outputs, other=0.0)
     per_row = tl.load(scale_x + row, mask=row < tokens, other=0.0)
-    values = sums.to(tl.float32) * per_out[None, :] * per_row[:, None]
-    if bias is not None:
-        values += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None, :]
+    # fma where a compiler might make one of a product and a sum, for the same bits of every tile.
+    values = sums.to(tl.float32) * per_out[None, :]
+    if bias is None:
+        values *= per_row[:, None]
+    else:
+        more = tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)
+        values = tl.fma(values, per_row[:, None], more[None, :])
     if activation == "gelu":
         values *= 0.5 * (1.0 + tl.erf(values * 0.7071067811865476))
     elif activation == "gelu_tanh":
         # (1 + tanh(z)) / 2 = sigmoid(2 z), with z = sqrt(2 / pi) * (x + 0.044715 * x^3).
-        values *= tl.sigmoid(1.5957691216057308 * values * (1.0 + 0.044715 * values * values))
+        values *= tl.sigmoid(1.5957691216057308 * values * tl.fma(0.044715 * values, values, 1.0))
     elif activation == "silu":
         values *= tl.sigmoid(values)
     at = row.to(tl.int64)[:, None] * outputs + out[None, :]

@@ -10,7 +10,8 @@ Why so:
     - Tokens are added in their order, one by one, and a token left out adds nothing: the sum has the same bits alone,
       in any batch and at any padding. Sums of blocks of tokens would differ with where the padding ends.
     - `width` and `dimension` are constants of the compiled kernel, as a model has one: it then knows that rows begin
-      at multiples of 16 bytes, and loads that much at a time. The number of tokens is not: one kernel serves all.
+      at multiples of 16 bytes, and loads that much at a time. The number of tokens is not: one kernel serves all. (A
+      view that begins elsewhere has a kernel of its own, which may add the squares of the norm in another order.)
 
 What is left to the caller: NaN and infinity have no code, and no error comes from here. NaN gets the int8 code 0,
 infinity 127.
