@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,13 @@ import torch
 from filelock import FileLock
 
 from rtx.export.graph import export_graph
-from rtx.export.graphs import Graphs
+from rtx.export.graphs import Graphs, export_graphs
 from rtx.export.packed import export_packed
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Deviation, deviation
 from rtx.runtime.text import Batch
+from rtx.trainer.compose import compose
 from rtx.trainer.model import RetrievalModel
 
 MODELS = [
@@ -30,6 +32,8 @@ MODELS = [
 ] + [("qwen3-chat", "rerank")]
 
 SOME = [("bert", "embed"), ("modernbert", "embed"), ("deberta-v2", "rerank"), ("qwen3-chat", "rerank")]
+
+TINY_VISION = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
 
 
 class Exported(NamedTuple):
@@ -102,6 +106,39 @@ def exported(
             return Exported(models[key], ir.load(file))
 
     return export
+
+
+@pytest.fixture(scope="session")
+def image_checkpoint(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+    """`image_checkpoint(kind)` gives a folder, of clip, siglip, router, qwen3-vl or qwen3-vl-reranker."""
+
+    def write(kind: str, folder: Path) -> None:
+        if kind == "router":
+            TINY_VISION["write_tiny_dinov2"](folder / "dinov2")
+            compose(str(tiny_checkpoint("bert")), str(folder / "dinov2")).save(folder / "model")
+        else:
+            reranks = {"reranker": True} if kind == "qwen3-vl-reranker" else {}
+            TINY_VISION["write_tiny_qwen3_vl" if "qwen" in kind else f"write_tiny_{kind}"](folder / "model", **reranks)
+
+    return lambda kind: once(f"image-{kind}", lambda folder: write(kind, folder)) / "model"
+
+
+@pytest.fixture(scope="session")
+def image_graphs(once: Callable[..., Path], image_checkpoint: Callable[[str], Path]) -> Callable[[str], Graphs]:
+    """`image_graphs(kind)` gives the graphs of `image_checkpoint(kind)`, which are the caller's own to change."""
+
+    def export(kind: str, folder: Path) -> None:
+        task = "rerank" if kind == "qwen3-vl-reranker" else None
+        graphs = export_graphs(RetrievalModel.load(image_checkpoint(kind), task=task))
+        assert graphs.image is not None
+        ir.save(graphs.tokens, folder / "tokens.onnx")
+        ir.save(graphs.image, folder / "image.onnx")
+
+    def get(kind: str) -> Graphs:
+        folder = once(f"image-graphs-{kind}", lambda folder: export(kind, folder))
+        return Graphs(ir.load(folder / "tokens.onnx"), ir.load(folder / "image.onnx"))
+
+    return get
 
 
 @pytest.fixture(scope="session", params=MODELS, ids="-".join)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +18,10 @@ from click.testing import CliRunner
 from rtx.export import tensorrt
 from rtx.export.calibration import activations, calibrate
 from rtx.export.engines import EngineOptions, image_profiles, token_profiles
-from rtx.export.graphs import Graphs, export_graphs
+from rtx.export.graphs import Graphs
 from rtx.export.scales import CalibrationOptions, Scales
 from rtx.export.tensorrt import (
     Built,
-    _Logger,
     build_engine,
     capability_names,
     check_network,
@@ -33,6 +31,7 @@ from rtx.export.tensorrt import (
     shapes_of,
 )
 from rtx.export.variants import derive, save
+from rtx.runtime.backends.tensorrt import quiet_logger
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, UsageError
@@ -40,7 +39,6 @@ from rtx.runtime.manifest import Manifest
 from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
-TINY = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
 SM = (80, 86, 89, 120)
 # Inputs by type, as TensorRT calls it.
 INT64, FLOAT, HALF = "INT64", "FLOAT", "HALF"
@@ -128,11 +126,12 @@ def test_engines_in_8_bits(exported: Callable[..., Any], tmp_path: Path, archite
 
 @builds
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_vl", "clip", "siglip"])
-def test_engines_of_images(tmp_path: Path, kind: str) -> None:
-    TINY[f"write_tiny_{kind}"](tmp_path / "model")
-    model = RetrievalModel.load(str(tmp_path / "model"))
-    graphs = export_graphs(model)
+@pytest.mark.parametrize("kind", ["qwen3-vl", "clip", "siglip"])
+def test_engines_of_images(
+    image_checkpoint: Callable[[str], Path], image_graphs: Callable[[str], Graphs], tmp_path: Path, kind: str
+) -> None:
+    model = RetrievalModel.load(image_checkpoint(kind))
+    graphs = image_graphs(kind)
     assert graphs.image is not None
     ends = (16, model.contract.max_tokens)
     tokens = build(graphs.tokens, token_profiles(model.contract, ends), tmp_path, "fp16").network
@@ -168,7 +167,7 @@ def test_what_was_read_is_held_against_the_graph(exported: Callable[..., Any], t
     graph = exported("bert").graph
     save(graph, tmp_path / "model.onnx")
     trt = load_tensorrt("tensorrt-rtx")
-    _builder, network, _parser = read_network(trt, tmp_path / "model.onnx", _Logger(trt), target="tensorrt-rtx")
+    _builder, network, _parser = read_network(trt, tmp_path / "model.onnx", quiet_logger(trt), target="tensorrt-rtx")
     found = describe_network(network)
     check_network(found, graph)
     graph.graph.inputs[0].dtype = ir.DataType.INT32

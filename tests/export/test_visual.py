@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +30,9 @@ from rtx.runtime.errors import ExportError
 from rtx.runtime.golden import deviation
 from rtx.runtime.visual_tokens import VisualTokens
 from rtx.trainer.layout import LogitScoreConfig
-from rtx.trainer.logit_score import score_direction, score_last_token
 from rtx.trainer.pooling import Dense, l2_normalize, pool
 
-# Three exports, of some ten seconds each.
+# Three exports, of some ten seconds each, two of which other tests take as well.
 pytestmark = pytest.mark.slow
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "vision_models.py"))
@@ -41,6 +41,7 @@ TOLERANCE = 1e-5
 TOGETHER = 1 << 20
 
 FOLDERS = {"embed": "embedder", "rerank": "reranker"}
+KINDS = {"embed": "qwen3-vl", "rerank": "qwen3-vl-reranker"}
 # Rows of a batch: a number is so many tokens of text; an image has rows and columns of patches, and a seed.
 SMALL, WIDE, HIGH, LARGE, OTHER = (2, 2, 1), (4, 10, 2), (8, 2, 3), (6, 8, 4), (4, 10, 5)
 MIXED = [[3, WIDE, 2], [2, SMALL, 1, LARGE, 3], [5], [1, OTHER, 2, HIGH, 1, WIDE, 4]]
@@ -72,24 +73,17 @@ def answers(tokenizer):
     return LogitScoreConfig(true_token_id=true, false_token_id=false)
 
 
-def scores_of(model, tokenizer):
-    """The yes and no of a language model as a function of its hidden states."""
-    direction, bias = (tensor.detach() for tensor in score_direction(model, answers(tokenizer)))
-    return lambda hidden, mask: torch.sigmoid(score_last_token(hidden, mask, direction, bias))
-
-
 @pytest.fixture(scope="module")
-def tiny(once):
+def tiny(once, image_checkpoint, image_graphs):
     """The embedder and the reranker, with the same weights, and their graphs."""
 
     def fill(folder):
         for task, name in FOLDERS.items():
-            TINY["write_tiny_qwen3_vl"](folder / name, reranker=task == "rerank")
+            shutil.copytree(image_checkpoint(KINDS[task]), folder / name)
         model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder / "reranker")
-        finish = scores_of(model, transformers.AutoTokenizer.from_pretrained(folder / "reranker"))
-        ir.save(export_vision(model.model), folder / "vision.onnx")
+        ir.save(image_graphs(KINDS["embed"]).image, folder / "vision.onnx")
         ir.save(export_text(model.model, Vectors(), output="sentence_embedding"), folder / "embed.onnx")
-        ir.save(export_text(model, finish, output="scores"), folder / "rerank.onnx")
+        ir.save(image_graphs(KINDS["rerank"]).tokens, folder / "rerank.onnx")
 
     folder = once("qwen3-vl", fill)
     reranker = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder / "reranker").eval()
