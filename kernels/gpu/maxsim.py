@@ -59,8 +59,9 @@ def maxsim_kernel(
                 right = tl.load(here, mask=has_token[None, :] & fits[:, None], other=0.0)
                 products = tl.dot(left, right, products, input_precision="ieee")
             real = has_row[:, None] & has_token[None, :]
-            # A maximum may pass over NaN. Not finite is what has no magnitude below infinity.
-            odd = real & ~(tl.abs(products) < float("inf"))
+            # A maximum may pass over NaN. Padding, of zeros, adds nothing here: times infinity it is NaN, where a
+            # product of the same vector is not finite either.
+            odd = ~(tl.abs(products) < float("inf"))
             broken = tl.maximum(broken, tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0))
             best = tl.maximum(best, tl.max(tl.where(real, products, float("-inf")), axis=1))
         score += tl.sum(tl.where(has_row & (begin < end), best, 0.0), axis=0)

@@ -164,6 +164,7 @@ def packed_attention(
                 block=block,
                 key_block=key_block,
                 widen=not query.is_cuda,
+                num_warps=_warps(query.dtype, width),
                 num_stages=_STAGES,
             )
     return out
@@ -203,6 +204,11 @@ def _blocks(kind: torch.dtype) -> tuple[int, int]:
     return (32, 16) if kind == torch.float32 else (64, 64)
 
 
+def _warps(kind: torch.dtype, width: int) -> int:
+    """With 4, queries, scores and values so far of 128 columns take more registers than threads have."""
+    return 8 if kind != torch.float32 and _padded(width) == 128 else 4
+
+
 def _build(kind: str, width: int, *, groups: int = 1, causal: bool = False, has_window: bool = False) -> Build:
     block, key_block = _blocks(torch.float32 if kind == "fp32" else torch.float16)
     return Build(
@@ -226,6 +232,7 @@ def _build(kind: str, width: int, *, groups: int = 1, causal: bool = False, has_
             "key_block": key_block,
             "widen": False,
         },
+        warps=_warps(torch.float32 if kind == "fp32" else torch.float16, width),
         stages=_STAGES,
     )
 
