@@ -10,7 +10,7 @@ Why so:
     - Blocks of keys that nothing in the program sees, behind it or beyond the window, are skipped: with a window the
       work is length * window.
     - The grid has as many blocks for each sequence as the longest needs; those of shorter ones read two offsets and
-      end. That is about a microsecond for a wave of them, and no list of blocks has to be made and copied first.
+      end, which no GPU has timed yet; no list of blocks has to be made and copied first.
     - A width that is no power of two is padded in registers, not in memory: 96 is multiplied as 128.
 
 Products of half precision are exact in float32; weights are rounded to the type of the values to be multiplied by

@@ -125,7 +125,7 @@ def test_what_the_margin_leaves_out_takes_no_gradient() -> None:
     assert of_all[1].any()
 
 
-def test_a_query_has_the_same_loss_and_gradient_alone_as_among_others() -> None:
+def test_a_query_has_the_same_loss_alone_as_among_others() -> None:
     queries, documents, positives = _vectors(37, 17, 33)
     together, _ = info_nce_rows(queries, documents, positives, 20.0, 0.1, False)
     for row in (0, 5, 36):
