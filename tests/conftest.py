@@ -5,6 +5,7 @@ A folder is built once a session and shared: a test that changes one copies it f
 
 from __future__ import annotations
 
+import gc
 import shutil
 import string
 from collections.abc import Callable
@@ -18,6 +19,17 @@ from filelock import FileLock
 # The same examples in every run, no time limit on a shared machine, nothing written into the checkout.
 hypothesis.settings.register_profile("rtx", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("rtx")
+
+
+def pytest_collection_finish() -> None:
+    """Each training, and each export, collects garbage: what the modules hold is none, and is a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "qwen3")
 

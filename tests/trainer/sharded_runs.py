@@ -4,6 +4,7 @@ Sharded, this is started as a user of GPUs starts `rtx finetune`, by `accelerate
 that accelerate offers FSDP to accelerators alone.
 """
 
+import gc
 import io
 import os
 import sys
@@ -121,7 +122,7 @@ def train_all(checkpoint, language_model, evalset, out):
 def stop_and_resume(checkpoint, evalset, out):
     """Runs that stop at a step, and those that do not; with dropout."""
     for name, own, points in (("whole", {}, (3, 6)), ("adapters", {"lora_rank": 4}, (3,))):
-        options = {"epochs": 2, "save_steps": 2, "dropout": 0.2, "evalset": evalset, **SMALL, **own}
+        options = {"epochs": 2, "save_steps": 2, "dropout": 0.2, "evalset": evalset, **SMALL, "chunk_tokens": 60, **own}
         train(checkpoint, out / f"unbroken {name}", **options)
         # Between two checkpoints, and before the last evaluation.
         for step in points:
@@ -190,6 +191,8 @@ def main(checkpoint, language_model, evalset, out):
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     AcceleratorState.__init__ = on_cpus_too
+    # Each run collects garbage, of which the modules hold none.
+    gc.freeze()
     train_all(checkpoint, language_model, evalset, out)
     hold_and_replay(checkpoint, out)
     stop_and_resume(checkpoint, evalset, out)
