@@ -9,7 +9,6 @@ never built when a request comes.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,18 +19,14 @@ from typing import Any, get_args
 import onnx_ir as ir
 
 from rtx.export.buckets import Range
-from rtx.runtime.doctor import TENSORRT_INSTALL
-from rtx.runtime.errors import ExportError, UsageError
+from rtx.runtime.backends import tensorrt
+from rtx.runtime.errors import EngineError, ExportError, UsageError
 from rtx.runtime.manifest import Target
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 Profile = dict[str, Range]
 """Of one bucket: ranges by the graph's names of its axes."""
 
-_MODULES: dict[Target, tuple[str, ...]] = {
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-    "tensorrt": ("tensorrt",),
-}
 _TYPES = {
     ir.DataType.FLOAT: "FLOAT",
     ir.DataType.FLOAT16: "HALF",
@@ -73,16 +68,10 @@ def load_tensorrt(target: Target) -> Any:
     Raises:
         ExportError: it is not installed, or cannot be loaded; says how to install it.
     """
-    reasons = []
-    for name in _MODULES[target]:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        except (ImportError, OSError, RuntimeError) as broken:
-            reasons.append(f"{name}: {broken}")
-    why = "; ".join(reasons) or "it is not installed"
-    raise ExportError(f"{target}: {why}. It comes with: {TENSORRT_INSTALL[target]}")
+    try:
+        return tensorrt.load_tensorrt(target)
+    except EngineError as missing:
+        raise ExportError(str(missing)) from missing
 
 
 def capability_names(trt: Any) -> list[int]:
@@ -187,7 +176,7 @@ def build_engine(
     trt = load_tensorrt(target)
     check_capabilities(trt, target, capabilities)
     model = ir.load(graph)
-    logger = _Logger(trt)
+    logger = tensorrt.quiet_logger(trt)
     builder, network, _parser = read_network(trt, graph, logger, target=target)
     described = describe_network(network)
     check_network(described, model)
@@ -236,18 +225,3 @@ def _type_of(value: ir.Value) -> str:
 
 def _sizes(value: ir.Value) -> tuple[int, ...]:
     return tuple(axis if isinstance(axis, int) else -1 for axis in value.shape or ())
-
-
-def _Logger(trt: Any) -> Any:  # noqa: N802 - a class, whose base is known only here
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what went wrong for the error, and is silent."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.last = message.strip()
-
-    return Logger()

@@ -18,7 +18,7 @@ from rtx.runtime.backends.onnx import usable_cores
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import Candidates
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import cuda_device
+from rtx.runtime.engine import gpu_index
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Comparison, compare, evaluate_embedder, evaluate_reranker
@@ -67,7 +67,7 @@ class BenchOptions:
             raise UsageError(f"seconds: expected more than 0, got {self.seconds}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: expected at least 1, got {self.threads}")
-        cuda_device(self.device)
+        gpu_index(self.device)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _open(
     """The subjects, the baseline first."""
     subjects = []
     if against is not None:
-        if cuda_device(options.device) is not None:
+        if gpu_index(options.device) is not None:
             raise UsageError(
                 f"{against}: PyTorch runs on the CPU here, and is nothing to hold {options.device} against"
             )

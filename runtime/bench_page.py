@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rtx.runtime.bench import PERCENTILES, BenchResult, SubjectResult
-from rtx.runtime.engine import cuda_device
+from rtx.runtime.engine import gpu_index
 from rtx.runtime.plots import Bar, Mark, Point, Series, Span, svg_bars, svg_dots, svg_lines, svg_scatter
 from rtx.runtime.report import (
     Cell,
@@ -57,7 +57,7 @@ def result_rows(result: BenchResult) -> dict[str, list[Row]]:
 
 def where_of(result: BenchResult) -> str:
     """What ran it, in words."""
-    gpu = cuda_device(result.device)
+    gpu = gpu_index(result.device)
     if gpu is None:
         return f"{result.machine.cpu}, {result.threads} threads"
     name = result.machine.gpus[gpu] if gpu < len(result.machine.gpus) else result.device

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from rtx.kernels.library import library_file
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
-from rtx.runtime.engine import cuda_device
-from rtx.runtime.errors import BundleError, UsageError, nearest
+from rtx.runtime.backends.opener import OpenGraph
+from rtx.runtime.backends.tensorrt import TensorRtEngine, installed_tensorrt, mismatch
+from rtx.runtime.engine import gpu_index, is_tensorrt
+from rtx.runtime.errors import BundleError, EngineError, UsageError, nearest
 from rtx.runtime.golden import Golden
+from rtx.runtime.gpu import find_gpu
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
 from rtx.runtime.images import ImageLimits
-from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Variant
+from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, EngineEntry, Manifest, Variant
 from rtx.runtime.preprocessor import Preprocessor
 
 
@@ -62,8 +65,8 @@ class Bundle:
             UsageError: there is none of that name; says why, if it was exported and rejected. Or it runs on the CPU
                 alone.
         """
-        on_gpu = cuda_device(device) is not None
-        name = name or (self._default_on_gpu() if on_gpu else self._default())
+        on_gpu = gpu_index(device) is not None
+        name = name or (self._default_on_gpu(device) if on_gpu else self._default())
         if name in self.manifest.variants:
             found = self.manifest.variants[name]
             if not on_gpu and not runs_on_cpu(found):
@@ -72,7 +75,12 @@ class Bundle:
                     f"{self.path}: variant '{name}' is in bf16, which ONNX Runtime computes on GPUs alone; "
                     f"these run on a CPU: {others}"
                 )
-            if on_gpu and not runs_on_gpu(found):
+            if is_tensorrt(device):
+                if not self.runs(found, device):
+                    others = ", ".join(n for n, one in self.manifest.variants.items() if self.runs(one, device))
+                    hint = f"these have one: {others}" if others else "`rtx export --target` builds them"
+                    raise UsageError(f"{self.path}: variant '{name}' has no engine of TensorRT; {hint}")
+            elif on_gpu and not runs_on_gpu(found):
                 others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_gpu(one))
                 hint = f"these run on a GPU: {others}" if others else "export fp16 or fp32 for one that runs on a GPU"
                 raise UsageError(f"{self.path}: variant '{name}' is not for ONNX Runtime on a GPU; {hint}")
@@ -81,9 +89,23 @@ class Bundle:
             raise UsageError(f"{self.path}: variant '{name}' did not pass the gate: {self.manifest.rejected[name]}")
         raise UsageError(f"{self.path}: has no variant '{name}' ({nearest(name, self.manifest.variants)})")
 
-    def _default_on_gpu(self) -> str:
+    def runs(self, variant: Variant, device: str) -> bool:
+        """Whether a variant is one for a device; not whether that is there.
+
+        Raises:
+            UsageError: there is no such kind of device.
+        """
+        if gpu_index(device) is None:
+            return runs_on_cpu(variant)
+        return all(map(self.engines_of, variant.graphs)) if is_tensorrt(device) else runs_on_gpu(variant)
+
+    def engines_of(self, graph: str) -> dict[str, EngineEntry]:
+        """The engines that were built of a graph, by file."""
+        return {file: entry for file, entry in self.manifest.engines.items() if entry.graph == graph}
+
+    def _default_on_gpu(self, device: str) -> str:
         """What a GPU is fast at: half precision, or else float32."""
-        names = [name for name, variant in self.manifest.variants.items() if runs_on_gpu(variant)]
+        names = [name for name, variant in self.manifest.variants.items() if self.runs(variant, device)]
         order = ("fp16", "bf16", "fp32", "fused")
         return min(names, key=lambda name: order.index(name) if name in order else len(order), default=self._default())
 
@@ -129,12 +151,12 @@ class Bundle:
         verify: bool = True,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> GraphEngine:
-        """Load a variant.
+        """Load a variant: its graphs, or on "tensorrt" their engines.
 
         Args:
             variant: its name; None for the default.
             threads: of one run; None for the cores that this process may use.
-            device: "cpu", "cuda" or "cuda:N".
+            device: as for `Session.open`.
             verify: compare the files with the hashes in the manifest.
             cache_bytes: what is made of images and kept may take; 0 keeps none.
 
@@ -145,6 +167,15 @@ class Bundle:
             EngineError: it cannot be loaded, or the device cannot be used.
         """
         name, chosen = self.variant(variant, device=device)
+        if is_tensorrt(device):
+            return open_graphs(
+                self.manifest.contract,
+                *map(Path, chosen.graphs),
+                device=device,
+                name=f"{self.path.name}:{name}",
+                cache_bytes=cache_bytes,
+                open_graph=self._opener(device, verify=verify),
+            )
         graphs: list[bytes | Path]
         if chosen.external:
             # Weights beside the graph are found by its path, so it cannot be handed over as bytes.
@@ -164,6 +195,20 @@ class Bundle:
             packed=chosen.operators,  # the operators of rtx are those of the packed graph
             cache_bytes=cache_bytes,
         )
+
+    def _opener(self, device: str, *, verify: bool) -> OpenGraph:
+        """Opens the engine of a graph that fits this machine."""
+        gpu = find_gpu(gpu_index(device) or 0)
+
+        def open_graph(graph: Path, *, output: str, name: str, **_: object) -> TensorRtEngine:
+            engines, problems = self.engines_of(graph.as_posix()), []
+            for file, entry in engines.items():
+                if (problem := mismatch(entry, installed_tensorrt(entry.target), {gpu.capability})) is None:
+                    return TensorRtEngine(self.read(file, verify=verify), entry, output=output, gpu=gpu, name=name)
+                problems.append(f"{file}: {problem}")
+            raise EngineError(f"{name}: no engine can run on {device}: {'; '.join(problems)}")
+
+        return open_graph
 
     def read(self, file: str, *, verify: bool = True) -> bytes:
         """A file's content.

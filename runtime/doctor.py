@@ -15,24 +15,17 @@ import numpy as np
 
 from rtx.kernels.library import best_isa
 from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.backends.tensorrt import INSTALL, installed_tensorrt, mismatch
 from rtx.runtime.bundle import Bundle
+from rtx.runtime.engine import TENSORRT
 from rtx.runtime.errors import EngineError, MissingExtraError, UsageError, install_command
 from rtx.runtime.gpu import Gpu, Gpus, find_gpus
 from rtx.runtime.machine import describe_machine, installed_version
-from rtx.runtime.manifest import EngineEntry, Target
+from rtx.runtime.manifest import EngineEntry
 
 _DISTRIBUTION = "rtx-retrieval"
 # name[extras] ... ; extra == "name"
 _REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""")
-_TENSORRT: dict[Target, tuple[str, ...]] = {
-    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
-    "tensorrt": ("tensorrt",),
-}
-TENSORRT_INSTALL: dict[Target, str] = {
-    "tensorrt-rtx": install_command("tensorrt-rtx"),
-    "tensorrt": "pip install tensorrt",
-}
-"""The command that brings each."""
 
 # The smallest graph that does something, in ONNX: y = Identity(x), float32 of any length.
 _IDENTITY = (
@@ -127,15 +120,11 @@ def _engines(cuda: dict[int, str | None], no_gpu: str | None) -> dict[str, dict[
             "problem": None if torch else f"missing: {install_command('train')}",
         },
     }
-    for target in _TENSORRT:
-        version = _tensorrt_version(target)
-        problem = None if version else f"missing: {TENSORRT_INSTALL[target]}"
+    for target, command in INSTALL.items():
+        version = installed_tensorrt(target)
+        problem = None if version else f"missing: {command}"
         found[target] = {"runs": "builds of engines", "version": version, "problem": problem}
     return found
-
-
-def _tensorrt_version(target: Target) -> str | None:
-    return next((version for package in _TENSORRT[target] if (version := installed_version(package))), None)
 
 
 def _why_not_cuda(gpu: Gpu) -> str | None:
@@ -154,13 +143,29 @@ def _why_not_cuda(gpu: Gpu) -> str | None:
 
 def _where_it_runs(bundle: Bundle, gpus: Gpus | None, cuda: dict[int, str | None]) -> dict[str, Any]:
     problems = {"cpu": None, **{f"cuda:{index}": why for index, why in cuda.items()}}
+    devices = {device: _variant(bundle, device, problem) for device, problem in problems.items()}
+    if bundle.manifest.engines and gpus is not None:
+        devices |= {f"{TENSORRT}:{gpu.index}": _on_tensorrt(bundle, gpu) for gpu in gpus.devices}
     return {
         "path": str(bundle.path),
-        "devices": {device: _variant(bundle, device, problem) for device, problem in problems.items()},
+        "devices": devices,
         "engines": {
             file: {"problem": _why_not_engine(engine, gpus)} for file, engine in bundle.manifest.engines.items()
         },
     }
+
+
+def _on_tensorrt(bundle: Bundle, gpu: Gpu) -> dict[str, Any]:
+    """As `_variant`, for the bundle's engines on a GPU; whether they run there is not tried."""
+    found = _variant(bundle, f"{TENSORRT}:{gpu.index}", None)
+    if found["variant"] is None:
+        return found
+    problems = [] if installed_version("cuda-bindings") else ["missing: pip install cuda-bindings"]
+    for graph in bundle.manifest.variants[found["variant"]].graphs:
+        engines = bundle.engines_of(graph).values()
+        why = [mismatch(engine, installed_tensorrt(engine.target), {gpu.capability}) for engine in engines]
+        problems += [] if None in why else [reason for reason in why if reason]
+    return {**found, "problem": "; ".join(dict.fromkeys(problems)) or None}
 
 
 def _variant(bundle: Bundle, device: str, problem: str | None) -> dict[str, Any]:
@@ -173,14 +178,7 @@ def _variant(bundle: Bundle, device: str, problem: str | None) -> dict[str, Any]
 
 
 def _why_not_engine(engine: EngineEntry, gpus: Gpus | None) -> str | None:
-    """Why no GPU of this machine takes an engine; None if one does, for a program that loads engines."""
+    """Why no GPU of this machine takes an engine; None if one does."""
     if gpus is None or not gpus.devices:
         return "there is no GPU"
-    if (version := _tensorrt_version(engine.target)) != engine.version:
-        here = f"here is {version}" if version else "it is not installed here"
-        return f"it was built with {engine.target} {engine.version}, and runs with that alone; {here}"
-    capabilities = {gpu.capability for gpu in gpus.devices}
-    if engine.capabilities and not capabilities & {*engine.capabilities}:
-        built, here = (", ".join(f"sm_{sm}" for sm in sorted(of)) for of in ({*engine.capabilities}, capabilities))
-        return f"it was built for {built}; here is {here}"
-    return None
+    return mismatch(engine, installed_tensorrt(engine.target), {gpu.capability for gpu in gpus.devices})

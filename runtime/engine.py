@@ -21,6 +21,9 @@ from rtx.runtime.text import Batch, Encoded
 # More than any model gains from. ONNX Runtime starts as many as it is told, and from 2**31 on raises TypeError.
 _MAX_THREADS = 1024
 
+TENSORRT = "tensorrt"
+"""The device whose engines are TensorRT's."""
+
 
 def check_threads(threads: int | None) -> None:
     """Raise UsageError for a number of threads that no engine can run with; None lets the engine choose."""
@@ -30,18 +33,25 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads: expected at most {_MAX_THREADS}, got {threads}")
 
 
-def cuda_device(device: str) -> int | None:
-    """The number of the GPU that a device's name means, "cuda" or "cuda:1"; None for "cpu".
+def gpu_index(device: str) -> int | None:
+    """The number of the GPU that a device's name means, as "cuda:1" or "tensorrt:1"; None for "cpu".
+
+    On "cuda", ONNX Runtime runs a bundle's graphs; on "tensorrt", TensorRT runs its engines.
 
     Raises:
-        UsageError: it means neither.
+        UsageError: it means no device.
     """
     if device == "cpu":
         return None
     kind, colon, number = device.partition(":")
-    if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
-        raise UsageError(f"device: expected cpu, cuda or cuda:N, got '{device}'")
+    if kind not in ("cuda", TENSORRT) or (colon and not (number.isascii() and number.isdigit())):
+        raise UsageError(f"device: expected cpu, cuda or cuda:N, {TENSORRT} or {TENSORRT}:N, got '{device}'")
     return int(number or 0)
+
+
+def is_tensorrt(device: str) -> bool:
+    """Whether a device's name asks for a bundle's engines."""
+    return device.partition(":")[0] == TENSORRT
 
 
 class Engine(Protocol):

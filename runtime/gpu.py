@@ -70,6 +70,17 @@ def find_gpus() -> Gpus:
     return Gpus(cuda, tuple(_describe(driver, index) for index in range(count.value)))
 
 
+def find_gpu(index: int) -> Gpu:
+    """
+    Raises:
+        EngineError: there is no driver, or no such GPU.
+    """
+    devices = find_gpus().devices
+    if index >= len(devices):
+        raise EngineError(f"there is no GPU {index}; the NVIDIA driver finds {len(devices)}")
+    return devices[index]
+
+
 def _load() -> Any:
     return ctypes.CDLL(_LIBRARY)
 

@@ -88,7 +88,8 @@ class Session:
             bundle: folder that `rtx export` wrote.
             variant: name of a variant; None for the bundle's default, the fastest that passed its gate.
             threads: threads of one run; None for all cores that the process may use.
-            device: "cpu"; "cuda" or "cuda:N" for an NVIDIA GPU, where the default variant is fp16 or else fp32.
+            device: "cpu"; "cuda" or "cuda:N" for ONNX Runtime on an NVIDIA GPU; "tensorrt" or "tensorrt:N" for the
+                bundle's engines on one. On a GPU the default variant is fp16 or else fp32.
             budget: how much goes through the engine at once.
             limits: how large images may be, and where they may come from.
             verify: compare the files that are read with the hashes in the manifest.

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
+from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import open_model
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import Budget, Engine, cuda_device
+from rtx.runtime.engine import Budget, Engine
 from rtx.runtime.errors import BundleError, CheckpointError, ItemError, UsageError
 from rtx.runtime.golden import Deviation, Golden
 from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Tolerance
@@ -114,7 +114,7 @@ def open_variants(
         bundle: the bundle.
         names: of the variants; none for all that run on the device.
         threads: of one run.
-        device: "cpu", "cuda" or "cuda:N".
+        device: as for `Session.open`.
         models: closes what is opened.
         note: told what is checked next.
 
@@ -123,8 +123,7 @@ def open_variants(
         BundleError: a file is damaged, or variants are out of their tolerance on this machine; all are named.
     """
     golden, manifest = bundle.golden(), bundle.manifest
-    runs = runs_on_cpu if cuda_device(device) is None else runs_on_gpu
-    every = [name for name, variant in manifest.variants.items() if runs(variant)]
+    every = [name for name, variant in manifest.variants.items() if bundle.runs(variant, device)]
     # Where none runs, the default is asked for: that says why.
     wanted: Sequence[str | None] = names or every or [None]
     chosen = dict.fromkeys(bundle.variant(name, device=device)[0] for name in wanted)

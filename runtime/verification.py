@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rtx.runtime.backends.graphs import VISUAL_INPUTS, GraphEngine
-from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
+from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
-from rtx.runtime.engine import Budget, cuda_device
+from rtx.runtime.engine import Budget, gpu_index, is_tensorrt
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
 from rtx.runtime.golden import Golden
 from rtx.runtime.items import describe
@@ -59,7 +59,7 @@ def verify_bundle(
         path: the bundle's folder.
         variant: the one to run; None for all.
         threads: of one run; None for all cores that the process may use.
-        device: "cpu", "cuda" or "cuda:N", where variants with operators for the CPU alone are left out.
+        device: as for `Session.open`; variants that do not run there are left out.
 
     Returns:
         What each check came to; a damaged manifest is the only finding, since nothing can be held against it.
@@ -68,14 +68,13 @@ def verify_bundle(
         UsageError: there is no such variant, or it does not run on that device.
         MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
     """
-    on_gpu = cuda_device(device) is not None
+    gpu_index(device)  # before anything is read
     try:
         bundle = Bundle.open(path)
     except BundleError as broken:
         return [Finding("manifest", problems=(str(broken),))]
     manifest, contract = bundle.manifest, bundle.manifest.contract
-    runs = runs_on_gpu if on_gpu else runs_on_cpu
-    names = [name for name, one in manifest.variants.items() if runs(one)]
+    names = [name for name, one in manifest.variants.items() if bundle.runs(one, device)]
     if variant is not None:
         names = [bundle.variant(variant, device=device)[0]]
     damaged = bundle.damaged()
@@ -96,7 +95,8 @@ def verify_bundle(
     for name in names:
         findings += _check_variant(bundle, name, damaged, golden, preprocessor, threads=threads, device=device)
     left_out = [name for name in manifest.variants if variant is None and name not in names]
-    findings += [Finding(name, f"ONNX Runtime does not run it on {device}", skipped=True) for name in left_out]
+    why = "there is no engine of it" if is_tensorrt(device) else f"ONNX Runtime does not run it on {device}"
+    findings += [Finding(name, why, skipped=True) for name in left_out]
     return findings
 
 
@@ -111,11 +111,11 @@ def _check_variant(
     device: str,
 ) -> list[Finding]:
     chosen, contract = bundle.manifest.variants[name], bundle.manifest.contract
+    engines = [file for graph in chosen.graphs for file in bundle.engines_of(graph)]
     engine, problems = _opened(
         lambda: bundle.engine(name, threads=threads, device=device, verify=False),
         damaged,
-        *chosen.graphs,
-        *chosen.external,
+        *(engines if is_tensorrt(device) else (*chosen.graphs, *chosen.external)),
     )
     if engine is None:
         return [Finding(f"{name} graph", problems=problems), _not_run(name, "there is no graph")]

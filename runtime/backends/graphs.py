@@ -7,13 +7,14 @@ from pathlib import Path
 from rtx.runtime.backends.onnx import OnnxEngine, Watch
 from rtx.runtime.backends.onnx_towers import OnnxTowersEngine
 from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
+from rtx.runtime.backends.opener import Graph, OpenGraph
 from rtx.runtime.contract import Contract
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
 
 VISUAL_INPUTS = ("position_ids", "visual_index", "image_embeds", "deepstack")
 """What the graph for tokens takes besides the contract's inputs where images are tokens among them."""
 
-GraphEngine = OnnxEngine | OnnxTowersEngine | OnnxVisualEngine
+GraphEngine = Graph | OnnxTowersEngine | OnnxVisualEngine
 
 
 def open_graphs(
@@ -28,6 +29,7 @@ def open_graphs(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     watch: Watch | None = None,
     image_watch: Watch | None = None,
+    open_graph: OpenGraph = OnnxEngine,
 ) -> GraphEngine:
     """Open what a model of this contract needs.
 
@@ -42,6 +44,7 @@ def open_graphs(
         cache_bytes: what is made of images and kept may take; 0 keeps none.
         watch: who looks inside the graph for what has tokens.
         image_watch: who looks inside that for images.
+        open_graph: what opens each graph.
 
     Raises:
         UsageError: `threads` is out of range, or there is no such kind of device.
@@ -49,7 +52,7 @@ def open_graphs(
         EngineError: a graph cannot be loaded, or the device cannot be used.
     """
     if image_graph is None:
-        return OnnxEngine(
+        return open_graph(
             graph, output=contract.output, threads=threads, device=device, name=name, packed=packed, watch=watch
         )
     if contract.visual is None:
@@ -64,6 +67,7 @@ def open_graphs(
             cache_bytes=cache_bytes,
             watch=watch,
             image_watch=image_watch,
+            open_graph=open_graph,
         )
     return OnnxVisualEngine(
         image_graph,
@@ -76,4 +80,5 @@ def open_graphs(
         cache_bytes=cache_bytes,
         watch=watch,
         image_watch=image_watch,
+        open_graph=open_graph,
     )

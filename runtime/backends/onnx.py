@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.kernels.library import DOMAIN, NOT_BUILT, library_file
-from rtx.runtime.engine import check_threads, cuda_device
-from rtx.runtime.errors import EngineError, MissingExtraError
+from rtx.runtime.engine import check_threads, gpu_index, is_tensorrt
+from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
 from rtx.runtime.text import Batch
 
 # From here on an item of a packed graph is long. To give memory back and ask for it again takes a tenth of the time of
@@ -71,7 +71,9 @@ class OnnxEngine:
         watch: Watch | None = None,
     ) -> None:
         check_threads(threads)
-        gpu = cuda_device(device)
+        gpu = gpu_index(device)
+        if is_tensorrt(device):
+            raise UsageError(f"{name}: ONNX Runtime runs a graph on cpu or cuda, and an engine of TensorRT on {device}")
         try:
             import onnxruntime as ort
         except ImportError as missing:

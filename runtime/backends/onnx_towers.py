@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU for a model with a graph for texts and one for images, which both give vectors."""
+"""A model with a graph for texts and one for images, which both give vectors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.backends.onnx import OnnxEngine, Watch
+from rtx.runtime.backends.opener import OpenGraph
 from rtx.runtime.errors import EngineError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
 from rtx.runtime.text import Batch
 
 
 class OnnxTowersEngine:
-    """Two graphs in ONNX Runtime sessions on the CPU, behind the contract of every engine.
+    """Two graphs behind the contract of every engine.
 
     Args:
         image: the images' graph, serialised, or the path of its file.
@@ -26,6 +27,7 @@ class OnnxTowersEngine:
         packed: whether the texts' graph leaves out padding; images have none.
         cache_bytes: what the vectors of images that are kept may take; 0 keeps none.
         watch, image_watch: who looks inside the texts' graph, and the images'.
+        open_graph: what opens each graph.
 
     Attributes:
         input_names: of the texts' graph.
@@ -50,14 +52,15 @@ class OnnxTowersEngine:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         watch: Watch | None = None,
         image_watch: Watch | None = None,
+        open_graph: OpenGraph = OnnxEngine,
     ) -> None:
         self.name = name
         self.packed = packed
         self._cache: ImageCache[bytes] = ImageCache(cache_bytes)
-        self._image = OnnxEngine(
+        self._image = open_graph(
             image, output=output, threads=threads, device=device, name=f"{name} (images)", watch=image_watch
         )
-        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name, watch=watch)
+        self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

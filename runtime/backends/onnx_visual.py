@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU for a model with images among the tokens: one graph for images, one for texts.
+"""A model with images among the tokens: one graph for images, one for texts.
 
     batch -> distinct images -> cache, or vision graph -> table of visual tokens -> text graph -> vectors or scores
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.backends.onnx import OnnxEngine, Watch
+from rtx.runtime.backends.opener import Graph, OpenGraph
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
@@ -33,7 +34,7 @@ _Tokens = NDArray[np.float32]
 
 
 class OnnxVisualEngine:
-    """A vision graph and a text graph in ONNX Runtime sessions on the CPU, behind the contract of every engine.
+    """A vision graph and a text graph behind the contract of every engine.
 
     Args:
         vision: the vision graph, serialised, or the path of its file.
@@ -46,6 +47,7 @@ class OnnxVisualEngine:
         cache_bytes: what the visual tokens that are kept may take; 0 keeps none.
         max_batch_patches: limit on images * patches of the largest that run together; a larger image runs alone.
         watch, image_watch: who looks inside the texts' graph, and the images'.
+        open_graph: what opens each graph.
 
     Attributes:
         input_names: of the text graph.
@@ -73,6 +75,7 @@ class OnnxVisualEngine:
         max_batch_patches: int = DEFAULT_BATCH_PATCHES,
         watch: Watch | None = None,
         image_watch: Watch | None = None,
+        open_graph: OpenGraph = OnnxEngine,
     ) -> None:
         if max_batch_patches < 1:
             raise UsageError(f"max_batch_patches: expected at least 1, got {max_batch_patches}")
@@ -80,7 +83,7 @@ class OnnxVisualEngine:
         self._rules = rules
         self._max_batch_patches = max_batch_patches
         self._cache: ImageCache[_Key] = ImageCache(cache_bytes)
-        self._vision = OnnxEngine(
+        self._vision = open_graph(
             vision,
             output="image_embeds",
             threads=threads,
@@ -88,7 +91,7 @@ class OnnxVisualEngine:
             name=f"{name} (vision)",
             watch=image_watch,
         )
-        self._text = OnnxEngine(text, output=output, threads=threads, device=device, name=name, watch=watch)
+        self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 
@@ -151,7 +154,7 @@ class OnnxVisualEngine:
 
 
 def _tokens_of(
-    vision: OnnxEngine, pixels: NDArray[np.float32], grids: NDArray[np.int64], rules: VisualTokens
+    vision: Graph, pixels: NDArray[np.float32], grids: NDArray[np.int64], rules: VisualTokens
 ) -> list[_Tokens]:
     """The visual tokens of images that run together, [1 + deepstack layers, tokens, hidden] each."""
     image_embeds, deepstack = vision.fetch(("image_embeds", "deepstack"), vision_inputs(pixels, grids, rules))

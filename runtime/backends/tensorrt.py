@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.backends.cuda import Cuda
-from rtx.runtime.engine import cuda_device
-from rtx.runtime.errors import EngineError, UsageError, install_command
+from rtx.runtime.errors import EngineError, install_command
+from rtx.runtime.gpu import Gpu
+from rtx.runtime.machine import installed_version
 from rtx.runtime.manifest import EngineEntry, Target
 from rtx.runtime.text import Batch
 
@@ -39,6 +40,10 @@ INSTALL: dict[Target, str] = {
 
 _MODULES: dict[Target, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "tensorrt": ("tensorrt",),
+}
+_PACKAGES: dict[Target, tuple[str, ...]] = {
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
     "tensorrt": ("tensorrt",),
 }
 _SLOTS = 2
@@ -67,6 +72,11 @@ def load_tensorrt(target: Target) -> Any:
             reasons.append(f"{name}: {broken}")
     why = "; ".join(reasons) or "it is not installed"
     raise EngineError(f"{target}: {why}. It comes with: {INSTALL[target]}")
+
+
+def installed_tensorrt(target: Target) -> str | None:
+    """Its version; None where it is not installed."""
+    return next((version for package in _PACKAGES[target] if (version := installed_version(package))), None)
 
 
 def quiet_logger(trt: Any) -> Any:
@@ -153,17 +163,16 @@ class TensorRtEngine:
         content: the engine.
         entry: what the bundle's manifest says of it.
         output: name of the output that `run` gives.
-        device: "cuda" or "cuda:N".
-        capability: compute capability of that GPU, as 89.
+        gpu: that it runs on.
         name: what error messages call the engine.
         max_graphs: shapes that came before and are launched as a CUDA graph; 0 for none.
 
     Attributes:
         input_names: of the engine.
+        metadata: nothing; it is what graphs have.
         graph_problem: why no more runs are captured as graphs, where that failed; they go on without.
 
     Raises:
-        UsageError: the device is no GPU.
         MissingExtraError: cuda-bindings is not installed.
         EngineError: TensorRT is missing or another version, the GPU is another, or one of them cannot use the engine.
     """
@@ -176,21 +185,17 @@ class TensorRtEngine:
         entry: EngineEntry,
         *,
         output: str,
-        device: str,
-        capability: int,
+        gpu: Gpu,
         name: str = "tensorrt",
         max_graphs: int = _MAX_GRAPHS,
     ) -> None:
-        index = cuda_device(device)
-        if index is None:
-            raise UsageError(f"{name}: an engine of TensorRT runs on a GPU; expected cuda or cuda:N, got '{device}'")
         self.name = name
         trt = load_tensorrt(entry.target)
-        if problem := mismatch(entry, str(trt.__version__), {capability}):
+        if problem := mismatch(entry, str(trt.__version__), {gpu.capability}):
             raise EngineError(f"{name}: {problem}")
         self._trt, self._output, self._max_graphs = trt, output, max_graphs
         self._logger = quiet_logger(trt)
-        self._cuda = Cuda(index)
+        self._cuda = Cuda(gpu.index)
         # In the order in which they were taken, to be given back in the other one.
         self._held = contextlib.ExitStack()
         self._held.callback(self._cuda.close)
@@ -199,6 +204,7 @@ class TensorRtEngine:
         # The one that was used last comes first: a caller alone has one slot, and its graphs.
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self.graph_problem: str | None = None
+        self.metadata: dict[str, str] = {}
         self._closed = False
         try:
             self._open(content, entry)

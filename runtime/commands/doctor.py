@@ -12,13 +12,13 @@ import click
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.commands.tables import in_bytes, print_pairs, print_table
 from rtx.runtime.doctor import examine
-from rtx.runtime.engine import cuda_device
-from rtx.runtime.errors import EngineError
+from rtx.runtime.engine import TENSORRT, gpu_index, is_tensorrt
+from rtx.runtime.errors import EngineError, UsageError
 
 
 @click.command()
 @click.argument("path", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
-@click.option("--device", help="Fail unless this device can run: cpu, cuda or cuda:N.")
+@click.option("--device", help="Fail unless this device can run: cpu, cuda, or tensorrt for the engines of BUNDLE.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(path: Path | None, device: str | None, as_json: bool) -> None:
     """Show what this machine can run and what is missing; with a bundle, what would run of it and where.
@@ -26,7 +26,9 @@ def doctor(path: Path | None, device: str | None, as_json: bool) -> None:
     What decides how fast int8 is, the GPUs and whether ONNX Runtime runs a graph on each, which optional packages are
     there, and which command installs a missing one.
     """
-    gpu = None if device is None else cuda_device(device)
+    gpu = None if device is None else gpu_index(device)
+    if device is not None and is_tensorrt(device) and path is None:
+        raise UsageError(f"--device {device}: an engine belongs to a bundle; expected one")
     found = examine(None if path is None else Bundle.open(path))
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -38,6 +40,12 @@ def doctor(path: Path | None, device: str | None, as_json: bool) -> None:
 
 def _why_not(found: Mapping[str, Any], device: str, gpu: int | None) -> str | None:
     """Why a device cannot run; of a bundle, if one was given."""
+    if gpu is not None and is_tensorrt(device):
+        if problem := found["gpu"]["problem"]:
+            return str(problem)
+        if (there := found["bundle"]["devices"].get(f"{TENSORRT}:{gpu}")) is None and found["bundle"]["engines"]:
+            return f"there is no such GPU; {len(found['gpu']['devices'])} found"
+        return "the bundle has no engines; `rtx export --target` builds them" if there is None else there["problem"]
     engine = found["engines"]["onnx" if gpu is None else "onnx, cuda"]
     if problem := engine["problem"]:
         return str(problem)
@@ -98,4 +106,4 @@ def _show_bundle(bundle: Mapping[str, Any]) -> None:
     print_table(title, ("device", "variant", "precision", "can it?"), rows)
     if bundle["engines"]:
         rows_of_engines = [(file, one["problem"] or "yes") for file, one in bundle["engines"].items()]
-        print_table("Engines, for programs that load them: rtx does not yet", ("engine", "can it?"), rows_of_engines)
+        print_table("Engines of TensorRT, for --device tensorrt", ("engine", "can it?"), rows_of_engines)

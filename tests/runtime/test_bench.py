@@ -389,7 +389,7 @@ def test_a_gpu(toy_bundle: Path, quick: BenchOptions, monkeypatch: pytest.Monkey
     assert where_of(dataclasses.replace(result, device="cpu")) == f"{known.cpu}, 1 threads"
     with pytest.raises(UsageError, match=r"PyTorch runs on the CPU here, and is nothing to hold cuda against"):
         bench(toy_bundle, dataclasses.replace(quick, device="cuda"), against=str(toy_bundle))
-    with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, got 'tpu'"):
+    with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, tensorrt or tensorrt:N, got 'tpu'"):
         BenchOptions(device="tpu")
 
 

@@ -14,7 +14,7 @@ from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import cuda_device
+from rtx.runtime.engine import gpu_index, is_tensorrt
 from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
 from rtx.runtime.verification import verify_bundle
 
@@ -22,12 +22,14 @@ CUDA = "CUDAExecutionProvider"
 
 
 def test_names_of_devices() -> None:
-    assert cuda_device("cpu") is None
-    assert cuda_device("cuda") == 0
-    assert cuda_device("cuda:3") == 3
-    for wrong in ("gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cuda:²", ""):
-        with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, got"):
-            cuda_device(wrong)
+    assert gpu_index("cpu") is None
+    assert gpu_index("cuda") == 0
+    assert gpu_index("cuda:3") == 3
+    assert (gpu_index("tensorrt"), gpu_index("tensorrt:2")) == (0, 2)
+    assert [is_tensorrt(name) for name in ("cpu", "cuda:1", "tensorrt", "tensorrt:1")] == [False, False, True, True]
+    for wrong in ("gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "cuda:²", "tensorrt:", "trt", ""):
+        with pytest.raises(UsageError, match="device: expected cpu, cuda or cuda:N, tensorrt or tensorrt:N, got"):
+            gpu_index(wrong)
 
 
 def test_without_the_package_for_gpus(toy_bundle: Path) -> None:

@@ -18,7 +18,7 @@ from rtx.runtime import doctor, gpu
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.doctor import examine, optional_packages
-from rtx.runtime.errors import EngineError
+from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.gpu import Gpu, Gpus, find_gpus
 from rtx.runtime.manifest import EngineEntry
 
@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_run_says_what_would_bring_it(monkeypatch: pytest.
     assert "onnx bundles, on the CPU missing: pip install 'rtx-retrieval[cpu]'" in lines
     assert "torch checkpoints missing: pip install 'rtx-retrieval[train]'" in lines
     assert "onnx, cuda bundles, on GPUs missing: pip install 'rtx-retrieval[gpu]'" in lines
-    assert "tensorrt builds of engines missing: pip install tensorrt" in lines
+    assert "tensorrt builds of engines missing: pip install tensorrt cuda-bindings" in lines
     installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime-gpu": "1.20.1"})
     assert "onnx bundles, on the CPU 1.20.1 yes" in lines_of()
 
@@ -260,3 +260,29 @@ def test_engines_of_a_bundle(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) 
     assert problem() == "it was built for sm_80, sm_89; here is sm_75"
     with_driver(monkeypatch, T4, L4)
     assert problem() is None
+    devices = examine(bundle)["bundle"]["devices"]
+    assert devices["tensorrt:0"]["problem"] == (
+        "missing: pip install cuda-bindings; it was built for sm_80, sm_89; here is sm_75"
+    )
+    versions = {"tensorrt-rtx-cu13-bindings": "1.7.1", "cuda-bindings": "13.0.0"}
+    installed(monkeypatch, {"rtx-retrieval": "0.1.0", **versions})
+    assert examine(bundle)["bundle"]["devices"]["tensorrt:1"] == {
+        "variant": "fp32",
+        "precision": "fp32",
+        "problem": None,
+    }
+    monkeypatch.setattr(Bundle, "open", lambda _: bundle)
+    assert run(toy_bundle, "--device", "tensorrt:1").exit_code == 0
+    for number, message in enumerate(["it was built for sm_80, sm_89; here is sm_75", "there is no such GPU; 2 found"]):
+        result = run(toy_bundle, "--device", f"tensorrt:{2 * number}")
+        assert result.exit_code == EngineError.exit_code
+        assert f"error: tensorrt:{2 * number}: {message}" in result.stderr
+
+
+def test_engines_that_are_not_there(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> None:
+    with_driver(monkeypatch, L4)
+    result = run("--device", "tensorrt")
+    assert result.exit_code == UsageError.exit_code
+    assert "--device tensorrt: an engine belongs to a bundle; expected one" in result.stderr
+    result = run(toy_bundle, "--device", "tensorrt")
+    assert "error: tensorrt: the bundle has no engines; `rtx export --target` builds them" in result.stderr

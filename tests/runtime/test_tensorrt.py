@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import inspect
 import itertools
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,10 +19,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rtx.runtime import bundle as bundle_module
 from rtx.runtime.backends import cuda, tensorrt
+from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.backends.tensorrt import TensorRtEngine, mismatch
-from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
-from rtx.runtime.manifest import EngineEntry
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.embedder import Embedder
+from rtx.runtime.errors import BundleError, EngineError, MissingExtraError, UsageError
+from rtx.runtime.gpu import Gpu
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
+from rtx.runtime.verification import verify_bundle
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -35,6 +43,7 @@ ENTRY = EngineEntry(
     profiles=({"batch": (1, 4, 16), "tokens": (2, 8, 8)}, {"batch": (1, 1, 4), "tokens": (9, 32, 32)}),
     layers={},
 )
+L4 = Gpu(index=1, name="NVIDIA L4", capability=89, memory_bytes=24 << 30)
 BOXES = [((1, 2), (4, 8), (16, 8)), ((1, 9), (1, 32), (4, 32))]
 INPUTS = ("input_ids", "attention_mask")
 
@@ -57,19 +66,19 @@ MODEL = Model(
 
 
 @dataclasses.dataclass
-class Gpu:
+class StandIn:
     driver: Driver
     trt: TensorRt
 
     def open(self, **options: Any) -> TensorRtEngine:
-        settings = {"output": "sentence_embedding", "device": "cuda:1", "capability": 89, "name": "toy", **options}
+        settings = {"output": "sentence_embedding", "gpu": L4, "name": "toy", **options}
         return TensorRtEngine(settings.pop("content", b"an engine"), settings.pop("entry", ENTRY), **settings)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     driver = Driver()
-    found = Gpu(driver, TensorRt(driver, MODEL))
+    found = StandIn(driver, TensorRt(driver, MODEL))
     monkeypatch.setattr(cuda, "load_driver", lambda: driver)
     monkeypatch.setattr(tensorrt, "load_tensorrt", lambda _: found.trt)
     yield found
@@ -88,7 +97,7 @@ def same(engine: TensorRtEngine, given: dict[str, NDArray[np.int64]]) -> None:
     np.testing.assert_array_equal(found, embed(*given.values()))
 
 
-def test_batches_of_every_profile(gpu: Gpu) -> None:
+def test_batches_of_every_profile(gpu: StandIn) -> None:
     engine = gpu.open()
     assert engine.input_names == INPUTS
     shapes = [(1, 2), (16, 8), (3, 5), (1, 9), (4, 32), (2, 17), (1, 2)]
@@ -97,7 +106,7 @@ def test_batches_of_every_profile(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_what_a_caller_has_is_its_own(gpu: Gpu) -> None:
+def test_what_a_caller_has_is_its_own(gpu: StandIn) -> None:
     engine = gpu.open()
     given, other = batch(2, 4, 1), batch(2, 4, 2)
     first = engine.run(given)
@@ -106,14 +115,14 @@ def test_what_a_caller_has_is_its_own(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_inputs_that_are_not_contiguous(gpu: Gpu) -> None:
+def test_inputs_that_are_not_contiguous(gpu: StandIn) -> None:
     engine = gpu.open()
     wide = batch(4, 16)
     same(engine, {name: array[::2, ::2] for name, array in wide.items()})
     engine.close()
 
 
-def test_several_outputs(gpu: Gpu) -> None:
+def test_several_outputs(gpu: StandIn) -> None:
     engine, given = gpu.open(), batch(3, 6)
     count, vectors = engine.fetch(["token_count", "sentence_embedding"], given)
     np.testing.assert_array_equal(count, given["attention_mask"].sum(1))
@@ -121,7 +130,7 @@ def test_several_outputs(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_shapes_that_come_again_are_graphs(gpu: Gpu) -> None:
+def test_shapes_that_come_again_are_graphs(gpu: StandIn) -> None:
     engine = gpu.open()
     launches = []
     for seed in range(4):
@@ -134,7 +143,7 @@ def test_shapes_that_come_again_are_graphs(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_no_more_graphs_than_allowed(gpu: Gpu) -> None:
+def test_no_more_graphs_than_allowed(gpu: StandIn) -> None:
     engine = gpu.open(max_graphs=2)
     for seed, tokens in itertools.product(range(3), (2, 3)):
         same(engine, batch(1, tokens, seed))
@@ -148,7 +157,7 @@ def test_no_more_graphs_than_allowed(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_without_graphs(gpu: Gpu) -> None:
+def test_without_graphs(gpu: StandIn) -> None:
     engine = gpu.open(max_graphs=0)
     for seed in range(3):
         same(engine, batch(2, 5, seed))
@@ -156,7 +165,7 @@ def test_without_graphs(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_graphs_wait_until_they_can_be_captured(gpu: Gpu) -> None:
+def test_graphs_wait_until_they_can_be_captured(gpu: StandIn) -> None:
     gpu.trt.capturable = False
     engine = gpu.open()
     for seed in range(3):
@@ -169,7 +178,7 @@ def test_graphs_wait_until_they_can_be_captured(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_where_capturing_fails_runs_go_on_without(gpu: Gpu) -> None:
+def test_where_capturing_fails_runs_go_on_without(gpu: StandIn) -> None:
     gpu.trt.refused.add("capture")
     engine = gpu.open()
     for seed in range(4):
@@ -179,7 +188,7 @@ def test_where_capturing_fails_runs_go_on_without(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_several_callers_at_once(gpu: Gpu) -> None:
+def test_several_callers_at_once(gpu: StandIn) -> None:
     engine = gpu.open(max_graphs=4)
     with ThreadPoolExecutor(5) as threads:
         list(threads.map(lambda seed: same(engine, batch(1 + seed % 3, 4, seed)), range(200)))
@@ -187,7 +196,7 @@ def test_several_callers_at_once(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_closing_waits_for_what_runs_and_then_nothing_does(gpu: Gpu) -> None:
+def test_closing_waits_for_what_runs_and_then_nothing_does(gpu: StandIn) -> None:
     engine = gpu.open()
     started = threading.Event()
 
@@ -215,7 +224,7 @@ def test_closing_waits_for_what_runs_and_then_nothing_does(gpu: Gpu) -> None:
         ({"capabilities": (86, 120)}, "it was built for sm_86, sm_120; here is sm_89"),
     ],
 )
-def test_what_does_not_fit_is_named_before_anything_is_loaded(gpu: Gpu, changes: Any, message: str) -> None:
+def test_what_does_not_fit_is_named_before_anything_is_loaded(gpu: StandIn, changes: Any, message: str) -> None:
     gpu.driver.refused["cuInit"] = 0
     with pytest.raises(EngineError, match=f"toy: {message}"):
         gpu.open(entry=dataclasses.replace(ENTRY, **changes))
@@ -240,28 +249,26 @@ def test_classic_engines_are_of_no_known_capability() -> None:
             {"entry": dataclasses.replace(ENTRY, profiles=ENTRY.profiles[:1])},
             "expected 1 profiles in the engine",
         ),
-        ({"device": "cuda:2"}, "the NVIDIA driver answers cuDeviceGet with error 101: it was refused"),
+        (
+            {"gpu": dataclasses.replace(L4, index=2)},
+            "answers cuDeviceGet with error 101: it was refused",
+        ),
     ],
 )
-def test_engines_that_cannot_be_opened(gpu: Gpu, options: Any, message: str) -> None:
+def test_engines_that_cannot_be_opened(gpu: StandIn, options: Any, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         gpu.open(**options)
 
 
-def test_no_engine_of_tensorrt_on_a_cpu(gpu: Gpu) -> None:
-    with pytest.raises(UsageError, match=r"toy: an engine of TensorRT runs on a GPU; .* got 'cpu'"):
-        gpu.open(device="cpu")
-
-
 @pytest.mark.parametrize("what", ["engine", "context", "profile"])
-def test_tensorrt_says_why(gpu: Gpu, what: str) -> None:
+def test_tensorrt_says_why(gpu: StandIn, what: str) -> None:
     gpu.trt.refused.add(what)
     with pytest.raises(EngineError, match=f"no {what} today"):
         gpu.open()
 
 
 @pytest.mark.parametrize("call", ["cuMemAlloc", "cuMemAllocHost", "cuStreamCreate", "cuEventCreate"])
-def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: Gpu, call: str) -> None:
+def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: StandIn, call: str) -> None:
     for allowed in itertools.count():
         gpu.driver.refused = {call: allowed}
         try:
@@ -275,13 +282,13 @@ def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: Gpu, call: str) -
     assert allowed >= 3
 
 
-def test_types_that_numpy_does_not_have_are_named(gpu: Gpu) -> None:
+def test_types_that_numpy_does_not_have_are_named(gpu: StandIn) -> None:
     gpu.trt.model = dataclasses.replace(MODEL, outputs={**MODEL.outputs, "token_count": DataType.HALF})
     with pytest.raises(EngineError, match="toy: 'token_count' is HALF; expected one of FLOAT"):
         gpu.open()
 
 
-def test_a_batch_that_no_profile_takes(gpu: Gpu) -> None:
+def test_a_batch_that_no_profile_takes(gpu: StandIn) -> None:
     engine = gpu.open()
     for rows, tokens in [(17, 8), (5, 9), (1, 33), (1, 1)]:
         with pytest.raises(EngineError, match=rf"no profile of the engine takes .*input_ids \[{rows}, {tokens}\]"):
@@ -292,7 +299,7 @@ def test_a_batch_that_no_profile_takes(gpu: Gpu) -> None:
     engine.close()
 
 
-def test_inputs_of_another_name_or_type(gpu: Gpu) -> None:
+def test_inputs_of_another_name_or_type(gpu: StandIn) -> None:
     engine, given = gpu.open(), batch(1, 4)
     with pytest.raises(EngineError, match="toy: expected input_ids, attention_mask, got input_ids"):
         engine.run({"input_ids": given["input_ids"]})
@@ -302,7 +309,7 @@ def test_inputs_of_another_name_or_type(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("what", ["run", "address"])
-def test_a_run_that_fails_is_no_ones_but_its_own(gpu: Gpu, what: str) -> None:
+def test_a_run_that_fails_is_no_ones_but_its_own(gpu: StandIn, what: str) -> None:
     engine = gpu.open()
     gpu.trt.refused = {what}
     for _ in range(5):
@@ -314,7 +321,7 @@ def test_a_run_that_fails_is_no_ones_but_its_own(gpu: Gpu, what: str) -> None:
     engine.close()
 
 
-def test_a_copy_that_fails(gpu: Gpu) -> None:
+def test_a_copy_that_fails(gpu: StandIn) -> None:
     engine = gpu.open()
     for allowed in range(2):
         gpu.driver.refused = {"cuMemcpyHtoDAsync": allowed}
@@ -365,7 +372,7 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings.driver")
     monkeypatch.setattr(tensorrt, "load_tensorrt", lambda _: TensorRt(Driver(), MODEL))
     with pytest.raises(EngineError, match="cuda:0: no NVIDIA driver: "):
-        TensorRtEngine(b"", ENTRY, output="y", device="cuda", capability=89)
+        TensorRtEngine(b"", ENTRY, output="y", gpu=dataclasses.replace(L4, index=0))
 
 
 def test_without_the_package_for_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,3 +384,82 @@ def test_without_the_package_for_the_driver(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_tensorrt() -> None:
     with pytest.raises(EngineError, match=r"tensorrt: it is not installed\. It comes with: pip install tensorrt"):
         tensorrt.load_tensorrt("tensorrt")
+
+
+@pytest.fixture
+def served(gpu: StandIn, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A bundle whose engine computes what its graph does."""
+    folder = tmp_path / "toy.rtx"
+    shutil.copytree(toy_bundle, folder)
+    bundle = Bundle.open(folder)
+    graph = OnnxEngine(toy_bundle / "onnx" / "model.onnx", output="sentence_embedding", threads=1)
+    boxes = dict.fromkeys(graph.input_names, ((1, 2), (16, 64), (64, 64)))
+    gpu.trt.model = Model(
+        inputs=dict.fromkeys(graph.input_names, DataType.INT64),
+        outputs={"sentence_embedding": DataType.FLOAT},
+        profiles=[boxes],
+        shapes=lambda given: {"sentence_embedding": (given["input_ids"][0], 32)},
+        compute=lambda arrays: {"sentence_embedding": graph.run(arrays)},
+    )
+    file, content = "engines/model.tensorrt-rtx.engine", b"an engine"
+    (folder / file).parent.mkdir()
+    (folder / file).write_bytes(content)
+    sources = {ENTRY.graph: bundle.manifest.files[ENTRY.graph].sha256}
+    entry = dataclasses.replace(ENTRY, profiles=ENTRY.profiles[:1], sources=sources)
+    listed = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    manifest = dataclasses.replace(
+        bundle.manifest, files={**bundle.manifest.files, file: listed}, engines={file: entry}
+    )
+    (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+    monkeypatch.setattr(bundle_module, "find_gpu", lambda index: dataclasses.replace(L4, index=index))
+    monkeypatch.setattr(bundle_module, "installed_tensorrt", lambda _: "1.7.1")
+    return Bundle.open(folder)
+
+
+def test_a_model_on_its_engine(served: Bundle, gpu: StandIn) -> None:
+    texts = ["a cat", "a dog that ran home", "", "how far is it to the sea?"] * 5
+    with Embedder.open(served.path) as model:
+        expected = model.embed(texts, prompt="query")
+    with Embedder.open(served.path, device="tensorrt:1") as model:
+        assert model.engine.name == "toy.rtx:fp32"
+        for _ in range(3):
+            np.testing.assert_allclose(model.embed(texts, prompt="query"), expected, atol=1e-6)
+    assert gpu.trt.loaded == 1
+    assert gpu.driver.launches > 0
+
+
+def test_verify_holds_an_engine_to_pytorch(served: Bundle) -> None:
+    found = {finding.check: finding for finding in verify_bundle(served.path, device="tensorrt")}
+    assert found["fp32 outputs"].ok
+    assert found["int8"].measured == "there is no engine of it"
+    assert all(finding.ok for finding in found.values())
+
+
+def test_an_engine_that_was_changed_is_not_loaded(served: Bundle, gpu: StandIn) -> None:
+    (served.path / "engines" / "model.tensorrt-rtx.engine").write_bytes(b"an engin3")
+    with pytest.raises(BundleError, match=r"engines/model\.tensorrt-rtx\.engine was changed after it was written"):
+        Embedder.open(served.path, device="tensorrt")
+    found = {finding.check: finding for finding in verify_bundle(served.path, device="tensorrt")}
+    assert "engines/model.tensorrt-rtx.engine is damaged" in found["fp32 graph"].problems[0]
+    assert gpu.trt.loaded == 0
+
+
+def test_which_variants_have_an_engine(served: Bundle) -> None:
+    assert served.variant(device="tensorrt")[0] == "fp32"
+    with pytest.raises(UsageError, match="variant 'int8' has no engine of TensorRT; these have one: fp32"):
+        served.variant("int8", device="tensorrt:1")
+    served.manifest = dataclasses.replace(served.manifest, engines={})
+    with pytest.raises(UsageError, match="has no engine of TensorRT; `rtx export --target` builds them"):
+        served.engine(device="tensorrt")
+
+
+def test_why_no_engine_fits_this_machine(served: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "installed_tensorrt", lambda _: "1.8.0")
+    message = r"toy\.rtx:fp32: no engine can run on tensorrt: engines/model\.tensorrt-rtx\.engine: it was built with"
+    with pytest.raises(EngineError, match=message):
+        Embedder.open(served.path, device="tensorrt")
+
+
+def test_onnx_runtime_opens_no_engine(toy_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="runs a graph on cpu or cuda, and an engine of TensorRT on tensorrt:1"):
+        OnnxEngine(toy_bundle / "onnx" / "model.onnx", output="sentence_embedding", device="tensorrt:1")
