@@ -1,0 +1,41 @@
+"""Every kernel compiles for every kind of GPU, and starts on it: in a process without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rtx.kernels.gpu.ahead import CAPABILITIES, OPS, SHARED_LIMIT_BYTES
+
+# Bytes that three builds leave on the stack of a thread: two registers' worth to four.
+MOST_STACK_BYTES = 16
+CODE = """
+import importlib, json, sys
+from rtx.kernels.gpu.ahead import CAPABILITIES, compile_kernel
+seen, rows = set(), []
+# Every kernel for every capability, and its other builds for one each: benchmarks/bench_gpu_kernels.py has them all.
+for at, (name, build) in enumerate(importlib.import_module("rtx.kernels.gpu." + sys.argv[1]).BUILDS.items()):
+    one = CAPABILITIES[at % len(CAPABILITIES)]
+    for capability in (one,) if build.kernel in seen else CAPABILITIES:
+        found = compile_kernel(build, capability)
+        rows.append([name, capability, found.registers, found.shared_bytes, found.stack_bytes, len(found.cubin)])
+    seen.add(build.kernel)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile(op: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = subprocess.run([sys.executable, "-c", CODE, op], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(told.stdout)
+    assert {capability for _, capability, *_ in found} == {*CAPABILITIES}
+    for name, capability, registers, shared, stack, size in found:
+        assert 16 <= registers <= 255, name
+        assert shared <= SHARED_LIMIT_BYTES[capability], name
+        assert stack <= MOST_STACK_BYTES, name
+        assert size > 1000, name
