@@ -6,6 +6,7 @@ A folder is built once a session and shared: a test that changes one copies it f
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import string
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from typing import Any
 import hypothesis
 import pytest
 from filelock import FileLock
+
+# Kernels of Triton run in its interpreter here. It decorates functions of its own when it is imported, as collecting
+# tests of any room may do.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples in every run, no time limit on a shared machine, nothing written into the checkout.
 hypothesis.settings.register_profile("rtx", derandomize=True, deadline=None, database=None)

@@ -246,7 +246,7 @@ def test_options() -> None:
 
 def test_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(ExportError, match=r"tensorrt: .*pip install tensorrt$"):
+    with pytest.raises(ExportError, match=r"tensorrt: .*pip install tensorrt cuda-bindings$"):
         EngineOptions(target="tensorrt").check(("fp32",), 64)
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
