@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rtx.kernels.add_norm_quantize import NORMS
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, expect, told
 from rtx.kernels.int8_linear import LEVELS, SMALLEST_SCALE
 
 MOST_COLUMNS = 16384
@@ -131,7 +132,7 @@ def add_norm_quantize(
     y = torch.empty_like(x) if give_y else None
     if scale.numel():
         block = triton.next_power_of_2(width)
-        with torch.cuda.device(x.device.index if x.is_cuda else -1):
+        with device_of(x):
             add_norm_quantize_kernel[(scale.numel(),)](
                 x,
                 residual,
@@ -151,30 +152,14 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | No
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got '{norm}'")
     if norm == "rms_norm" and bias is not None:
-        raise ValueError(f"bias: expected None, as rms_norm has none, got {_told(bias)}")
+        raise ValueError(f"bias: expected None, as rms_norm has none, got {told(bias)}")
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MOST_COLUMNS or x.dtype not in _TYPES or not x.is_contiguous():
-        raise ValueError(f"x: expected [..., 1 to {MOST_COLUMNS}] of floats, contiguous, got {_told(x)}")
+        raise ValueError(f"x: expected [..., 1 to {MOST_COLUMNS}] of floats, contiguous, got {told(x)}")
     if residual is not None:
-        _expect("residual", residual, x.shape, (x.dtype,), x.device)
+        expect("residual", residual, x.shape, (x.dtype,), x.device)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
-            _expect(name, vector, x.shape[-1:], _TYPES, x.device)
-
-
-def _expect(name: str, tensor: Tensor, shape: torch.Size, kinds: tuple[torch.dtype, ...], device: torch.device) -> None:
-    fits = tensor.shape == shape and tensor.dtype in kinds and tensor.is_contiguous() and tensor.device == device
-    if not fits:
-        kind = " or ".join(_name(kind) for kind in kinds)
-        raise ValueError(f"{name}: expected {list(shape)} {kind}, contiguous, on {device}, got {_told(tensor)}")
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
-
-
-def _told(tensor: Tensor) -> str:
-    contiguous = "" if tensor.is_contiguous() else ", not contiguous"
-    return f"{list(tensor.shape)} {_name(tensor.dtype)} on {tensor.device}{contiguous}"
+            expect(name, vector, x.shape[-1:], _TYPES, x.device)
 
 
 def _constants(width: int, norm: str, epsilon: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 
 """Shared memory that one block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability"): a kernel that needs more is compiled and never starts."""
 
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 # Pointers are those of tensors, which begin at multiples of 16 bytes and more.
 _ALIGNED = [["tt.divisibility", 16]]
 _WARP = 32
@@ -45,7 +45,6 @@ class Build:
         constants: of the others.
         warps: of 32 threads, in a block.
         stages: of loads that run ahead of what they are needed for.
-        unaligned: pointers that may begin anywhere.
     """
 
     kernel: Any
@@ -53,7 +52,6 @@ class Build:
     constants: Mapping[str, Any]
     warps: int = 4
     stages: int = 3
-    unaligned: frozenset[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def compile_kernel(build: Build, capability: int) -> Compiled:
     names = list(build.kernel.arg_names)
     if sorted([*build.types, *build.constants]) != sorted(names):
         raise ValueError(f"{build.kernel.__name__}: expected {names}, got {[*build.types, *build.constants]}")
-    pointers = [name for name, kind in build.types.items() if kind.startswith("*") and name not in build.unaligned]
+    pointers = [name for name, kind in build.types.items() if kind.startswith("*")]
     source = ASTSource(
         fn=build.kernel,
         signature={name: build.types.get(name, "constexpr") for name in names},
@@ -99,13 +97,13 @@ def compile_kernel(build: Build, capability: int) -> Compiled:
             options={"num_warps": build.warps, "num_stages": build.stages},
         )
     cubin: bytes = found.asm["cubin"]
-    registers, stack, _ = _usage(cubin)
+    registers, stack = _usage(cubin)
     # What is asked for when the kernel starts is not in the machine code.
     return Compiled(capability, registers, int(found.metadata.shared), stack, cubin)
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and fixed shared memory, as NVIDIA's `cuobjdump`, which is in Triton's package, reads them."""
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack of a thread, as NVIDIA's `cuobjdump`, which is in Triton's package, reads them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -113,5 +111,4 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
         told = subprocess.run([os.fspath(tool), "-res-usage", file], capture_output=True, text=True, check=True).stdout
     match = _USAGE.search(told)
     assert match is not None, told
-    registers, stack, shared = map(int, match.groups())
-    return registers, stack, shared
+    return int(match[1]), int(match[2])

@@ -1,9 +1,9 @@
-"""The op `info_nce` (contract: `rtx.kernels.info_nce`) in Triton, forward and backward, in memory of Q + D, not Q * D.
+"""The op `info_nce` (contract: `rtx.kernels.info_nce`) in Triton, forward and backward, without a matrix of Q * D.
 
 positives    a program takes 32 queries and their positives: the diagonal of a block of products
 forward      a program takes 32 queries and a run of 1,024 documents, block by block: the sum of exponentials of what
              each is above the positive, rescaled whenever the maximum moves (arXiv 1805.02867); of each run it writes
-             one number a query
+             one number a query: Q * D / 1,024 in all
 backward     a program takes 32 vectors of one side and walks those of the other: products again, from them the
              weights of the softmax, and those times the vectors walked by
 
@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, expect, told
 
 MAX_DIM = 4096
 
@@ -238,7 +239,7 @@ def info_nce_rows(
     of_runs = queries.new_empty((runs, query_count))
     counts = (query_count, document_count)
     shape = {"dim": dim, "rows": _ROWS, "depth": _DEPTH, "precision": _precision(allow_tf32), "num_stages": _STAGES}
-    with _device_of(queries):
+    with device_of(queries):
         positives_kernel[(blocks,)](queries, documents, positives, of_positives, *counts, **shape)
         forward_kernel[(blocks, runs)](
             queries,
@@ -271,7 +272,7 @@ def _info_nce_backward(
 ) -> tuple[Tensor, Tensor]:
     dim = queries.shape[1]
     gradients = torch.zeros_like(queries), torch.zeros_like(documents)
-    with _device_of(queries):
+    with device_of(queries):
         for of_documents, gradient in enumerate(gradients):
             blocks = triton.cdiv(len(gradient), _ROWS)
             share = _share(blocks, dim)
@@ -333,23 +334,11 @@ def _check(queries: Tensor, documents: Tensor, positives: Tensor) -> None:
     for name, vectors in (("queries", queries), ("documents", documents)):
         fits = vectors.dim() == 2 and 1 <= vectors.shape[1] <= MAX_DIM and len(vectors) > 0
         if not fits or vectors.dtype != torch.float32 or not vectors.is_contiguous():
-            raise ValueError(f"{name}: expected [{name}, 1 to {MAX_DIM}] float32, contiguous, got {_told(vectors)}")
+            raise ValueError(f"{name}: expected [{name}, 1 to {MAX_DIM}] float32, contiguous, got {told(vectors)}")
     if documents.shape[1] != queries.shape[1] or documents.device != queries.device:
         expected = f"[documents, {queries.shape[1]}] on {queries.device}"
-        raise ValueError(f"documents: expected {expected}, as queries are, got {_told(documents)}")
-    fits = positives.shape == queries.shape[:1] and positives.dtype == torch.int64 and positives.is_contiguous()
-    if not fits or positives.device != queries.device:
-        expected = f"[{len(queries)}] int64, contiguous, on {queries.device}"
-        raise ValueError(f"positives: expected {expected}, got {_told(positives)}")
-
-
-def _told(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{list(tensor.shape)} {kind} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
-
-
-def _device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+        raise ValueError(f"documents: expected {expected}, as queries are, got {told(documents)}")
+    expect("positives", positives, queries.shape[:1], (torch.int64,), queries.device)
 
 
 def _precision(allow_tf32: bool) -> str:

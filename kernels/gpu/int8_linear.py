@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, expect, names, told
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
 MOST_INPUTS = (2**31 - 1) // 128**2
@@ -120,14 +121,14 @@ def int8_linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{activation}'")
     if dtype not in _FLOATS:
-        raise ValueError(f"dtype: expected {_names(_FLOATS)}, got {_names((dtype,))}")
+        raise ValueError(f"dtype: expected {names(_FLOATS)}, got {names((dtype,))}")
     outputs, inputs = wq.shape
     tokens = scale_x.numel()
     y = torch.empty((*xq.shape[:-1], outputs), dtype=dtype, device=xq.device)
     if y.numel():
         tile, warps, stages = _tile(tokens, inputs)
         grid = (triton.cdiv(tokens, tile["block_tokens"]), triton.cdiv(outputs, tile["block_out"]))
-        with torch.cuda.device(xq.device.index if xq.is_cuda else -1):
+        with device_of(xq):
             int8_linear_kernel[grid](
                 xq,
                 scale_x,
@@ -153,38 +154,22 @@ def transpose_weight(values: Tensor) -> Tensor:
         ValueError: `values` is no such matrix.
     """
     if values.dim() != 2 or values.dtype != torch.uint8:
-        raise ValueError(f"values: expected [in, out] uint8, got {_told(values)}")
+        raise ValueError(f"values: expected [in, out] uint8, got {told(values)}")
     # The highest bit is all that differs between a number about 128 and one about 0.
     return (values ^ 128).view(torch.int8).T.contiguous()
 
 
 def _check(xq: Tensor, scale_x: Tensor, wq: Tensor, scale_w: Tensor, bias: Tensor | None) -> None:
     if xq.dim() == 0 or not 1 <= xq.shape[-1] <= MOST_INPUTS or xq.dtype != torch.int8 or not xq.is_contiguous():
-        raise ValueError(f"xq: expected [..., 1 to {MOST_INPUTS}] int8, contiguous, got {_told(xq)}")
+        raise ValueError(f"xq: expected [..., 1 to {MOST_INPUTS}] int8, contiguous, got {told(xq)}")
     if wq.dim() != 2:
-        raise ValueError(f"wq: expected [out, in] int8, got {_told(wq)}")
+        raise ValueError(f"wq: expected [out, in] int8, got {told(wq)}")
     outputs = wq.shape[:1]
-    _expect("scale_x", scale_x, xq.shape[:-1], (torch.float32,), xq.device)
-    _expect("wq", wq, torch.Size((*outputs, xq.shape[-1])), (torch.int8,), xq.device)
-    _expect("scale_w", scale_w, outputs, (torch.float32,), xq.device)
+    expect("scale_x", scale_x, xq.shape[:-1], (torch.float32,), xq.device)
+    expect("wq", wq, torch.Size((*outputs, xq.shape[-1])), (torch.int8,), xq.device)
+    expect("scale_w", scale_w, outputs, (torch.float32,), xq.device)
     if bias is not None:
-        _expect("bias", bias, outputs, _FLOATS, xq.device)
-
-
-def _expect(name: str, tensor: Tensor, shape: torch.Size, kinds: tuple[torch.dtype, ...], device: torch.device) -> None:
-    fits = tensor.shape == shape and tensor.dtype in kinds and tensor.is_contiguous() and tensor.device == device
-    if not fits:
-        wanted = f"{list(shape)} {_names(kinds)}, contiguous, on {device}"
-        raise ValueError(f"{name}: expected {wanted}, got {_told(tensor)}")
-
-
-def _names(kinds: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
-
-
-def _told(tensor: Tensor) -> str:
-    contiguous = "" if tensor.is_contiguous() else ", not contiguous"
-    return f"{list(tensor.shape)} {_names((tensor.dtype,))} on {tensor.device}{contiguous}"
+        expect("bias", bias, outputs, _FLOATS, xq.device)
 
 
 def _tile(tokens: int, inputs: int) -> tuple[dict[str, int], int, int]:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, expect_offsets, names, told
 
 _QUERY_BLOCK = 32
 _BLOCK = 64
@@ -87,7 +88,7 @@ def maxsim(query: Tensor, documents: Tensor, offsets: Tensor) -> Tensor:
     query_tokens, dim = query.shape
     out = torch.empty(len(offsets) - 1, dtype=torch.float32, device=query.device)
     if len(out):
-        with torch.cuda.device(query.device.index if query.is_cuda else -1):
+        with device_of(query):
             maxsim_kernel[(len(out),)](
                 query,
                 documents,
@@ -105,21 +106,12 @@ def maxsim(query: Tensor, documents: Tensor, offsets: Tensor) -> Tensor:
 
 def _check(query: Tensor, documents: Tensor, offsets: Tensor) -> None:
     if query.dim() != 2 or query.dtype not in (torch.float16, torch.float32) or not query.is_contiguous():
-        raise ValueError(f"query: expected [query_tokens, dim] float16 or float32, contiguous, got {_told(query)}")
+        raise ValueError(f"query: expected [query_tokens, dim] float16 or float32, contiguous, got {told(query)}")
     fits = documents.dim() == 2 and documents.shape[1] == query.shape[1] and documents.dtype == query.dtype
     if not fits or not documents.is_contiguous() or documents.device != query.device:
-        kind = str(query.dtype).removeprefix("torch.")
-        expected = f"[tokens, {query.shape[1]}] {kind}, contiguous, on {query.device}"
-        raise ValueError(f"documents: expected {expected}, as query is, got {_told(documents)}")
-    fits = offsets.dim() == 1 and len(offsets) > 0 and offsets.dtype == torch.int64 and offsets.is_contiguous()
-    if not fits or offsets.device != query.device:
-        expected = f"[documents + 1] int64, contiguous, on {query.device}"
-        raise ValueError(f"offsets: expected {expected}, got {_told(offsets)}")
-
-
-def _told(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{list(tensor.shape)} {kind} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        expected = f"[tokens, {query.shape[1]}] {names([query.dtype])}, contiguous, on {query.device}"
+        raise ValueError(f"documents: expected {expected}, as query is, got {told(documents)}")
+    expect_offsets("documents", offsets, query.device)
 
 
 def _depth(kind: torch.dtype) -> int:

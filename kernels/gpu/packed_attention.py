@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, expect_offsets, names, told
 
 MAX_WIDTH = 128
 
@@ -145,7 +146,7 @@ def packed_attention(
     block, key_block = _blocks(query.dtype)
     blocks = -(-longest // block)
     if blocks and len(query):
-        with torch.cuda.device(query.device.index if query.is_cuda else -1):
+        with device_of(query):
             packed_attention_kernel[(blocks * (len(offsets) - 1), heads)](
                 query,
                 key,
@@ -174,25 +175,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> None:
     fits = query.dim() == 3 and query.shape[1] > 0 and 1 <= query.shape[2] <= MAX_WIDTH
     if not fits or query.dtype not in _TYPES or not query.is_contiguous():
         expected = f"[tokens, heads, 1 to {MAX_WIDTH}] float16, bfloat16 or float32, contiguous"
-        raise ValueError(f"query: expected {expected}, got {_told(query)}")
+        raise ValueError(f"query: expected {expected}, got {told(query)}")
     tokens, heads, width = query.shape
     for name, side in (("key", key), ("value", value)):
         fits = side.dim() == 3 and side.shape == (tokens, key.shape[1], width) and side.dtype == query.dtype
         if not fits or not side.is_contiguous() or side.device != query.device:
-            kind = str(query.dtype).removeprefix("torch.")
-            expected = f"[{tokens}, key_heads, {width}] {kind}, contiguous, on {query.device}"
-            raise ValueError(f"{name}: expected {expected}, got {_told(side)}")
+            expected = f"[{tokens}, key_heads, {width}] {names([query.dtype])}, contiguous, on {query.device}"
+            raise ValueError(f"{name}: expected {expected}, got {told(side)}")
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"key: expected heads that divide the query's {heads}, got {key.shape[1]}")
-    fits = offsets.dim() == 1 and len(offsets) > 0 and offsets.dtype == torch.int64 and offsets.is_contiguous()
-    if not fits or offsets.device != query.device:
-        expected = f"[sequences + 1] int64, contiguous, on {query.device}"
-        raise ValueError(f"offsets: expected {expected}, got {_told(offsets)}")
-
-
-def _told(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{list(tensor.shape)} {kind} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+    expect_offsets("sequences", offsets, query.device)
 
 
 def _padded(width: int) -> int:

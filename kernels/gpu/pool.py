@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
+from rtx.kernels.gpu.arguments import device_of, told
 from rtx.kernels.pool import MODES, NORM_EPSILON
 
 OUTPUTS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "binary": torch.uint8}
@@ -159,7 +160,7 @@ def pool(
     out = torch.empty((rows, size), dtype=OUTPUTS[output], device=hidden.device)
     if rows:
         block = max(8, triton.next_power_of_2(kept))
-        with torch.cuda.device(hidden.device.index if hidden.is_cuda else -1):
+        with device_of(hidden):
             pool_kernel[(rows,)](
                 hidden,
                 _bytes_of_bool(mask),
@@ -184,17 +185,12 @@ def _check(hidden: Tensor, masks: dict[str, Tensor], mode: str, output: str) -> 
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got '{output}'")
     if hidden.dim() != 3 or not hidden.is_contiguous() or hidden.dtype not in _HIDDEN_TYPES:
-        raise ValueError(f"hidden: expected [rows, tokens, width] of floats, contiguous, got {_told(hidden)}")
+        raise ValueError(f"hidden: expected [rows, tokens, width] of floats, contiguous, got {told(hidden)}")
     for name, mask in masks.items():
         fits = mask.shape == hidden.shape[:2] and mask.is_contiguous() and mask.dtype in _MASK_TYPES
         if not fits or mask.device != hidden.device:
             shape = list(hidden.shape[:2])
-            raise ValueError(f"{name}: expected {shape} of integers, contiguous, on {hidden.device}, got {_told(mask)}")
-
-
-def _told(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{list(tensor.shape)} {kind} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+            raise ValueError(f"{name}: expected {shape} of integers, contiguous, on {hidden.device}, got {told(mask)}")
 
 
 def _bytes_of_bool(mask: Tensor) -> Tensor:

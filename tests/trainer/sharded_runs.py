@@ -122,7 +122,7 @@ def train_all(checkpoint, language_model, evalset, out):
 def stop_and_resume(checkpoint, evalset, out):
     """Runs that stop at a step, and those that do not; with dropout."""
     for name, own, points in (("whole", {}, (3, 6)), ("adapters", {"lora_rank": 4}, (3,))):
-        options = {"epochs": 2, "save_steps": 2, "dropout": 0.2, "evalset": evalset, **SMALL, "chunk_tokens": 60, **own}
+        options = {"epochs": 2, "save_steps": 2, "dropout": 0.2, "evalset": evalset, **SMALL, **own}
         train(checkpoint, out / f"unbroken {name}", **options)
         # Between two checkpoints, and before the last evaluation.
         for step in points:

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rtx.kernels.gpu import ahead
 from rtx.kernels.gpu.ahead import CAPABILITIES, OPS, SHARED_LIMIT_BYTES
 
 # Bytes that three builds leave on the stack of a thread: two registers' worth to four.
@@ -26,6 +28,11 @@ for at, (name, build) in enumerate(importlib.import_module("rtx.kernels.gpu." + 
     seen.add(build.kernel)
 print(json.dumps(rows))
 """
+
+
+def test_every_op_is_one_of_them() -> None:
+    files = sorted(file.stem for file in Path(ahead.__file__).parent.glob("*.py") if "BUILDS: dict" in file.read_text())
+    assert files == sorted(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)
