@@ -10,14 +10,15 @@ from rtx.export.buckets import BATCH_TOKENS, check_lengths, fit_lengths, length_
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
 from rtx.export.variants import Files, VariantName, external_files
 from rtx.runtime.contract import Contract
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import UsageError
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import EngineEntry, Target
 
 BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "bf16", "int8-static", "int4-half")
 """Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
-# Images of a batch, where each becomes a vector or visual tokens by itself.
-_IMAGES = (1, 8, 32)
+# Images of a batch, where each becomes a vector or visual tokens by itself: the runtime puts no more together.
+_IMAGES = (1, 8, Budget().max_batch_items)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
     text     input_ids, attention_mask, position_ids, visual_index, image_embeds, deepstack
                                                                               -> sentence_embedding, or scores
 
-One artifact of each serves all sizes and numbers of images. `rtx.runtime.backends.onnx_visual` runs them.
+One artifact of each serves all sizes and numbers of images. `rtx.runtime.backends.visual` runs them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class BenchOptions:
         rounds: how often everything is measured.
         seconds: about how long the slowest subject takes for a measurement in a round; the others do the same work.
         threads: of one run; None for the cores that this process may use.
-        device: "cpu", "cuda" or "cuda:N".
+        device: as for `Session.open`.
         variants: of the bundle; none for all that run there.
         seed: of the choice of texts.
     """

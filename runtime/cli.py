@@ -123,7 +123,7 @@ def open_model(
         path: the folder.
         variant: of a bundle.
         threads: of one run; None for all cores.
-        device: of a bundle: "cpu", "cuda" or "cuda:N".
+        device: of a bundle, as for `Session.open`.
         task: what a checkpoint is that does not say so itself; None to tell it by what is in it.
 
     Raises:

@@ -47,7 +47,7 @@ def measure(
         path: a bundle, or a checkpoint for PyTorch.
         variant: of the bundle; None for a checkpoint, or for the bundle's default.
         threads: of one run; None for all cores.
-        device: of a bundle: "cpu", "cuda" or "cuda:N".
+        device: of a bundle, as for `Session.open`.
         first: the first call's items: texts, images as `Content`, or pairs of these.
         further: items that are run afterwards, for the peak of memory under load.
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from rtx.runtime.backends.onnx import OnnxEngine, Watch
-from rtx.runtime.backends.onnx_towers import OnnxTowersEngine
-from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
 from rtx.runtime.backends.opener import Graph, OpenGraph
+from rtx.runtime.backends.towers import TowersEngine
+from rtx.runtime.backends.visual import VisualEngine
 from rtx.runtime.contract import Contract
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
 
 VISUAL_INPUTS = ("position_ids", "visual_index", "image_embeds", "deepstack")
 """What the graph for tokens takes besides the contract's inputs where images are tokens among them."""
 
-GraphEngine = Graph | OnnxTowersEngine | OnnxVisualEngine
+GraphEngine = Graph | TowersEngine | VisualEngine
 
 
 def open_graphs(
@@ -56,7 +56,7 @@ def open_graphs(
             graph, output=contract.output, threads=threads, device=device, name=name, packed=packed, watch=watch
         )
     if contract.visual is None:
-        return OnnxTowersEngine(
+        return TowersEngine(
             image_graph,
             graph,
             output=contract.output,
@@ -69,7 +69,7 @@ def open_graphs(
             image_watch=image_watch,
             open_graph=open_graph,
         )
-    return OnnxVisualEngine(
+    return VisualEngine(
         image_graph,
         graph,
         rules=contract.visual,

@@ -15,7 +15,12 @@ from rtx.runtime.session import Session
 S = TypeVar("S", bound=Session)
 
 
-device_option = click.option("--device", default="cpu", show_default=True, help="cuda or cuda:N for an NVIDIA GPU.")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cuda or cuda:N for an NVIDIA GPU; tensorrt or tensorrt:N for the bundle's engines on one.",
+)
 
 
 def open_as(kind: type[S], path: str, *, variant: str | None, threads: int | None, device: str, budget: Budget) -> S:

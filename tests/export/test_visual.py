@@ -24,8 +24,8 @@ from rtx.export.graph import is_norm, is_scoring, module_of
 from rtx.export.int8 import quantize_int8
 from rtx.export.visual import export_text, export_vision, visual_rules
 from rtx.export.visual_modules import VisionTower
-from rtx.runtime.backends import onnx_visual
-from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
+from rtx.runtime.backends import visual as visual_engine
+from rtx.runtime.backends.visual import VisualEngine
 from rtx.runtime.errors import ExportError
 from rtx.runtime.golden import deviation
 from rtx.runtime.visual_tokens import VisualTokens
@@ -107,9 +107,7 @@ def engine(tiny, task="embed", *, vision=None, text=None, **options):
             onnx.checker.check_model(graph, full_check=True)
     output = "sentence_embedding" if task == "embed" else "scores"
     options = {"max_batch_patches": TOGETHER, "threads": 1, **options}
-    return OnnxVisualEngine(
-        *(graph.SerializeToString() for graph in graphs), rules=tiny.rules, output=output, **options
-    )
+    return VisualEngine(*(graph.SerializeToString() for graph in graphs), rules=tiny.rules, output=output, **options)
 
 
 def batch_of(rows, rules, side="right"):
@@ -204,7 +202,7 @@ def test_the_vision_graph_agrees_with_transformers(tiny):
     with torch.no_grad():
         grids = torch.from_numpy(batch["image_grid_thw"])
         expected = tiny.embedder.get_image_features(torch.from_numpy(batch["pixel_values"]), grids, return_dict=True)
-    found = onnx_visual._tokens_of(engine(tiny)._vision, batch["pixel_values"], batch["image_grid_thw"], tiny.rules)
+    found = visual_engine._tokens_of(engine(tiny)._vision, batch["pixel_values"], batch["image_grid_thw"], tiny.rules)
     for image, tokens in enumerate(found):
         layers = [expected.pooler_output[image], *(layer[image] for layer in expected.deepstack_features)]
         assert difference(tokens, torch.stack(layers).numpy()) < 1e-4, image  # numbers of up to 10
@@ -240,7 +238,7 @@ MISTAKES = {
 def test_the_comparison_with_transformers_sees_each_mistake(tiny, monkeypatch, name):
     if MISTAKES[name] is not None:
         part, key, spoil = MISTAKES[name]
-        original = getattr(onnx_visual, part)
+        original = getattr(visual_engine, part)
 
         def spoiled(*arguments, **options):
             result = original(*arguments, **options)
@@ -248,7 +246,7 @@ def test_the_comparison_with_transformers_sees_each_mistake(tiny, monkeypatch, n
                 values[key] = spoil(values[key])
             return result
 
-        monkeypatch.setattr(onnx_visual, part, spoiled)
+        monkeypatch.setattr(visual_engine, part, spoiled)
     batch = batch_of(MIXED, tiny.rules)
     found = difference(engine(tiny).run(batch), reference(tiny, batch))
     assert found < TOLERANCE if name == "none" else found > 50 * TOLERANCE

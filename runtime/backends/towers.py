@@ -14,7 +14,7 @@ from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
 from rtx.runtime.text import Batch
 
 
-class OnnxTowersEngine:
+class TowersEngine:
     """Two graphs behind the contract of every engine.
 
     Args:

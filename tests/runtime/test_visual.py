@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rtx.runtime.backends.onnx_visual import OnnxVisualEngine
+from rtx.runtime.backends.visual import VisualEngine
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.visual_tokens import VisualTokens
 
@@ -81,7 +81,7 @@ class Counted:
     """An engine, and how many images each run of its vision graph had."""
 
     def __init__(self, vision, text, **options):
-        self.engine = OnnxVisualEngine(
+        self.engine = VisualEngine(
             vision, text, rules=RULES, output="sentence_embedding", threads=1, name="toy", **options
         )
         self.runs: list[int] = []
@@ -311,7 +311,7 @@ def test_a_vision_graph_of_another_width_is_refused(vision, text):
     rules = VisualTokens(
         image_token_id=IMAGE, merge_size=2, patch_width=6, position_grid=4, hidden=4, deepstack_layers=2
     )
-    engine = OnnxVisualEngine(vision, text, rules=rules, output="sentence_embedding", threads=1, name="toy")
+    engine = VisualEngine(vision, text, rules=rules, output="sentence_embedding", threads=1, name="toy")
     message = r"^toy \(vision\): expected \[1, 3, 4\] and \[2, 1, 3, 4\] from the vision graph, got \[1, 3, 3\] and"
     with pytest.raises(EngineError, match=message):
         engine.run(batch_of([B]))
@@ -321,7 +321,7 @@ def test_a_vision_graph_that_fails_tells_its_shapes(vision, text):
     rules = VisualTokens(
         image_token_id=IMAGE, merge_size=2, patch_width=5, position_grid=4, hidden=3, deepstack_layers=2
     )
-    engine = OnnxVisualEngine(vision, text, rules=rules, output="sentence_embedding", threads=1, name="toy")
+    engine = VisualEngine(vision, text, rules=rules, output="sentence_embedding", threads=1, name="toy")
     narrow = batch_of([A])
     narrow["pixel_values"] = narrow["pixel_values"][:, :5]
     with pytest.raises(
@@ -332,7 +332,7 @@ def test_a_vision_graph_that_fails_tells_its_shapes(vision, text):
 
 def test_graphs_that_are_exchanged_are_refused(vision, text):
     with pytest.raises(EngineError, match=r"^toy \(vision\): the graph has no output 'image_embeds'"):
-        OnnxVisualEngine(text, vision, rules=RULES, output="sentence_embedding", threads=1, name="toy")
+        VisualEngine(text, vision, rules=RULES, output="sentence_embedding", threads=1, name="toy")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_graphs_that_are_exchanged_are_refused(vision, text):
 )
 def test_numbers_out_of_range_are_refused(vision, text, options, message):
     with pytest.raises(UsageError, match=f"^{message}$"):
-        OnnxVisualEngine(vision, text, rules=RULES, output="sentence_embedding", **options)
+        VisualEngine(vision, text, rules=RULES, output="sentence_embedding", **options)
 
 
 def test_a_closed_engine_says_so(counted):

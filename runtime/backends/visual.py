@@ -33,7 +33,7 @@ _Key = tuple[bytes, int, int]
 _Tokens = NDArray[np.float32]
 
 
-class OnnxVisualEngine:
+class VisualEngine:
     """A vision graph and a text graph behind the contract of every engine.
 
     Args:
