@@ -39,6 +39,8 @@ from rtx.kernels.norm import layer_norm, rms_norm
 
 NORMS = ("layer_norm", "rms_norm")
 
+_STEP = 2.0**-24
+
 
 class Normalised(NamedTuple):
     """What the reference gives.
@@ -91,3 +93,19 @@ def add_norm_quantize(
     scale = np.maximum(np.abs(y).max(axis=-1) / LEVELS, SMALLEST_SCALE).astype(np.float32)
     codes = np.clip(np.rint(y / scale[..., None]), -LEVELS, LEVELS).astype(np.int8)
     return Normalised(total, y, scale, codes)
+
+
+def bound(found: Normalised, weight: NDArray[np.floating], *, norm: str, epsilon: float) -> NDArray[np.float64]:
+    """How far from the reference's y float32 may be: t of the contract, [..., width].
+
+    Args:
+        found: what the reference gave.
+        weight, norm, epsilon: what it was given.
+    """
+    total = found.sum
+    off = total - total.mean(axis=-1, keepdims=True) if norm == "layer_norm" else total
+    r = 1 / np.sqrt((off**2).mean(axis=-1, keepdims=True) + epsilon)
+    largest = np.abs(total).max(axis=-1, keepdims=True)
+    parts = (total.shape[-1] / 8 + 16) * _STEP * (r * largest * (1 + np.abs(off) * r) + np.abs(off) * r)
+    found_bound: NDArray[np.float64] = parts * np.abs(weight) + 2 * _STEP * np.abs(found.y)
+    return found_bound

@@ -159,6 +159,31 @@ def int8_linear(
     return y if bias is None else y + bias
 
 
+def multiply_rows(
+    xq: NDArray[np.int8],
+    scale_x: NDArray[np.float32],
+    wq: NDArray[np.int8],
+    scale_w: NDArray[np.float32],
+    bias: NDArray[np.floating] | None = None,
+) -> NDArray[np.float64]:
+    """Reference, in float64, of the product of rows that are in 8 bits already, without a centre, as
+    `rtx.kernels.add_norm_quantize` gives them.
+
+    Args:
+        xq: [..., in].
+        scale_x: [...].
+        wq: [out, in], about 0.
+        scale_w: [out].
+        bias: [out], or None.
+
+    Returns:
+        [..., out] float64.
+    """
+    product = (xq.astype(np.int64) @ wq.astype(np.int64).T).astype(np.float64)
+    product *= scale_x.astype(np.float64)[..., None] * scale_w.astype(np.float64)
+    return product if bias is None else product + bias
+
+
 def _scale(wide: NDArray[np.float64], axis: int) -> NDArray[np.float32]:
     """Step width along an axis, which is kept. In float32 before anything is rounded by it: what is stored is used."""
     step: NDArray[np.float64] = np.abs(wide).max(axis=axis, keepdims=True) / LEVELS

@@ -14,6 +14,8 @@ off by no more than the product that is off most:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,8 +34,18 @@ def maxsim(
         [documents] float64.
     """
     wide, found = query.astype(np.float64), np.zeros(len(offsets) - 1)
-    for document, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+    for document, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:
             products = wide @ documents[start:stop].astype(np.float64).T
             found[document] = products.max(axis=1).sum() if np.isfinite(products).all() else np.nan
     return found
+
+
+def bound(
+    query: NDArray[np.floating], documents: NDArray[np.floating], offsets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """How far from the reference float32 may be, [documents]; arguments as of `maxsim`."""
+    norms = np.linalg.norm(documents.astype(np.float64), axis=1)
+    longest = [norms[start:stop].max(initial=0) for start, stop in pairwise(offsets.tolist())]
+    size = np.linalg.norm(query.astype(np.float64), axis=1).sum()
+    return np.asarray(sum(query.shape) * 2.0**-23 * size * np.array(longest))

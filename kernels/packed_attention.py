@@ -63,3 +63,27 @@ def packed_attention(
         weights /= weights.sum(axis=-1, keepdims=True)
         found[start:stop] = np.einsum("hqk,khw->qhw", weights, v)
     return found
+
+
+def bound(
+    query: NDArray[np.floating],
+    key: NDArray[np.floating],
+    value: NDArray[np.floating],
+    *,
+    scale: float,
+    longest: int,
+    rounding: float = 0.0,
+) -> float:
+    """How far from the reference float32 may be.
+
+    Args:
+        query, key, value: as of `packed_attention`.
+        scale: of the scores.
+        longest: tokens of a sequence.
+        rounding: relative error of the type that the weights and the result are rounded to. Each moves a result by one
+            rounding of the largest value: a weight of float16 below 2**-14 has no more than 2**-25 of its own, which
+            the `longest` numbers of 2**-23 hold, and weights after rounding no longer add up to their sum.
+    """
+    largest_query, largest_key, largest_value = (float(np.abs(side).max()) for side in (query, key, value))
+    steps: float = 2 * query.shape[2] * abs(scale) * largest_query * largest_key + longest
+    return (steps * 2.0**-23 + 2 * rounding) * largest_value

@@ -113,3 +113,21 @@ def truncate(vectors: Float32, dimension: int, *, normalize: bool) -> Float32:
         raise ValueError(f"dimension: expected 1 to {vectors.shape[-1]}, got {dimension}")
     cut = vectors[..., :dimension]
     return l2_normalize(cut) if normalize else cut
+
+
+def bound(
+    hidden: NDArray[np.floating[Any]],
+    mask: NDArray[np.integer[Any]],
+    modes: Sequence[str],
+    *,
+    attention_mask: NDArray[np.integer[Any]] | None = None,
+) -> Float32:
+    """How far from the reference another sum in float32 may be, of the same shape; arguments as of `pool`.
+
+    A float32 sum of n products is off by at most n * 2**-24 of the sum of their magnitudes, and product, divisor (two
+    roundings at most) and quotient by another 4; that holds for the reference, too: twice as much. What is chosen, not
+    added up, is not off at all.
+    """
+    steps = [0 if mode in ("cls", "lasttoken", "max") else mask.shape[1] + 4 for mode in modes]
+    sizes = pool(np.abs(hidden), mask, modes, attention_mask=attention_mask)
+    return np.asarray(sizes * np.repeat(np.float32(2.0**-23) * np.array(steps, np.float32), hidden.shape[2]))

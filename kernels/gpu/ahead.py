@@ -22,9 +22,6 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 """A100; A10, RTX 30; L4, L40S, RTX 40; H100, H200; B200; RTX 50, RTX PRO."""
 
-OPS = ("add_norm_quantize", "info_nce", "int8_linear", "maxsim", "packed_attention", "pool")
-"""The files of `rtx.kernels.gpu` that have an op, each with its BUILDS."""
-
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability"): a kernel that needs more is compiled and never starts."""

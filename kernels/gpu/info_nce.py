@@ -18,12 +18,10 @@ Why so:
       computes all products of its rows, on multiprocessors that were idle. The bits do not depend on the split.
 
 What a program reads is its own side once a block of the other, and the other side once (backward: twice): Q * D * dim *
-(1/32 + 1/32) * 4 bytes, of which L2 has most. There is no gradient of the gradients.
+(1/32 + 1/32) * 4 bytes, of which L2 has most.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -204,35 +202,25 @@ def info_nce(
     scale: float,
     false_negative_margin: float | None = None,
     allow_tf32: bool = False,
-) -> Tensor:
-    """Mean cross-entropy of picking each query's positive among all documents; see `rtx.kernels.info_nce`.
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of picking each query's positive among all documents; see `rtx.kernels.info_nce`.
 
     Args:
         queries: [queries, dim] float32, contiguous, of L2 norm 1; at least one, dim 1 to MAX_DIM.
         documents: [documents, dim] float32, contiguous, of L2 norm 1.
         positives: [queries] int64, contiguous: which document is each query's positive. One that does not exist makes
-            the loss NaN, since only the GPU knows.
+            the query's loss NaN, since only the GPU knows.
         scale: factor of the products.
         false_negative_margin: leave out a document whose product is more than this above the positive's; None for none.
         allow_tf32: let tensor cores multiply, with operands of 10 bits after the point instead of 23.
 
     Returns:
-        [] float32, with gradients of `queries` and `documents`, and none of these.
+        Each query's loss, and its product with its positive: [queries] float32 each.
 
     Raises:
         ValueError: an argument is not as above, or not on the device of `queries`.
     """
     _check(queries, documents, positives)
-    losses, _ = info_nce_rows(queries, documents, positives, scale, false_negative_margin, allow_tf32)
-    loss: Tensor = losses.mean()
-    return loss
-
-
-@torch.library.custom_op("rtx::info_nce", mutates_args=())
-def info_nce_rows(
-    queries: Tensor, documents: Tensor, positives: Tensor, scale: float, margin: float | None, allow_tf32: bool
-) -> tuple[Tensor, Tensor]:
-    """Each query's loss, and its product with its positive: [queries] each. Of the second there is no gradient."""
     (query_count, dim), document_count = queries.shape, len(documents)
     runs, blocks = triton.cdiv(document_count, _RUN), triton.cdiv(query_count, _ROWS)
     of_positives = queries.new_empty(query_count)
@@ -249,8 +237,8 @@ def info_nce_rows(
             of_runs,
             *counts,
             scale,
-            margin or 0.0,
-            has_margin=margin is not None,
+            false_negative_margin or 0.0,
+            has_margin=false_negative_margin is not None,
             others=_OTHERS,
             run=_RUN,
             **shape,
@@ -258,18 +246,28 @@ def info_nce_rows(
     return torch.logsumexp(of_runs, dim=0), of_positives
 
 
-@torch.library.custom_op("rtx::info_nce_backward", mutates_args=())
-def _info_nce_backward(
+def info_nce_backward(
     queries: Tensor,
     documents: Tensor,
     positives: Tensor,
-    of_positives: Tensor,
     losses: Tensor,
+    of_positives: Tensor,
     upstream: Tensor,
+    *,
     scale: float,
-    margin: float | None,
-    allow_tf32: bool,
+    false_negative_margin: float | None = None,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_i upstream[i] * losses[i].
+
+    Args:
+        queries, documents, positives, scale, false_negative_margin, allow_tf32: as `info_nce` was given them.
+        losses, of_positives: what it gave.
+        upstream: [queries] float32.
+
+    Returns:
+        Of the queries, [queries, dim] float32, and of the documents, [documents, dim].
+    """
     dim = queries.shape[1]
     gradients = torch.zeros_like(queries), torch.zeros_like(documents)
     with device_of(queries):
@@ -287,9 +285,9 @@ def _info_nce_backward(
                 len(queries),
                 len(documents),
                 scale,
-                margin or 0.0,
+                false_negative_margin or 0.0,
                 of_documents=bool(of_documents),
-                has_margin=margin is not None,
+                has_margin=false_negative_margin is not None,
                 dim=dim,
                 rows=_ROWS,
                 others=_OTHERS,
@@ -300,34 +298,6 @@ def _info_nce_backward(
                 num_stages=_STAGES,
             )
     return gradients
-
-
-@info_nce_rows.register_fake
-def _(queries: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(len(queries)), queries.new_empty(len(queries))
-
-
-@_info_nce_backward.register_fake
-def _(queries: Tensor, documents: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(queries), torch.empty_like(documents)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    losses, of_positives = output
-    ctx.save_for_backward(*inputs[:3], of_positives, losses)
-    ctx.options = inputs[3:]
-
-
-def _gradients(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_info_nce_backward(*ctx.saved_tensors, upstream, *ctx.options), None, None, None, None
-
-
-def _no_second_gradients(*_: Any) -> None:
-    raise RuntimeError("info_nce: its gradients have no gradients; expected one backward, without create_graph")
-
-
-info_nce_rows.register_autograd(_gradients, setup_context=_keep)
-_info_nce_backward.register_autograd(_no_second_gradients)
 
 
 def _check(queries: Tensor, documents: Tensor, positives: Tensor) -> None:

@@ -12,10 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtx.kernels import operators
 from rtx.runtime.errors import UsageError, nearest
 from rtx.trainer.loss_table import Direction, Distance, MarginStrategy, Partition, Similarity
 from rtx.trainer.losses.arithmetic import at_least_float32, mean
 from rtx.trainer.losses.targets import Targets
+
+# Cosines of queries with documents from which on `info_nce` does without their matrix where it can: 256 MiB in float32,
+# five times which PyTorch needs at its peak.
+_LARGE = 1 << 26
+# What `rtx.kernels.gpu.info_nce` takes.
+_MOST_COLUMNS = 4096
 
 
 @at_least_float32
@@ -45,6 +52,9 @@ def info_nce(
     symmetric loss, the mean of picking the document and picking the query, is
     `directions=("query_to_doc", "doc_to_query"), partition="per_direction"`.
 
+    On an NVIDIA GPU a large batch in query_to_doc alone is computed by `rtx.kernels.operators.info_nce`, whose memory
+    grows with queries and documents, not with their product.
+
     Args:
         queries: [queries, dim].
         documents: [documents, dim], the positive of a row first, then any number of negatives.
@@ -61,6 +71,8 @@ def info_nce(
         UsageError: a direction or partition that does not exist, or that do not go together.
     """
     _check_directions(directions, partition)
+    if directions == ("query_to_doc",) and _without_matrix(queries, documents):
+        return _info_nce_without_matrix(queries, documents, targets, scale, false_negative_margin)
     cosines = _cosines(queries, documents, targets, directions)
     beyond: dict[Direction, Tensor] = {}
     if false_negative_margin is not None:
@@ -279,6 +291,25 @@ def kl(
     student = targets.log_softmax(scores / temperature)
     teacher = targets.log_softmax(targets.labels / temperature)
     return temperature**2 * (teacher.exp() * (teacher - student)).sum() / len(queries)
+
+
+def _without_matrix(queries: Tensor, documents: Tensor) -> bool:
+    fits = queries.dtype == torch.float32 and 1 <= queries.shape[1] <= _MOST_COLUMNS
+    # Last, as it may have to compile.
+    return fits and len(queries) * len(documents) >= _LARGE and operators.in_triton("info_nce", queries.device)
+
+
+def _info_nce_without_matrix(
+    queries: Tensor, documents: Tensor, targets: Targets, scale: float, margin: float | None
+) -> Tensor:
+    losses, _ = operators.info_nce(
+        F.normalize(queries, dim=-1),
+        F.normalize(documents, dim=-1),
+        targets.first,
+        scale=scale,
+        false_negative_margin=margin,
+    )
+    return mean(losses)
 
 
 def _cosines(

@@ -30,16 +30,6 @@ def _inputs(rows: int, width: int, kind: torch.dtype, mean: float = 0.3) -> tupl
     return x, residual, weight, bias
 
 
-def _bound(found: reference.Normalised, weight: Any, centred: bool, epsilon: float) -> Any:
-    """t of the contract, [rows, width]."""
-    total = found.sum
-    off = total - total.mean(axis=1, keepdims=True) if centred else total
-    r = 1 / np.sqrt((off**2).mean(axis=1, keepdims=True) + epsilon)
-    largest = np.abs(total).max(axis=1, keepdims=True)
-    parts = (total.shape[1] / 8 + 16) * STEP * (r * largest * (1 + np.abs(off) * r) + np.abs(off) * r)
-    return parts * np.abs(weight) + 2 * STEP * np.abs(found.y)
-
-
 def test_the_reference_by_hand() -> None:
     x, residual = np.array([[1.0, 2.0, 3.0, 5.0]]), np.array([[0.0, 1.0, 2.0, 2.0]])
     # The sum is 1, 3, 5, 7: mean 4, variance 5, mean square 21.
@@ -73,7 +63,7 @@ def test_everything_given_agrees_with_the_reference(kind: torch.dtype, norm: str
     if kind != torch.bfloat16:
         assert torch.equal(found.sum, total.to(kind))
 
-    bound = _bound(expected, arrays[2], centred, EPSILON)
+    bound = reference.bound(expected, arrays[2], norm=norm, epsilon=EPSILON)
     assert found.y is not None
     assert found.y.dtype == kind
     off = np.abs(found.y.double().numpy() - expected.y)
@@ -132,7 +122,9 @@ def test_a_mean_far_from_zero_does_not_take_the_variance_with_it() -> None:
         arrays[0], arrays[1], arrays[2], arrays[3], norm="layer_norm", epsilon=EPSILON
     )
     assert found.y is not None
-    assert (np.abs(found.y.numpy() - expected.y) <= _bound(expected, arrays[2], True, EPSILON)).all()
+    assert (
+        np.abs(found.y.numpy() - expected.y) <= reference.bound(expected, arrays[2], norm="layer_norm", epsilon=EPSILON)
+    ).all()
     # E[x^2] - E[x]^2 would subtract numbers of 10^6, and be off by 1e6 * 2**-24 of a variance of 2.
     assert np.abs(found.y.numpy() - expected.y)[1:].max() < 1e-3
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every kind of GPU, and asks for no more than one has: in a process without the interpreter."""
+"""Every kernel compiles for every GPU, and asks for no more than one has: in a process without the interpreter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rtx.kernels.gpu import ahead
-from rtx.kernels.gpu.ahead import CAPABILITIES, OPS, SHARED_LIMIT_BYTES
+from rtx.kernels.gpu import OPS, ahead
+from rtx.kernels.gpu.ahead import CAPABILITIES, SHARED_LIMIT_BYTES
 
 # Bytes that some builds leave on the stack of a thread, as much as four registers hold.
 MOST_STACK_BYTES = 16

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rtx.kernels import info_nce as reference
-from rtx.kernels.gpu.info_nce import info_nce, info_nce_rows
-from rtx.trainer.losses.embed import info_nce as of_trainer
-from rtx.trainer.losses.targets import Targets
+from rtx.kernels.gpu.info_nce import info_nce, info_nce_backward
 
 EPSILON = 2.0**-23
 
@@ -23,23 +21,20 @@ def _vectors(queries: int, documents: int, dim: int) -> tuple[torch.Tensor, torc
     return left, right, torch.randint(documents, (queries,), generator=random)
 
 
-def _bounds(loss: float, scale: float, queries: int, documents: int, dim: int) -> tuple[float, float, float]:
-    """Of loss and both gradients.
-
-    The first is the contract's. Weights of a row are off by twice the bound of its loss, relatively, and their
-    magnitudes add up to 2 at most; times scale / queries and vectors of norm 1, summed in float32 over the other side.
-    A document's gradient has a share of every query. A row's loss is at most 2 * scale + log(documents).
-    """
-    of_loss = (2 * scale * (dim + 1) + abs(loss) + documents) * EPSILON
-    of_row = (2 * scale * (dim + 1) + 2 * scale + np.log(documents) + documents) * EPSILON
-    gradient = 2 * scale * (2 * of_row + (queries + documents) * EPSILON)
-    return of_loss, gradient / queries, gradient
-
-
 def _found(queries: Any, documents: Any, positives: Any, **options: Any) -> tuple[torch.Tensor, ...]:
-    queries, documents = queries.clone().requires_grad_(), documents.clone().requires_grad_()
-    loss = info_nce(queries, documents, positives, **options)
-    return loss.detach(), *torch.autograd.grad(loss, (queries, documents))
+    """Losses, and the gradients of their mean."""
+    losses, of_positives = info_nce(queries, documents, positives, **options)
+    upstream = torch.full_like(losses, 1 / len(losses))
+    gradients = info_nce_backward(queries, documents, positives, losses, of_positives, upstream, **options)
+    return losses, *gradients
+
+
+def _check(queries: Any, documents: Any, positives: Any, **options: Any) -> None:
+    expected = reference.info_nce(queries.numpy(), documents.numpy(), positives.numpy(), **options)
+    allowed = reference.bounds(expected.losses, *documents.shape, scale=options["scale"])
+    for found, right, most in zip(_found(queries, documents, positives, **options), expected, allowed, strict=True):
+        assert found.dtype == torch.float32
+        assert (np.abs(found.numpy() - right) <= most).all()
 
 
 @pytest.mark.parametrize(
@@ -57,45 +52,13 @@ def _found(queries: Any, documents: Any, positives: Any, **options: Any) -> tupl
 def test_loss_and_gradients_agree_with_the_reference(
     queries: int, documents: int, dim: int, scale: float, margin: float | None
 ) -> None:
-    vectors = _vectors(queries, documents, dim)
-    options: dict[str, Any] = {"scale": scale, "false_negative_margin": margin}
-    expected = reference.info_nce(vectors[0].numpy(), vectors[1].numpy(), vectors[2].numpy(), **options)
-    bounds = _bounds(float(expected[0]), scale, queries, documents, dim)
-    for found, right, bound in zip(_found(*vectors, **options), expected, bounds, strict=True):
-        assert found.dtype == torch.float32
-        assert np.abs(found.numpy() - right).max() <= bound
+    _check(*_vectors(queries, documents, dim), scale=scale, false_negative_margin=margin)
 
 
 def test_more_documents_than_a_run_and_columns_of_more_than_one_program() -> None:
     queries, documents, positives = _vectors(3, 1030, 40)
     positives[0] = 1029
-    expected = reference.info_nce(queries.numpy(), documents.numpy(), positives.numpy(), scale=20.0)
-    bounds = _bounds(float(expected[0]), 20.0, 3, 1030, 40)
-    for found, right, bound in zip(_found(queries, documents, positives, scale=20.0), expected, bounds, strict=True):
-        assert np.abs(found.numpy() - right).max() <= bound
-
-
-@pytest.mark.parametrize("labels", [[(1,)] * 5, [(1, 0, 0), (1,), (1, 0)]], ids=["one", "several"])
-@pytest.mark.parametrize("margin", [None, 0.1])
-def test_it_is_the_loss_of_the_trainer(labels: Any, margin: float | None) -> None:
-    targets = Targets.of(labels)
-    raw: Any = [
-        torch.randn(count, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        for seed, count in enumerate((len(labels), len(targets.owner)))
-    ]
-    right = of_trainer(raw[0], raw[1], targets, scale=20.0, false_negative_margin=margin)
-    narrow = [side.detach().float().requires_grad_() for side in raw]
-    unit: Any = [F.normalize(side, dim=1) for side in narrow]
-    found = info_nce(unit[0], unit[1], targets.first, scale=20.0, false_negative_margin=margin)
-    # A norm in float32 moves a vector by (dim / 2 + 2) * 2**-24, and so a product as dim more terms of it would; the
-    # gradient goes back through the norm once more and is multiplied by 1 / norm.
-    bounds = _bounds(right.item(), 20.0, len(labels), len(targets.owner), 3 * 9)
-    assert abs(found.item() - right.item()) <= bounds[0]
-    for side, of_found, of_right, bound in zip(
-        raw, torch.autograd.grad(found, narrow), torch.autograd.grad(right, raw), bounds[1:], strict=True
-    ):
-        assert (of_found - of_right).abs().max() <= bound / side.norm(dim=1).min()
-        assert of_right.abs().max() > 100 * bound / side.norm(dim=1).min()
+    _check(queries, documents, positives, scale=20.0)
 
 
 def test_a_copy_of_the_positive_ties_with_it_and_stays() -> None:
@@ -103,11 +66,11 @@ def test_a_copy_of_the_positive_ties_with_it_and_stays() -> None:
     documents[35] = documents[3]
     positives[:] = 3
     documents = documents.contiguous()
-    found, _, of_documents = _found(queries, documents, positives, scale=100.0, false_negative_margin=0.0)
-    expected, _, _ = reference.info_nce(
+    losses, _, of_documents = _found(queries, documents, positives, scale=100.0, false_negative_margin=0.0)
+    expected = reference.info_nce(
         queries.numpy(), documents.numpy(), positives.numpy(), scale=100.0, false_negative_margin=1e-9
-    )
-    assert abs(found.item() - expected) <= _bounds(float(expected), 100.0, 5, 40, 64)[0]
+    ).losses
+    assert (np.abs(losses.numpy() - expected) <= reference.bounds(expected, 40, 64, scale=100.0).losses).all()
     assert of_documents[35].abs().max() > 0.1
 
 
@@ -127,9 +90,21 @@ def test_what_the_margin_leaves_out_takes_no_gradient() -> None:
 
 def test_a_query_has_the_same_loss_alone_as_among_others() -> None:
     queries, documents, positives = _vectors(37, 17, 33)
-    together, _ = info_nce_rows(queries, documents, positives, 20.0, 0.1, False)
+    options: dict[str, Any] = {"scale": 20.0, "false_negative_margin": 0.1}
+    together, _ = info_nce(queries, documents, positives, **options)
     for row in (0, 5, 36):
-        alone, _ = info_nce_rows(queries[row : row + 1], documents, positives[row : row + 1], 20.0, 0.1, False)
+        alone, _ = info_nce(queries[row : row + 1], documents, positives[row : row + 1], **options)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_query_has_the_same_gradient_alone_as_among_others() -> None:
+    queries, documents, positives = _vectors(37, 17, 33)
+    losses, of_positives = info_nce(queries, documents, positives, scale=20.0)
+    sides = (queries, documents, positives, losses, of_positives, torch.ones_like(losses))
+    together, _ = info_nce_backward(*sides, scale=20.0)
+    for row in (0, 5, 36):
+        one = [side if side is documents else side[row : row + 1] for side in sides]
+        alone, _ = info_nce_backward(*one, scale=20.0)
         assert torch.equal(alone[0], together[row])
 
 
@@ -144,26 +119,17 @@ def test_the_gradients_of_the_reference_are_those_of_its_loss() -> None:
             kept, losses = side[place], []
             for moved in (kept + step, kept - step):
                 side[place] = moved
-                losses.append(reference.info_nce(sides[0], sides[1], positives, **options)[0])
+                losses.append(reference.info_nce(sides[0], sides[1], positives, **options).losses.mean())
             side[place] = kept
             # Central: the third derivative, scale**3 at most, times step**2 / 6, and rounding of the loss / step.
             assert abs((losses[0] - losses[1]) / (2 * step) - gradient[place]) < 20**3 * step**2 + 1e-14 / step
 
 
-def test_there_is_no_second_gradient_and_a_positive_that_does_not_exist_is_nan() -> None:
-    queries, documents, positives = _vectors(2, 3, 4)
-    queries.requires_grad_()
-    (gradient,) = torch.autograd.grad(info_nce(queries, documents, positives, scale=2.0), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="info_nce: its gradients have no gradients"):
-        torch.autograd.grad(gradient.sum(), queries)
+def test_a_positive_that_does_not_exist_is_nan() -> None:
+    queries, documents, _ = _vectors(2, 3, 4)
     for index in (-1, 3):
-        assert info_nce(queries, documents, torch.tensor([0, index]), scale=2.0).isnan()
-
-
-def test_compilers_of_torch_know_its_shapes() -> None:
-    torch.library.opcheck(
-        info_nce_rows, (*_vectors(2, 3, 4), 20.0, None, False), test_utils=("test_schema", "test_faketensor")
-    )
+        losses, _ = info_nce(queries, documents, torch.tensor([0, index]), scale=2.0)
+        assert losses.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

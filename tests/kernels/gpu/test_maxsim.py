@@ -21,13 +21,6 @@ def _batch(query_tokens: int, lengths: list[int], dim: int, kind: torch.dtype) -
     return query, documents, torch.tensor(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _bound(query: Any, documents: Any, offsets: Any) -> Any:
-    """The contract's. Products of float16 are exact in float32, in which they are added up."""
-    norms, starts = documents.double().norm(dim=1).numpy(), offsets.tolist()
-    longest = [norms[start:stop].max(initial=0) for start, stop in pairwise(starts)]
-    return sum(query.shape) * 2.0**-23 * query.double().norm(dim=1).sum().item() * np.array(longest)
-
-
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 @pytest.mark.parametrize(
     ("query_tokens", "lengths", "dim"),
@@ -38,7 +31,9 @@ def test_it_agrees_with_the_reference(query_tokens: int, lengths: list[int], dim
     found = maxsim(query, documents, offsets)
     expected = reference.maxsim(query.numpy(), documents.numpy(), offsets.numpy())
     assert found.dtype == torch.float32
-    assert (np.abs(found.numpy() - expected) <= _bound(query, documents, offsets)).all()
+    assert (
+        np.abs(found.numpy() - expected) <= reference.bound(query.numpy(), documents.numpy(), offsets.numpy())
+    ).all()
     assert not found[np.array(lengths) == 0].any()
 
 

@@ -24,19 +24,6 @@ def _batch(lengths: list[int], heads: int, key_heads: int, width: int, kind: tor
     return *sides, torch.tensor(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _bound(query: Any, key: Any, value: Any, scale: float, length: int) -> float:
-    """The contract's, which is for float32, and what rounding to the type adds, of weights and of what comes out.
-
-    Each moves a result by one rounding of the largest value; a weight of float16 below 2**-14 has no more than 2**-25
-    of its own, which the `length` numbers of 2**-23 hold. Weights after rounding no longer add up to their sum.
-    """
-    widest: float = value.double().abs().max().item()
-    steps: float = (
-        2 * query.shape[2] * scale * query.double().abs().max().item() * key.double().abs().max().item() + length
-    )
-    return (steps * 2.0**-23 + 2 * ROUNDING[query.dtype]) * widest
-
-
 @pytest.mark.parametrize("kind", list(ROUNDING), ids=str)
 @pytest.mark.parametrize(
     ("lengths", "heads", "key_heads", "width", "options"),
@@ -58,7 +45,8 @@ def test_it_agrees_with_the_reference(
     wide = [side.double().numpy() for side in (query, key, value)]
     expected = reference.packed_attention(wide[0], wide[1], wide[2], offsets.numpy(), scale=scale, **options)
     assert found.dtype == kind
-    assert np.abs(found.double().numpy() - expected).max() <= _bound(query, key, value, scale, max(lengths))
+    bound = reference.bound(wide[0], wide[1], wide[2], scale=scale, longest=max(lengths), rounding=ROUNDING[kind])
+    assert np.abs(found.double().numpy() - expected).max() <= bound
 
 
 @pytest.mark.parametrize(

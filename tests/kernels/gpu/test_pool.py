@@ -33,18 +33,10 @@ def _batch(rows: int, tokens: int, width: int, kind: torch.dtype = torch.float32
 
 
 def _expected(hidden: Any, mask: Any, mode: str, attention: Any, dimension: int) -> tuple[Any, Any]:
-    """The reference's vector, and how far in float32 another one may be from it.
-
-    A float32 sum of n products is off by at most n * 2**-24 of the sum of their magnitudes, and product, divisor (two
-    roundings at most) and quotient by another 4; that holds for the reference, too: twice as much.
-    """
-    states = hidden.float().numpy()[..., :dimension]
-    arguments = {"attention_mask": attention.numpy()}
-    found = reference.pool(states, mask.numpy(), [mode], **arguments)
-    if mode in ("cls", "lasttoken", "max"):
-        return found, np.zeros_like(found)
-    size = reference.pool(np.abs(states), mask.numpy(), [mode], **arguments)
-    return found, 2 * (mask.shape[1] + 4) * STEP * size
+    """The reference's vector, and how far in float32 another one may be from it."""
+    arguments = (hidden.float().numpy()[..., :dimension], mask.numpy(), [mode])
+    options = {"attention_mask": attention.numpy()}
+    return reference.pool(*arguments, **options), reference.bound(*arguments, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,260 @@
+"""The ops as operators of PyTorch: by the reference here, in Triton's interpreter where the CPU stands in for a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rtx.kernels import info_nce as info_nce_contract
+from rtx.kernels import operators
+from rtx.kernels import pool as pool_contract
+from rtx.kernels.quantize import quantize_binary, quantize_int8
+from rtx.trainer.losses import embed
+from rtx.trainer.losses.targets import Targets
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU is taken for a GPU: kernels are tried on it, and used."""
+    pytest.importorskip("triton", reason="triton is not installed: it is for Linux on x86-64")
+    monkeypatch.setattr(operators, "_is_gpu", lambda device: device.type == "cpu")
+    operators._is_sound.cache_clear()
+    yield
+    operators._is_sound.cache_clear()
+
+
+def _random(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(kind)
+
+
+def _codes(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+
+
+def _unit(*shape: int) -> torch.Tensor:
+    return F.normalize(_random(*shape), dim=1)
+
+
+MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+CALLS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "add_norm_quantize": [
+        (
+            (_random(3, 16), _random(3, 16), _random(16), _random(16)),
+            {"norm": "layer_norm", "epsilon": 1e-5, "give_y": True},
+        ),
+        (
+            (_random(3, 16, kind=torch.bfloat16), None, _random(16)),
+            {"norm": "rms_norm", "epsilon": 1e-5, "give_sum": True},
+        ),
+    ],
+    "info_nce": [
+        ((_unit(3, 8), _unit(5, 8), torch.tensor([4, 0, 1])), {"scale": 20.0}),
+        ((_unit(3, 8), _unit(5, 8), torch.tensor([4, 0, 1])), {"scale": 20.0, "false_negative_margin": 0.1}),
+    ],
+    "int8_linear": [
+        ((_codes(3, 16), torch.full((3,), 0.01), _codes(5, 16), torch.full((5,), 0.01)), {}),
+        (
+            (_codes(3, 16), torch.full((3,), 0.01), _codes(5, 16), torch.full((5,), 0.01), _random(5)),
+            {"activation": "gelu", "dtype": torch.float32},
+        ),
+    ],
+    "maxsim": [((_random(3, 8), _random(5, 8), torch.tensor([0, 2, 2, 5])), {})],
+    "packed_attention": [
+        ((_random(6, 2, 8), _random(6, 1, 8), _random(6, 1, 8), torch.tensor([0, 4, 6])), {"scale": 0.3}),
+        (
+            (*(_random(6, 2, 8, kind=torch.float16) for _ in range(3)), torch.tensor([0, 4, 6])),
+            {"scale": 0.3, "causal": True, "window": 2, "longest": 4},
+        ),
+    ],
+    "pool": [
+        ((_random(2, 4, 9), MASK, "mean"), {"normalize": True}),
+        ((_random(2, 4, 9, kind=torch.bfloat16), MASK, "weightedmean", MASK), {"dimension": 5, "output": "float16"}),
+        ((_random(2, 4, 9), MASK, "cls"), {"normalize": True, "output": "int8"}),
+        ((_random(2, 4, 9), MASK, "max"), {"output": "binary"}),
+    ],
+}
+EACH = [(op, *call) for op, calls in CALLS.items() for call in calls]
+
+
+def _operator(op: str) -> Callable[..., Any]:
+    return getattr(operators, op)  # type: ignore[no-any-return]
+
+
+def _list(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+@pytest.mark.parametrize(("op", "arguments", "options"), EACH)
+def test_compilers_of_torch_know_shapes_and_types(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    assert set(CALLS) == set(operators.OPS)
+    torch.library.opcheck(_operator(op), arguments, options)
+
+
+@pytest.mark.parametrize(("op", "arguments", "options"), EACH)
+@pytest.mark.usefixtures("as_gpu")
+def test_a_gpu_gives_what_the_reference_gives(
+    op: str, arguments: tuple[Any, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernel = _list(_operator(op)(*arguments, **options))
+    assert operators.in_triton(op, CPU)
+    monkeypatch.setattr(operators, "_is_gpu", lambda _: False)
+    by_reference = _list(_operator(op)(*arguments, **options))
+    assert not operators.in_triton(op, CPU)
+    for found, expected in zip(by_kernel, by_reference, strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        # A step of the coarsest type: codes and half precision may be rounded the other way.
+        whole = found.dtype in (torch.int8, torch.uint8)
+        near = {"rtol": 2.0**-7, "atol": 2.0**-12} if found.dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(found, expected, **({"rtol": 0, "atol": 1} if whole else near))
+
+
+def test_pooled_codes_are_those_of_the_reference() -> None:
+    hidden, mask = _random(2, 4, 9), MASK
+    vectors = pool_contract.truncate(pool_contract.pool(hidden.numpy(), mask.numpy(), ["mean"]), 5, normalize=True)
+    for output, expected in {
+        "float32": vectors,
+        "float16": vectors.astype(np.float16),
+        "int8": quantize_int8(vectors),
+        "binary": quantize_binary(vectors),
+    }.items():
+        found = operators.pool(hidden, mask, "mean", dimension=5, normalize=True, output=output)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    with pytest.raises(ValueError, match="output: expected float32, float16, int8 or binary, got 'int4'"):
+        operators.pool(hidden, mask, "mean", output="int4")
+    with pytest.raises(ValueError, match="activation: expected none, gelu, gelu_tanh or silu, got 'relu'"):
+        operators.int8_linear(*CALLS["int8_linear"][0][0], activation="relu")
+
+
+@pytest.mark.parametrize("op", operators.OPS)
+@pytest.mark.usefixtures("as_gpu")
+def test_a_kernel_that_is_off_is_not_used(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"rtx.kernels.gpu.{op}")
+    right = getattr(module, op)
+
+    def off(*arguments: Any, **options: Any) -> Any:
+        found = right(*arguments, **options)
+        for tensor in found if isinstance(found, tuple) else [found]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.reshape(-1)[-1:] += 0.05
+        return found
+
+    arguments, options = CALLS[op][0]
+    expected = _list(_operator(op)(*arguments, **options))
+    operators._is_sound.cache_clear()
+    monkeypatch.setattr(module, op, off)
+    told = rf"{op}: the Triton kernel is not used on cpu: .*: \S+ from the reference, of \S+ that its contract allows"
+    with pytest.warns(RuntimeWarning, match=told) as warned:
+        found = [_list(_operator(op)(*arguments, **options)) for _ in range(2)][1]
+    assert len([message for message in warned if "not used" in str(message.message)]) == 1
+    assert not operators.in_triton(op, CPU)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("PassManager::run failed\nand a page of code")
+
+    monkeypatch.setattr("rtx.kernels.gpu.maxsim.maxsim", broken)
+    with pytest.warns(RuntimeWarning, match=r"not used on cpu: RuntimeError: PassManager::run failed$"):
+        found = operators.maxsim(*CALLS["maxsim"][0][0])
+    assert found.shape == (3,)
+    # The others are.
+    assert operators.in_triton("pool", CPU)
+
+
+def test_without_triton_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda _: None)
+    assert not operators.in_triton("maxsim", CPU)
+
+
+def _loss(queries: torch.Tensor, documents: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    losses, _ = operators.info_nce(F.normalize(queries, dim=1), F.normalize(documents, dim=1), positives, scale=20.0)
+    return losses.mean()
+
+
+@pytest.mark.parametrize("where", ["reference", "triton"])
+def test_a_compiled_loss_has_the_same_gradients(where: str, request: pytest.FixtureRequest) -> None:
+    if where == "triton":
+        request.getfixturevalue("as_gpu")
+    positives = torch.tensor([3, 0, 6])
+    found = []
+    for loss in (_loss, torch.compile(_loss, backend="aot_eager", fullgraph=True)):
+        sides = [_random(count, 8).requires_grad_() for count in (3, 7)]
+        value = loss(*sides, positives)
+        found.append([value.detach(), *torch.autograd.grad(value, sides)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-6, atol=1e-7)
+    wide = [F.normalize(side.detach(), dim=1).numpy() for side in sides]
+    right = info_nce_contract.info_nce(wide[0], wide[1], positives.numpy(), scale=20.0)
+    assert found[0][0].item() == pytest.approx(right.losses.mean(), rel=1e-5)
+
+
+def test_there_is_no_second_gradient() -> None:
+    queries, documents, positives = CALLS["info_nce"][0][0]
+    queries = queries.clone().requires_grad_()
+    losses, _ = operators.info_nce(queries, documents, positives, scale=2.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="info_nce: its gradients have no gradients"):
+        torch.autograd.grad(gradient.sum(), queries)
+
+
+@pytest.mark.parametrize("labels", [[(1,)] * 5, [(1, 0, 0), (1,), (1, 0)]], ids=["one", "several"])
+@pytest.mark.parametrize("margin", [None, 0.1])
+@pytest.mark.usefixtures("as_gpu")
+def test_a_large_batch_has_the_trainers_loss_without_its_matrix(
+    labels: Any, margin: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = Targets.of(labels)
+    wide = [
+        torch.randn(count, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        for seed, count in enumerate((len(labels), len(targets.owner)))
+    ]
+    options: dict[str, Any] = {"scale": 20.0, "false_negative_margin": margin}
+    right = embed.info_nce(wide[0], wide[1], targets, **options)
+    narrow = [side.detach().float().requires_grad_() for side in wide]
+    monkeypatch.setattr(embed, "_LARGE", len(labels) * len(targets.owner))
+    monkeypatch.setattr(embed, "_cosines", None)
+    found = embed.info_nce(narrow[0], narrow[1], targets, **options)
+    # A norm in float32 moves a vector by (dim / 2 + 2) * 2**-24, and so a product as dim more terms of it would; the
+    # gradient goes back through the norm once more and is multiplied by 1 / norm.
+    units = [F.normalize(side.detach(), dim=1).numpy() for side in wide]
+    losses = info_nce_contract.info_nce(units[0], units[1], targets.first.numpy(), **options).losses
+    allowed = info_nce_contract.bounds(losses, len(targets.owner), 3 * 9, scale=20.0)
+    assert abs(found.item() - right.item()) <= allowed.losses.max()
+    gradients = torch.autograd.grad(found, narrow), torch.autograd.grad(right, wide)
+    for side, one, other, most in zip(wide, *gradients, allowed[1:], strict=True):
+        bound = most.max() / side.detach().norm(dim=1).min()
+        assert (one - other).abs().max() <= bound
+        assert other.abs().max() > 100 * bound
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ({"_LARGE": 16}, {}),
+        ({"_MOST_COLUMNS": 8}, {}),
+        ({}, {"directions": ("query_to_doc", "doc_to_query")}),
+        ({}, {"dtype": torch.float64}),
+    ],
+    ids=["small", "wide", "directions", "float64"],
+)
+@pytest.mark.usefixtures("as_gpu")
+def test_what_the_operator_is_not_for_has_the_matrix(
+    change: dict[str, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_LARGE": 1, **change}.items():
+        monkeypatch.setattr(embed, name, value)
+    monkeypatch.setattr(operators, "info_nce", None)
+    kind = options.pop("dtype", torch.float32)
+    embed.info_nce(_random(3, 9).to(kind), _random(5, 9).to(kind), Targets.of([(1, 0, 0), (1,), (1,)]), **options)
