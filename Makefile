@@ -31,7 +31,7 @@ test-fast: $(READY) $(OPERATORS)   ## all but the slow tests
 test-gpu: $(READY)   ## what needs an NVIDIA GPU, and says why it is skipped where there is none
 	if command -v nvidia-smi > /dev/null; then \
 		$(BIN)/python -m pip uninstall -qq -y onnxruntime; $(BIN)/python -m pip install -qq onnxruntime-gpu; fi
-	$(BIN)/python -m pytest -q -m gpu tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: $(READY) build/typing/rtx   ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

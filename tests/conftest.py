@@ -18,8 +18,8 @@ import pytest
 from filelock import FileLock
 
 # Kernels of Triton run in its interpreter here. It decorates functions of its own when it is imported, as collecting
-# tests of any room may do.
-os.environ["TRITON_INTERPRET"] = "1"
+# tests of any room may do. `make test-gpu` says that they run on the GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run, no time limit on a shared machine, nothing written into the checkout.
 hypothesis.settings.register_profile("rtx", derandomize=True, deadline=None, database=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,13 @@ class TowersEngine:
         self.name = name
         self.packed = packed
         self._cache: ImageCache[bytes] = ImageCache(cache_bytes)
-        self._image = open_graph(
-            image, output=output, threads=threads, device=device, name=f"{name} (images)", watch=image_watch
-        )
-        self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
+        with ExitStack() as opened:
+            self._image = open_graph(
+                image, output=output, threads=threads, device=device, name=f"{name} (images)", watch=image_watch
+            )
+            opened.callback(self._image.close)
+            self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
+            opened.pop_all()
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 

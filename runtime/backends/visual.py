@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rtx.runtime.visual_tokens import VisualTokens, check_images, count_tokens, 
 
 # Attention in the vision graph grows with images * patches², and padding with the batch: large images run alone.
 DEFAULT_BATCH_PATCHES = 1024
-_MAX_BATCH_IMAGES = 64
+MAX_BATCH_IMAGES = 64
 
 # An image by its content and the grid it was cut into.
 _Key = tuple[bytes, int, int]
@@ -83,15 +84,18 @@ class VisualEngine:
         self._rules = rules
         self._max_batch_patches = max_batch_patches
         self._cache: ImageCache[_Key] = ImageCache(cache_bytes)
-        self._vision = open_graph(
-            vision,
-            output="image_embeds",
-            threads=threads,
-            device=device,
-            name=f"{name} (vision)",
-            watch=image_watch,
-        )
-        self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
+        with ExitStack() as opened:
+            self._vision = open_graph(
+                vision,
+                output="image_embeds",
+                threads=threads,
+                device=device,
+                name=f"{name} (vision)",
+                watch=image_watch,
+            )
+            opened.callback(self._vision.close)
+            self._text = open_graph(text, output=output, threads=threads, device=device, name=name, watch=watch)
+            opened.pop_all()
         self.input_names = self._text.input_names
         self.metadata = self._text.metadata
 
@@ -141,7 +145,7 @@ class VisualEngine:
         groups = plan_batches(
             [int(patches[index]) for index in missing],
             max_batch_tokens=self._max_batch_patches,
-            max_batch_items=_MAX_BATCH_IMAGES,
+            max_batch_items=MAX_BATCH_IMAGES,
         )
         for group in groups:
             images = [missing[index] for index in group]

@@ -32,8 +32,11 @@ from rtx.export.tensorrt import (
 )
 from rtx.export.variants import derive, save
 from rtx.runtime.backends.tensorrt import quiet_logger
+from rtx.runtime.backends.visual import DEFAULT_BATCH_PATCHES, MAX_BATCH_IMAGES
+from rtx.runtime.batching import plan_batches
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, ExportError, UsageError
 from rtx.runtime.manifest import Manifest
 from rtx.runtime.text import Encoded
@@ -335,3 +338,23 @@ def test_wrong_options(
     assert message in result.output
     assert result.exit_code != 0
     assert Bundle.open(bundle).damaged() == {}
+
+
+def test_profiles_take_what_the_runtime_puts_together(image_checkpoint: Callable[[str], Path]) -> None:
+    (profile,) = image_profiles(RetrievalModel.load(image_checkpoint("clip")).contract)
+    assert profile["images"][2] == Budget().max_batch_items
+    contract = RetrievalModel.load(image_checkpoint("qwen3-vl")).contract
+    assert contract.images is not None
+    assert contract.visual is not None
+    profiles = image_profiles(contract)
+    largest = contract.images.max_pixels // contract.images.factor**2
+    for tokens in range(1, largest + 1):
+        patches = [tokens * contract.visual.merge_size**2] * 2 * MAX_BATCH_IMAGES
+        groups = plan_batches(patches, max_batch_tokens=DEFAULT_BATCH_PATCHES, max_batch_items=MAX_BATCH_IMAGES)
+        for images in range(1, max(map(len, groups)) + 1):
+            sizes = {"images": images, "image_tokens": tokens}
+            assert any(all(_holds(each[name], size) for name, size in sizes.items()) for each in profiles), sizes
+
+
+def _holds(ranges: tuple[int, int, int], size: int) -> bool:
+    return ranges[0] <= size <= ranges[2]

@@ -8,21 +8,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+from rtx.export.engines import EngineOptions
 from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.kernels import operators
 from rtx.runtime.bench import BenchOptions, bench
 from rtx.runtime.cli import main
 from rtx.runtime.doctor import examine
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.errors import EngineError
-from rtx.runtime.gpu import find_gpus
+from rtx.runtime.errors import EngineError, ExportError
+from rtx.runtime.gpu import find_gpu, find_gpus
 from rtx.runtime.verification import verify_bundle
+from rtx.trainer.losses import embed
+from rtx.trainer.losses.targets import Targets
 
 TEXTS = [
     "how to reset the pump",
@@ -103,3 +109,61 @@ def test_it_is_measured(bundle: Path) -> None:
     assert {subject.name for subject in result.subjects} == {"fp32", "fp16", "bf16"}
     for subject in result.subjects:
         assert subject.stats["latency_p50_ms"].median > 0
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines for the first GPU: of TensorRT-RTX, or where that does not know it of TensorRT."""
+    folder = tmp_path_factory.mktemp("engines") / "tiny.rtx"
+    capability = find_gpu(0).capability
+    options = (
+        EngineOptions(target="tensorrt")
+        if capability in (90, 100)
+        else EngineOptions(target="tensorrt-rtx", capabilities=(capability,))
+    )
+    try:
+        options.check(("fp16",), 512)
+    except ExportError as missing:
+        pytest.skip(str(missing))
+    export_bundle(
+        str(tiny_checkpoint("bert")), folder, ExportOptions(variants=("fp32", "fp16"), threads=1, engines=options)
+    )
+    return folder
+
+
+def test_every_engine_agrees_with_pytorch(served: Path) -> None:
+    findings = verify_bundle(served, device="tensorrt")
+    assert [finding.check for finding in findings if finding.check.endswith("outputs")]
+    assert not [finding for finding in findings if not finding.ok]
+
+
+def test_an_engine_gives_each_of_several_callers_its_own(served: Path) -> None:
+    with Embedder.open(served, variant="fp16", device="tensorrt") as model, ThreadPoolExecutor(4) as pool:
+        alone = np.concatenate([model.embed([text]) for text in TEXTS])
+        for vectors in pool.map(lambda _: model.embed(TEXTS), range(32)):
+            assert (vectors * alone).sum(axis=1).min() > 0.999
+        assert getattr(model.engine, "graph_problem", None) is None
+
+
+on_pytorch = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
+
+
+@on_pytorch
+@pytest.mark.parametrize("op", operators.OPS)
+def test_triton_kernels_are_within_their_contracts(op: str) -> None:
+    trial = pytest.importorskip("rtx.kernels.gpu.trial")
+    assert trial.try_kernel(op, torch.device("cuda", 0)) is None
+
+
+@on_pytorch
+def test_a_large_batch_has_the_loss_of_a_small_ones_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = [torch.randn(count, 384, device="cuda", requires_grad=True) for count in (1024, 3072)]
+    targets = Targets.of([(1, 0, 0)] * 1024).to(torch.device("cuda"))
+    found = []
+    for large in (1 << 62, 1):
+        monkeypatch.setattr(embed, "_LARGE", large)
+        loss = embed.info_nce(sides[0], sides[1], targets, false_negative_margin=0.1)
+        found.append([loss.detach(), *torch.autograd.grad(loss, sides)])
+    assert operators.in_triton("info_nce", sides[0].device)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-4 * one.norm()

@@ -244,7 +244,8 @@ class Model:
 
 
 class TensorRt:
-    """The module of TensorRT. What `refused` holds fails; `capturable` is what contexts say of themselves."""
+    """The module of TensorRT, and what each engine computes by its content. What `refused` holds fails; `capturable` is
+    what contexts say of themselves."""
 
     __version__ = "1.7.1"
     DataType = DataType
@@ -255,8 +256,8 @@ class TensorRt:
         Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"], start=0)
         log: Callable[[Any, str], None]
 
-    def __init__(self, driver: Driver, model: Model) -> None:
-        self.driver, self.model = driver, model
+    def __init__(self, driver: Driver, models: dict[bytes, Model]) -> None:
+        self.driver, self.models = driver, models
         self.refused: set[str] = set()
         self.capturable = True
         self.loaded = 0
@@ -273,12 +274,12 @@ class TensorRt:
 
     def _load(self, content: bytes) -> Any:
         self.loaded += 1
-        return None if self.refuse("engine") or content != b"an engine" else Engine(self)
+        return None if self.refuse("engine") or content not in self.models else Engine(self, self.models[content])
 
 
 class Engine:
-    def __init__(self, trt: TensorRt) -> None:
-        self.trt, self.model = trt, trt.model
+    def __init__(self, trt: TensorRt, model: Model) -> None:
+        self.trt, self.model = trt, model
         self.names = [*self.model.outputs, *self.model.inputs]
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = len(self.model.profiles)

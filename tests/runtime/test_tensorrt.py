@@ -78,7 +78,7 @@ class StandIn:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     driver = Driver()
-    found = StandIn(driver, TensorRt(driver, MODEL))
+    found = StandIn(driver, TensorRt(driver, {b"an engine": MODEL}))
     monkeypatch.setattr(cuda, "load_driver", lambda: driver)
     monkeypatch.setattr(tensorrt, "load_tensorrt", lambda _: found.trt)
     yield found
@@ -283,7 +283,7 @@ def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: StandIn, call: st
 
 
 def test_types_that_numpy_does_not_have_are_named(gpu: StandIn) -> None:
-    gpu.trt.model = dataclasses.replace(MODEL, outputs={**MODEL.outputs, "token_count": DataType.HALF})
+    gpu.trt.models[b"an engine"] = dataclasses.replace(MODEL, outputs={**MODEL.outputs, "token_count": DataType.HALF})
     with pytest.raises(EngineError, match="toy: 'token_count' is HALF; expected one of FLOAT"):
         gpu.open()
 
@@ -394,7 +394,7 @@ def served(gpu: StandIn, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
     bundle = Bundle.open(folder)
     graph = OnnxEngine(toy_bundle / "onnx" / "model.onnx", output="sentence_embedding", threads=1)
     boxes = dict.fromkeys(graph.input_names, ((1, 2), (16, 64), (64, 64)))
-    gpu.trt.model = Model(
+    gpu.trt.models[b"an engine"] = Model(
         inputs=dict.fromkeys(graph.input_names, DataType.INT64),
         outputs={"sentence_embedding": DataType.FLOAT},
         profiles=[boxes],
