@@ -20,7 +20,9 @@ import onnx_ir as ir
 
 from rtx.export.buckets import Range
 from rtx.runtime.backends import tensorrt
+from rtx.runtime.caching import cache_file, read_cache, write_cache
 from rtx.runtime.errors import EngineError, ExportError, UsageError
+from rtx.runtime.gpu import find_gpu
 from rtx.runtime.manifest import Target
 
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -191,10 +193,35 @@ def build_engine(
             if any(not isinstance(axis, int) for axis in value.shape or ()):
                 profile.set_shape(str(value.name), *shapes_of(value, ranges))
         config.add_optimization_profile(profile)
+    timing = None
+    if target == "tensorrt":
+        timing = cache_file("timing", str(trt.__version__), find_gpu(0).name)
+        use_timings(config, timing)
     content = builder.build_serialized_network(network, config)
     if content is None:
         raise ExportError(f"{target}: could not build {graph.name}: {logger.last or 'it does not say why'}")
+    if timing is not None:
+        keep_timings(config, timing)
     return Built(bytes(content), described, str(trt.__version__))
+
+
+def use_timings(config: Any, file: Path) -> None:
+    """Let a build do without timing what an earlier one on such a GPU has timed. TensorRT-RTX times nothing.
+
+    Args:
+        config: of the build.
+        file: where timings are kept. Those of another GPU or version are left, and all is timed anew.
+    """
+    for content in (read_cache(file), b""):
+        timings = config.create_timing_cache(content)
+        if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+            return
+
+
+def keep_timings(config: Any, file: Path) -> None:
+    """Keep what a build has timed; where that cannot be written, the next one times again."""
+    if (timings := config.get_timing_cache()) is not None:
+        write_cache(file, bytes(timings.serialize()))
 
 
 def shapes_of(value: ir.Value, ranges: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

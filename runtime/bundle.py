@@ -10,6 +10,7 @@ from rtx.kernels.library import library_file
 from rtx.runtime.backends.graphs import GraphEngine, open_graphs
 from rtx.runtime.backends.opener import OpenGraph
 from rtx.runtime.backends.tensorrt import TensorRtEngine, installed_tensorrt, mismatch
+from rtx.runtime.caching import cache_file
 from rtx.runtime.engine import gpu_index, is_tensorrt
 from rtx.runtime.errors import BundleError, EngineError, UsageError, nearest
 from rtx.runtime.golden import Golden
@@ -204,7 +205,9 @@ class Bundle:
             engines, problems = self.engines_of(graph.as_posix()), []
             for file, entry in engines.items():
                 if (problem := mismatch(entry, installed_tensorrt(entry.target), {gpu.capability})) is None:
-                    return TensorRtEngine(self.read(file, verify=verify), entry, output=output, gpu=gpu, name=name)
+                    kernels = cache_file("kernels", self.manifest.files[file].sha256[:16], gpu.name)
+                    content = self.read(file, verify=verify)
+                    return TensorRtEngine(content, entry, output=output, gpu=gpu, name=name, kernels=kernels)
                 problems.append(f"{file}: {problem}")
             raise EngineError(f"{name}: no engine can run on {device}: {'; '.join(problems)}")
 

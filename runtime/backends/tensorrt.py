@@ -20,12 +20,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtx.runtime.backends.cuda import Cuda
+from rtx.runtime.backends.kernel_cache import KernelCache
 from rtx.runtime.errors import EngineError, install_command
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.machine import installed_version
@@ -166,11 +168,13 @@ class TensorRtEngine:
         gpu: that it runs on.
         name: what error messages call the engine.
         max_graphs: shapes that came before and are launched as a CUDA graph; 0 for none.
+        kernels: file in which TensorRT-RTX keeps what it compiles on this GPU; None to compile at every start.
 
     Attributes:
         input_names: of the engine.
         metadata: nothing; it is what graphs have.
         graph_problem: why no more runs are captured as graphs, where that failed; they go on without.
+        kernels: what TensorRT-RTX has compiled, and why that is not kept where it is not; None without a file.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
@@ -188,6 +192,7 @@ class TensorRtEngine:
         gpu: Gpu,
         name: str = "tensorrt",
         max_graphs: int = _MAX_GRAPHS,
+        kernels: Path | None = None,
     ) -> None:
         self.name = name
         trt = load_tensorrt(entry.target)
@@ -204,10 +209,12 @@ class TensorRtEngine:
         # The one that was used last comes first: a caller alone has one slot, and its graphs.
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self.graph_problem: str | None = None
+        self.kernels: KernelCache | None = None
+        self._served: set[int] = set()
         self.metadata: dict[str, str] = {}
         self._closed = False
         try:
-            self._open(content, entry)
+            self._open(content, entry, kernels)
         except BaseException:
             self._held.close()
             raise
@@ -232,6 +239,7 @@ class TensorRtEngine:
             self._cuda.synchronize(slot.stream)
             found = [self._view(slot, name, shapes[name]).copy() for name in outputs]
             done = True
+            self._keep_kernels(profile)
             return found
         except Exception as broken:  # TensorRT raises RuntimeError and TypeError
             what = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
@@ -248,6 +256,8 @@ class TensorRtEngine:
             slots = [self._slots.get() for _ in range(_SLOTS)]  # nothing runs any more
             self._closed = True
             self._cuda.use()
+            if self.kernels is not None:
+                self.kernels.save()
             self._held.close()
             for slot in slots:  # for those that wait for one, to be told
                 self._slots.put(slot)
@@ -262,7 +272,14 @@ class TensorRtEngine:
             with contextlib.suppress(EngineError):  # if the GPU is lost, the next run says so
                 self._cuda.synchronize(stream)
 
-    def _open(self, content: bytes, entry: EngineEntry) -> None:
+    def _keep_kernels(self, profile: int) -> None:
+        """Write what the first batch of a profile made TensorRT-RTX compile: many a process is killed, not closed."""
+        if self.kernels is not None and profile not in self._served:
+            with self._computing:
+                self._served.add(profile)
+                self.kernels.save()
+
+    def _open(self, content: bytes, entry: EngineEntry, kernels: Path | None) -> None:
         runtime = self._trt.Runtime(self._logger)
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
@@ -277,6 +294,11 @@ class TensorRtEngine:
         # Runs follow each other in one stream, so that all contexts can work in the same memory.
         self._memory_bytes = max(int(engine.get_device_memory_size_for_profile_v2(at)) for at in profiles)
         self._memory = self._keep(cuda.allocate(self._memory_bytes), cuda.free)
+        self._how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if kernels is not None and entry.target == "tensorrt-rtx":
+            self.kernels = KernelCache(engine, kernels)
+            self.kernels.config.set_execution_context_allocation_strategy(self._how)
+            self._how = self.kernels.config
         self._held.callback(self._drop)
         self._contexts = [self._context(at) for at in profiles]
         self._tensors = self._describe()
@@ -286,6 +308,8 @@ class TensorRtEngine:
             raise EngineError(f"{self.name}: the engine has no output '{self._output}' (it has {others})")
         for number in range(_SLOTS):
             self._slots.put(self._slot(number))
+        if self.kernels is not None:
+            self.kernels.save()
         self._held.callback(self._drop)  # before the buffers that its graphs know
 
     def _slot(self, number: int) -> _Slot:
@@ -305,7 +329,7 @@ class TensorRtEngine:
 
     def _context(self, profile: int) -> Any:
         """A context of TensorRT for batches of a profile."""
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._engine.create_execution_context(self._how)
         if context is None:
             raise EngineError(f"{self.name}: TensorRT makes no context: {self._why()}")
         context.set_device_memory(self._memory, self._memory_bytes)
@@ -458,6 +482,7 @@ class TensorRtEngine:
         while self._captured:
             self._forget(self._captured.popitem()[1])
         self._contexts = []
+        self._how = self.kernels = None
         self._engine = self._runtime = None
 
     def _view(self, slot: _Slot, name: str, shape: _Shape) -> NDArray[Any]:

@@ -26,9 +26,11 @@ from rtx.export.tensorrt import (
     capability_names,
     check_network,
     describe_network,
+    keep_timings,
     load_tensorrt,
     read_network,
     shapes_of,
+    use_timings,
 )
 from rtx.export.variants import derive, save
 from rtx.runtime.backends.tensorrt import quiet_logger
@@ -358,3 +360,33 @@ def test_profiles_take_what_the_runtime_puts_together(image_checkpoint: Callable
 
 def _holds(ranges: tuple[int, int, int], size: int) -> bool:
     return ranges[0] <= size <= ranges[2]
+
+
+@builds
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_timings_are_kept_from_one_build_to_the_next(tmp_path: Path) -> None:
+    trt = load_tensorrt("tensorrt-rtx")
+    file = tmp_path / "new" / "timing"
+    for content in (b"", b"of another GPU"):  # TensorRT-RTX has the functions, and times nothing
+        config = trt.Builder(quiet_logger(trt)).create_builder_config()
+        use_timings(config, file)
+        keep_timings(config, file)
+        kept = file.read_bytes()
+        assert kept != content
+        file.write_bytes(content)
+
+    class Refusing:
+        def __init__(self) -> None:
+            self.asked: list[bytes] = []
+
+        def create_timing_cache(self, content: bytes) -> bytes:
+            self.asked.append(content)
+            return content
+
+        def set_timing_cache(self, timings: bytes, *, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            return timings == b""
+
+    config = Refusing()
+    use_timings(config, file)
+    assert config.asked == [b"of another GPU", b""]

@@ -277,6 +277,39 @@ class TensorRt:
         return None if self.refuse("engine") or content not in self.models else Engine(self, self.models[content])
 
 
+class Kernels:
+    """`IRuntimeCache`: what was compiled, in the order of it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def serialize(self) -> Any:
+        return memoryview("kernels:{}".format(",".join(self.compiled)).encode())
+
+    def deserialize(self, content: bytes) -> bool:
+        fits = content.startswith(b"kernels:")
+        if fits:
+            self.compiled = content.decode().removeprefix("kernels:").split(",")
+        return fits
+
+
+class Config:
+    """`IRuntimeConfig`."""
+
+    strategy = "static"
+    cache: Kernels | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Kernels:
+        return Kernels()
+
+    def set_runtime_cache(self, cache: Kernels) -> bool:
+        self.cache = cache
+        return True
+
+
 class Engine:
     def __init__(self, trt: TensorRt, model: Model) -> None:
         self.trt, self.model = trt, model
@@ -299,13 +332,19 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, at: int) -> int:
         return self.model.memory_bytes * (1 + at)
 
-    def create_execution_context(self, strategy: str) -> Any:
+    def create_runtime_config(self) -> Config:
+        return Config()
+
+    def create_execution_context(self, how: str | Config) -> Any:
+        strategy, cache = (how.strategy, how.cache) if isinstance(how, Config) else (how, None)
         assert strategy == "user-managed"
-        return None if self.trt.refuse("context") else Context(self)
+        return None if self.trt.refuse("context") else Context(self, cache)
 
 
 class Context:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, cache: Kernels | None = None) -> None:
+        self.cache = cache or Kernels()
+        self._compile("context")
         self.engine, self.trt, self.model = engine, engine.trt, engine.model
         self.driver = engine.trt.driver
         self.profile: int | None = None
@@ -314,6 +353,10 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.ran: dict[str, Shape] | None = None
         self.captured = False
+
+    def _compile(self, what: str) -> None:
+        if what not in self.cache.compiled:
+            self.cache.compiled.append(what)
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert (
@@ -349,6 +392,7 @@ class Context:
 
     def execute_async_v3(self, stream: Stream) -> bool:
         given, addresses, memory = dict(self.given), dict(self.addresses), self.memory
+        self._compile(f"profile {self.profile}")
         if stream.capturing is not None:
             assert self.ran == given, "captured before the first run of these shapes"
             if self.trt.refuse("capture"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -20,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rtx.runtime import bundle as bundle_module
-from rtx.runtime.backends import cuda, tensorrt
+from rtx.runtime.backends import cuda, kernel_cache, tensorrt
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.backends.tensorrt import TensorRtEngine, mismatch
 from rtx.runtime.bundle import Bundle
@@ -76,7 +77,8 @@ class StandIn:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
+    monkeypatch.setenv("RTX_CACHE", str(tmp_path / "cache"))
     driver = Driver()
     found = StandIn(driver, TensorRt(driver, {b"an engine": MODEL}))
     monkeypatch.setattr(cuda, "load_driver", lambda: driver)
@@ -186,6 +188,46 @@ def test_where_capturing_fails_runs_go_on_without(gpu: StandIn) -> None:
     assert engine.graph_problem == "TensorRT does not run: no capture today"
     assert (gpu.driver.launches, gpu.driver.graphs) == (0, [])
     engine.close()
+
+
+def test_what_was_compiled_is_there_at_the_next_start(gpu: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "kernels"
+    engine = gpu.open(kernels=file)
+    assert engine.kernels is not None
+    assert not engine.kernels.found
+    assert file.read_bytes() == b"kernels:context"
+    for tokens, compiled in ((8, "context,profile 0"), (20, "context,profile 0,profile 1")):
+        same(engine, batch(2, tokens))
+        assert file.read_text() == f"kernels:{compiled}"
+    written = file.stat().st_mtime_ns
+    same(engine, batch(3, 20))
+    engine.close()
+    assert file.stat().st_mtime_ns == written
+    engine = gpu.open(kernels=file)
+    assert engine.kernels is not None
+    assert engine.kernels.found
+    same(engine, batch(2, 8))
+    engine.close()
+    assert file.stat().st_mtime_ns == written
+
+
+def test_kernels_that_do_not_fit_are_compiled_anew(gpu: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "kernels"
+    file.write_bytes(b"of another GPU")
+    with contextlib.closing(gpu.open(kernels=file)) as engine:
+        assert engine.kernels is not None
+        assert not engine.kernels.found
+        same(engine, batch(2, 8))
+    assert file.read_bytes() == b"kernels:context,profile 0"
+
+
+def test_kernels_that_cannot_be_kept_are_no_error(gpu: StandIn, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with contextlib.closing(gpu.open(kernels=tmp_path / "file" / "kernels")) as engine:
+        same(engine, batch(2, 8))
+        assert engine.kernels is not None
+        assert engine.kernels.problem is not None
+        assert "file" in engine.kernels.problem
 
 
 def test_several_callers_at_once(gpu: StandIn) -> None:
@@ -357,8 +399,15 @@ def test_the_real_driver_has_what_is_called() -> None:
 
 def test_the_real_tensorrt_has_what_is_called() -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings")
-    for owner, kind in (("engine", trt.ICudaEngine), ("context", trt.IExecutionContext), ("runtime", trt.Runtime)):
-        names = called(tensorrt, owner)
+    kinds = {
+        "engine": trt.ICudaEngine,
+        "context": trt.IExecutionContext,
+        "runtime": trt.Runtime,
+        "config": trt.IRuntimeConfig,
+        "_cache": trt.IRuntimeCache,
+    }
+    for owner, kind in kinds.items():
+        names = called(tensorrt, owner) | called(kernel_cache, owner)
         assert names
         assert [name for name in sorted(names) if not hasattr(kind, name)] == []
     assert called(tensorrt, "_trt") >= {"Runtime", "TensorIOMode", "ExecutionContextAllocationStrategy"}
@@ -426,6 +475,8 @@ def test_a_model_on_its_engine(served: Bundle, gpu: StandIn) -> None:
             np.testing.assert_allclose(model.embed(texts, prompt="query"), expected, atol=1e-6)
     assert gpu.trt.loaded == 1
     assert gpu.driver.launches > 0
+    (kept,) = (served.path.parent / "cache").iterdir()
+    assert kept.name == f"kernels-{hashlib.sha256(b'an engine').hexdigest()[:16]}-NVIDIA_L4"
 
 
 def test_verify_holds_an_engine_to_pytorch(served: Bundle) -> None:
