@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,11 +43,19 @@ class Cuda:
             raise EngineError(f"cuda:{index}: no NVIDIA driver: {missing}") from missing
         self._device = self._call("cuDeviceGet", index)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self.use()
 
-    def use(self) -> None:
-        """Make the context that of this thread: needed in each thread before anything else is called."""
-        self._call("cuCtxSetCurrent", self._context)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The context is this thread's inside, as everything else needs it to be; outside it is what it was before."""
+        self._call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
+    def free_bytes(self) -> int:
+        """What is left of the GPU's memory, for all processes together."""
+        return int(self._call("cuMemGetInfo"))
 
     def allocate(self, size: int) -> int:
         """The address of so many bytes on the GPU, at least one, on a multiple of 256."""
@@ -116,6 +126,7 @@ class Cuda:
         self._call("cuGraphExecDestroy", graph)
 
     def close(self) -> None:
+        """Give the context back, which must not be the current one any more."""
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
     def _call(self, name: str, *arguments: Any) -> Any:

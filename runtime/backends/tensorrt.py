@@ -2,7 +2,7 @@
 
     batch ─► pinned buffer ─► GPU      a slot's own stream
                                │
-                              run      the stream of all runs, in a CUDA graph where the shapes came before
+                              run      the stream of all runs, in a CUDA graph where shapes come again
                                │
     vectors ◄─ pinned buffer ◄─        the slot's stream again
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import queue
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from rtx.runtime.text import Batch
 
 INSTALL: dict[Target, str] = {
     "tensorrt-rtx": install_command("tensorrt-rtx"),
-    "tensorrt": "pip install tensorrt cuda-bindings",
+    "tensorrt": 'pip install tensorrt "cuda-bindings>=12.9.1"',
 }
 """The command that brings each."""
 
@@ -46,7 +48,7 @@ _MODULES: dict[Target, tuple[str, ...]] = {
 }
 _PACKAGES: dict[Target, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
-    "tensorrt": ("tensorrt",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
 }
 _SLOTS = 2
 # Each keeps a context of TensorRT on the host, and what the driver needs of a graph on the GPU.
@@ -167,14 +169,15 @@ class TensorRtEngine:
         output: name of the output that `run` gives.
         gpu: that it runs on.
         name: what error messages call the engine.
-        max_graphs: shapes that came before and are launched as a CUDA graph; 0 for none.
+        max_graphs: with classic TensorRT, shapes that came before and are launched as a CUDA graph; 0 for none.
+            TensorRT-RTX has graphs of its own.
         kernels: file in which TensorRT-RTX keeps what it compiles on this GPU; None to compile at every start.
 
     Attributes:
         input_names: of the engine.
         metadata: nothing; it is what graphs have.
-        graph_problem: why no more runs are captured as graphs, where that failed; they go on without.
-        kernels: what TensorRT-RTX has compiled, and why that is not kept where it is not; None without a file.
+        graph_problem: why runs are not captured as graphs, where that failed; they go on without.
+        kernels: what TensorRT-RTX has compiled, and why that is not kept where it is not; None with classic TensorRT.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
@@ -198,12 +201,13 @@ class TensorRtEngine:
         trt = load_tensorrt(entry.target)
         if problem := mismatch(entry, str(trt.__version__), {gpu.capability}):
             raise EngineError(f"{name}: {problem}")
-        self._trt, self._output, self._max_graphs = trt, output, max_graphs
+        self._trt, self._output = trt, output
+        self._max_graphs = max_graphs if entry.target == "tensorrt" else 0
         self._logger = quiet_logger(trt)
-        self._cuda = Cuda(gpu.index)
+        # CUDA does not work in a process that was forked off another one that uses it.
+        self._process = os.getpid()
         # In the order in which they were taken, to be given back in the other one.
         self._held = contextlib.ExitStack()
-        self._held.callback(self._cuda.close)
         self._closing, self._computing = threading.Lock(), threading.Lock()
         self._captured: OrderedDict[tuple[int, int, _Shapes], _Captured | None] = OrderedDict()
         # The one that was used last comes first: a caller alone has one slot, and its graphs.
@@ -214,9 +218,22 @@ class TensorRtEngine:
         self.metadata: dict[str, str] = {}
         self._closed = False
         try:
-            self._open(content, entry, kernels)
-        except BaseException:
-            self._held.close()
+            self._cuda = Cuda(gpu.index)
+        except EngineError as refused:
+            raise EngineError(f"{name}: {refused}") from refused
+        try:
+            with self._cuda.current():
+                try:
+                    self._open(content, entry, kernels)
+                except BaseException as broken:
+                    # Its frames hold contexts of TensorRT, which have to go before the memory that they work in.
+                    traceback.clear_frames(broken.__traceback__)
+                    self._held.close()
+                    raise
+        except BaseException as broken:
+            self._cuda.close()
+            if isinstance(broken, Exception):  # TensorRT raises RuntimeError and TypeError
+                raise EngineError(f"{name}: {broken}") from broken
             raise
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -234,43 +251,56 @@ class TensorRtEngine:
         done = False
         try:
             self._check_open()
-            self._cuda.use()
-            shapes = self._start(slot, profile, arrays, outputs)
-            self._cuda.synchronize(slot.stream)
-            found = [self._view(slot, name, shapes[name]).copy() for name in outputs]
-            done = True
-            self._keep_kernels(profile)
+            with self._cuda.current():
+                try:
+                    shapes = self._start(slot, profile, arrays, outputs)
+                    self._cuda.synchronize(slot.stream)
+                    found = [self._view(slot, name, shapes[name]).copy() for name in outputs]
+                    done = True
+                    self._keep_kernels(profile)
+                finally:
+                    if not done:
+                        self._settle(slot)
             return found
         except Exception as broken:  # TensorRT raises RuntimeError and TypeError
             what = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
             raise EngineError(f"{self.name}: running a batch failed ({what}): {broken}") from broken
         finally:
-            if not done and not self._closed:
-                self._settle(slot)
             self._slots.put(slot)
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return
         with self._closing:
             if self._closed:
                 return
             slots = [self._slots.get() for _ in range(_SLOTS)]  # nothing runs any more
             self._closed = True
-            self._cuda.use()
-            if self.kernels is not None:
-                self.kernels.save()
-            self._held.close()
-            for slot in slots:  # for those that wait for one, to be told
-                self._slots.put(slot)
+            try:
+                with self._cuda.current():
+                    if self.kernels is not None:
+                        self.kernels.save()
+                    self._held.close()
+                self._cuda.close()
+            finally:
+                for slot in slots:  # for those that wait for one, to be told
+                    self._slots.put(slot)
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineError(
+                f"{self.name}: the engine was opened before this process was forked off; expected it to be opened in "
+                "the process that uses it"
+            )
         if self._closed:
             raise EngineError(f"{self.name}: the engine is closed")
 
     def _settle(self, slot: _Slot) -> None:
         """Let end what a run that failed has begun, before its buffers are used again."""
-        for stream in (self._compute, slot.stream):
-            with contextlib.suppress(EngineError):  # if the GPU is lost, the next run says so
-                self._cuda.synchronize(stream)
+        with contextlib.suppress(EngineError):  # if the GPU is lost, the next run says so
+            with self._computing:  # what is captured must not be waited for
+                self._cuda.synchronize(self._compute)
+            self._cuda.synchronize(slot.stream)
 
     def _keep_kernels(self, profile: int) -> None:
         """Write what the first batch of a profile made TensorRT-RTX compile: many a process is killed, not closed."""
@@ -280,32 +310,31 @@ class TensorRtEngine:
                 self.kernels.save()
 
     def _open(self, content: bytes, entry: EngineEntry, kernels: Path | None) -> None:
-        runtime = self._trt.Runtime(self._logger)
-        engine = runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            raise EngineError(f"{self.name}: {entry.target} cannot load the engine: {self._why()}")
-        self._runtime, self._engine = runtime, engine
-        if engine.num_optimization_profiles != len(entry.profiles):
-            found = engine.num_optimization_profiles
-            raise EngineError(f"{self.name}: expected {len(entry.profiles)} profiles in the engine, found {found}")
         cuda = self._cuda
         self._compute = self._keep(cuda.stream(), cuda.destroy_stream)
+        self._held.callback(self._unload)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engine = engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise EngineError(f"{entry.target} cannot load the engine: {self._why()}")
+        if engine.num_optimization_profiles != len(entry.profiles):
+            found = engine.num_optimization_profiles
+            raise EngineError(f"expected {len(entry.profiles)} profiles in the engine, found {found}")
         profiles = range(len(entry.profiles))
         # Runs follow each other in one stream, so that all contexts can work in the same memory.
         self._memory_bytes = max(int(engine.get_device_memory_size_for_profile_v2(at)) for at in profiles)
-        self._memory = self._keep(cuda.allocate(self._memory_bytes), cuda.free)
-        self._how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if kernels is not None and entry.target == "tensorrt-rtx":
-            self.kernels = KernelCache(engine, kernels)
-            self.kernels.config.set_execution_context_allocation_strategy(self._how)
-            self._how = self.kernels.config
+        self._memory = self._allocate(self._memory_bytes, "what TensorRT computes in")
         self._held.callback(self._drop)
+        self._how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if entry.target == "tensorrt-rtx":
+            self.kernels = KernelCache(self._trt, engine, kernels)
+            self._how = self.kernels.config
         self._contexts = [self._context(at) for at in profiles]
         self._tensors = self._describe()
         self.input_names = tuple(name for name, tensor in self._tensors.items() if tensor.limits)
         if self._output not in self._tensors or self._output in self.input_names:
             others = ", ".join(name for name in self._tensors if name not in self.input_names)
-            raise EngineError(f"{self.name}: the engine has no output '{self._output}' (it has {others})")
+            raise EngineError(f"the engine has no output '{self._output}' (it has {others})")
         for number in range(_SLOTS):
             self._slots.put(self._slot(number))
         if self.kernels is not None:
@@ -319,8 +348,19 @@ class TensorRtEngine:
         slot = _Slot(number, stream, {}, {}, copied, computed)
         for name, tensor in self._tensors.items():
             slot.host[name] = self._keep(cuda.allocate_host(tensor.size), cuda.free_host)
-            slot.device[name] = self._keep(cuda.allocate(tensor.size), cuda.free)
+            slot.device[name] = self._allocate(tensor.size, f"'{name}'")
         return slot
+
+    def _allocate(self, size: int, purpose: str) -> int:
+        """So many bytes on the GPU, until the engine is closed."""
+        try:
+            return self._keep(self._cuda.allocate(size), self._cuda.free)
+        except EngineError as refused:
+            free = f"{self._cuda.free_bytes() / 2**20:,.0f}"
+            raise EngineError(
+                f"{size / 2**20:,.0f} MiB for {purpose}, of {free} MiB that are free: {refused}. An engine for shorter "
+                "texts (--lengths of rtx export) needs less"
+            ) from refused
 
     def _keep(self, what: T, give_back: Callable[[T], None]) -> T:
         """Something of the GPU that is given back when the engine is closed."""
@@ -331,10 +371,10 @@ class TensorRtEngine:
         """A context of TensorRT for batches of a profile."""
         context = self._engine.create_execution_context(self._how)
         if context is None:
-            raise EngineError(f"{self.name}: TensorRT makes no context: {self._why()}")
+            raise EngineError(f"TensorRT makes no context: {self._why()}")
         context.set_device_memory(self._memory, self._memory_bytes)
         if not context.set_optimization_profile_async(profile, self._compute):
-            raise EngineError(f"{self.name}: TensorRT does not take profile {profile}: {self._why()}")
+            raise EngineError(f"TensorRT does not take profile {profile}: {self._why()}")
         self._cuda.synchronize(self._compute)
         return context
 
@@ -359,7 +399,7 @@ class TensorRtEngine:
     def _dtype(self, name: str) -> np.dtype[Any]:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in _TYPES:
-            raise EngineError(f"{self.name}: '{name}' is {kind}; expected one of {', '.join(_TYPES)}")
+            raise EngineError(f"'{name}' is {kind}; expected one of {', '.join(_TYPES)}")
         return np.dtype(_TYPES[kind])
 
     def _checked(self, batch: Batch) -> dict[str, NDArray[Any]]:
@@ -399,6 +439,7 @@ class TensorRtEngine:
         cuda.record(slot.copied, slot.stream)
         given = tuple((name, tuple(array.shape)) for name, array in arrays.items())
         with self._computing:
+            self._logger.last = ""
             cuda.wait(self._compute, slot.copied)
             context = self._run(slot, profile, given)
             shapes = {name: tuple(context.get_tensor_shape(name)) for name in outputs}
@@ -448,13 +489,9 @@ class TensorRtEngine:
 
     def _try_capture(self, slot: _Slot, profile: int, given: _Shapes) -> _Captured | None:
         """A run as a graph; None where it cannot be one now. What was asked for has run already, without."""
-        context = self._contexts[profile]
-        # TensorRT-RTX compiles kernels while the first ones run; until then it cannot be captured.
-        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(self._compute):
-            return None
         try:
             return self._capture(slot, profile, given)
-        except EngineError as broken:
+        except (EngineError, RuntimeError, TypeError) as broken:  # TensorRT raises the latter two
             self.graph_problem, self._max_graphs = str(broken), 0
             return None
 
@@ -478,10 +515,15 @@ class TensorRtEngine:
 
     def _drop(self) -> None:
         """Give back what is TensorRT's, from the inside out, while its memory is still there."""
-        self._cuda.synchronize(self._compute)
-        while self._captured:
-            self._forget(self._captured.popitem()[1])
-        self._contexts = []
+        try:
+            self._cuda.synchronize(self._compute)
+            while self._captured:
+                self._forget(self._captured.popitem()[1])
+        finally:
+            self._captured.clear()
+            self._contexts = []
+
+    def _unload(self) -> None:
         self._how = self.kernels = None
         self._engine = self._runtime = None
 
@@ -492,7 +534,8 @@ class TensorRtEngine:
         return slot.host[name][:size].view(dtype).reshape(shape)
 
     def _why(self) -> str:
-        return self._logger.last or "it does not say why"
+        why, self._logger.last = self._logger.last, ""
+        return why or "it does not say why"
 
 
 def _within(shape: _Shape, least: _Shape, most: _Shape) -> bool:

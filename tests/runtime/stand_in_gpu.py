@@ -73,8 +73,9 @@ class Driver:
                     if self.refused[name] == 0:
                         return (OUT_OF_MEMORY,)
                     self.refused[name] -= 1
-                if name not in ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"):
-                    assert name == "cuGetErrorString" or getattr(self._thread, "context", None), f"{name}: no context"
+                if name not in ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent"):
+                    current = [*self.pushed(), ""][-2:][0].startswith("context")
+                    assert name == "cuGetErrorString" or current != (name == "cuDevicePrimaryCtxRelease"), name
                 result: tuple[Any, ...] = found(*arguments)
                 return result
 
@@ -98,9 +99,21 @@ class Driver:
         self.contexts -= 1
         return (0,)
 
-    def cuCtxSetCurrent(self, context: Any) -> Any:
-        self._thread.context = context
+    def pushed(self) -> list[Any]:
+        """The contexts of this thread, the current one last."""
+        self._thread.contexts = getattr(self._thread, "contexts", [])
+        found: list[Any] = self._thread.contexts
+        return found
+
+    def cuCtxPushCurrent(self, context: Any) -> Any:
+        self.pushed().append(context)
         return (0,)
+
+    def cuCtxPopCurrent(self) -> Any:
+        return 0, self.pushed().pop()
+
+    def cuMemGetInfo(self) -> Any:
+        return 0, 3 << 20, 24 << 30
 
     def cuGetErrorString(self, _: int) -> Any:
         return 0, b"it was refused"
@@ -244,13 +257,14 @@ class Model:
 
 
 class TensorRt:
-    """The module of TensorRT, and what each engine computes by its content. What `refused` holds fails; `capturable` is
-    what contexts say of themselves."""
+    """The module of TensorRT, and what each engine computes by its content. What `refused` holds fails, and what
+    `silent` holds without a word; `graphs` are how contexts were told to make CUDA graphs."""
 
     __version__ = "1.7.1"
     DataType = DataType
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user-managed")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
     class ILogger:
         Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"], start=0)
@@ -259,7 +273,8 @@ class TensorRt:
     def __init__(self, driver: Driver, models: dict[bytes, Model]) -> None:
         self.driver, self.models = driver, models
         self.refused: set[str] = set()
-        self.capturable = True
+        self.silent: set[str] = set()
+        self.graphs: set[str] = set()
         self.loaded = 0
         self.logger: Any = None
 
@@ -270,7 +285,7 @@ class TensorRt:
     def refuse(self, what: str) -> bool:
         if what in self.refused:
             self.logger.log(self.ILogger.Severity.ERROR, f"no {what} today")
-        return what in self.refused
+        return what in self.refused | self.silent
 
     def _load(self, content: bytes) -> Any:
         self.loaded += 1
@@ -297,6 +312,7 @@ class Config:
     """`IRuntimeConfig`."""
 
     strategy = "static"
+    cuda_graph_strategy = "disabled"
     cache: Kernels | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
@@ -338,6 +354,7 @@ class Engine:
     def create_execution_context(self, how: str | Config) -> Any:
         strategy, cache = (how.strategy, how.cache) if isinstance(how, Config) else (how, None)
         assert strategy == "user-managed"
+        self.trt.graphs.add(how.cuda_graph_strategy if isinstance(how, Config) else "by hand")
         return None if self.trt.refuse("context") else Context(self, cache)
 
 
@@ -386,9 +403,6 @@ class Context:
         assert address in self.driver.memory
         self.addresses[name] = address
         return not self.trt.refuse("address")
-
-    def is_stream_capturable(self, _: Stream) -> bool:
-        return self.trt.capturable
 
     def execute_async_v3(self, stream: Stream) -> bool:
         given, addresses, memory = dict(self.given), dict(self.addresses), self.memory

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import inspect
 import itertools
+import os
+import re
 import shutil
 import sys
 import threading
@@ -33,7 +36,7 @@ from rtx.runtime.verification import verify_bundle
 
 sys.path.append(str(Path(__file__).parent))
 
-from stand_in_gpu import DataType, Driver, Model, TensorRt
+from stand_in_gpu import Context, DataType, Driver, Model, TensorRt
 
 ENTRY = EngineEntry(
     target="tensorrt-rtx",
@@ -44,6 +47,7 @@ ENTRY = EngineEntry(
     profiles=({"batch": (1, 4, 16), "tokens": (2, 8, 8)}, {"batch": (1, 1, 4), "tokens": (9, 32, 32)}),
     layers={},
 )
+CLASSIC = dataclasses.replace(ENTRY, target="tensorrt", capabilities=())
 L4 = Gpu(index=1, name="NVIDIA L4", capability=89, memory_bytes=24 << 30)
 BOXES = [((1, 2), (4, 8), (16, 8)), ((1, 9), (1, 32), (4, 32))]
 INPUTS = ("input_ids", "attention_mask")
@@ -133,7 +137,7 @@ def test_several_outputs(gpu: StandIn) -> None:
 
 
 def test_shapes_that_come_again_are_graphs(gpu: StandIn) -> None:
-    engine = gpu.open()
+    engine = gpu.open(entry=CLASSIC)
     launches = []
     for seed in range(4):
         same(engine, batch(2, 5, seed))
@@ -146,7 +150,7 @@ def test_shapes_that_come_again_are_graphs(gpu: StandIn) -> None:
 
 
 def test_no_more_graphs_than_allowed(gpu: StandIn) -> None:
-    engine = gpu.open(max_graphs=2)
+    engine = gpu.open(entry=CLASSIC, max_graphs=2)
     for seed, tokens in itertools.product(range(3), (2, 3)):
         same(engine, batch(1, tokens, seed))
     assert (gpu.driver.launches, len(gpu.driver.graphs)) == (2, 2)
@@ -160,29 +164,26 @@ def test_no_more_graphs_than_allowed(gpu: StandIn) -> None:
 
 
 def test_without_graphs(gpu: StandIn) -> None:
-    engine = gpu.open(max_graphs=0)
+    engine = gpu.open(entry=CLASSIC, max_graphs=0)
     for seed in range(3):
         same(engine, batch(2, 5, seed))
     assert (gpu.driver.launches, gpu.driver.graphs) == (0, [])
     engine.close()
 
 
-def test_graphs_wait_until_they_can_be_captured(gpu: StandIn) -> None:
-    gpu.trt.capturable = False
-    engine = gpu.open()
-    for seed in range(3):
-        same(engine, batch(2, 5, seed))
-    assert gpu.driver.launches == 0
-    gpu.trt.capturable = True
-    for seed in range(2):
-        same(engine, batch(2, 5, seed))
-    assert gpu.driver.launches == 1
-    engine.close()
+def test_tensorrt_rtx_makes_its_own_graphs(gpu: StandIn) -> None:
+    with contextlib.closing(gpu.open()) as engine:
+        for seed in range(4):
+            same(engine, batch(2, 5, seed))
+    assert (gpu.driver.launches, gpu.trt.graphs) == (0, {"whole graph"})
+    with contextlib.closing(gpu.open(entry=CLASSIC)) as engine:
+        assert engine.kernels is None
+    assert gpu.trt.graphs == {"whole graph", "by hand"}
 
 
 def test_where_capturing_fails_runs_go_on_without(gpu: StandIn) -> None:
     gpu.trt.refused.add("capture")
-    engine = gpu.open()
+    engine = gpu.open(entry=CLASSIC)
     for seed in range(4):
         same(engine, batch(2, 5, seed))
     assert engine.graph_problem == "TensorRT does not run: no capture today"
@@ -230,8 +231,115 @@ def test_kernels_that_cannot_be_kept_are_no_error(gpu: StandIn, tmp_path: Path) 
         assert "file" in engine.kernels.problem
 
 
+@pytest.mark.parametrize("broken", [RuntimeError("out of kernels"), TypeError("no None")], ids=str)
+def test_a_capture_that_raises_costs_no_request(gpu: StandIn, broken: Exception, monkeypatch: Any) -> None:
+    right = Context.infer_shapes
+    asked = []
+
+    def once(context: Context) -> list[str]:
+        asked.append(context)
+        if len(asked) == 5:  # the two profiles, two runs, and then the graph's own context
+            raise broken
+        return right(context)
+
+    monkeypatch.setattr(Context, "infer_shapes", once)
+    with contextlib.closing(gpu.open(entry=CLASSIC)) as engine:
+        for seed in range(4):
+            same(engine, batch(2, 5, seed))
+        assert engine.graph_problem == str(broken)
+
+
+def test_a_run_that_fails_does_not_void_the_capture_of_another(gpu: StandIn, monkeypatch: Any) -> None:
+    """The stand-in's streams must not be waited for while they are captured."""
+    capturing, failed = threading.Event(), threading.Event()
+    right = tensorrt.TensorRtEngine._execute
+
+    def slow(engine: TensorRtEngine, context: Any) -> None:
+        if engine._compute.capturing is not None and not capturing.is_set():
+            capturing.set()
+            assert not failed.wait(0.3)  # it has to wait until the capture is done
+        right(engine, context)
+
+    monkeypatch.setattr(tensorrt.TensorRtEngine, "_execute", slow)
+    with contextlib.closing(gpu.open(entry=CLASSIC)) as engine, ThreadPoolExecutor(1) as threads:
+        same(engine, batch(2, 5))
+        second = threads.submit(same, engine, batch(2, 5, 1))
+        assert capturing.wait(30)
+        gpu.driver.refused["cuMemcpyHtoDAsync"] = 0
+        with pytest.raises(EngineError, match="cuMemcpyHtoDAsync"):
+            engine.run(batch(1, 2))
+        failed.set()
+        second.result(30)
+        gpu.driver.refused.clear()
+        for seed in range(3):  # in whichever slot
+            same(engine, batch(2, 5, seed))
+        assert engine.graph_problem is None
+        assert gpu.driver.launches > 0
+
+
+def test_a_gpu_that_is_lost_leaves_nobody_waiting(gpu: StandIn) -> None:
+    engine = gpu.open()
+    gpu.driver.refused["cuStreamSynchronize"] = 0
+    with pytest.raises(EngineError, match="cuStreamSynchronize"):
+        engine.close()
+    with pytest.raises(EngineError, match="toy: the engine is closed"):
+        engine.run(batch(1, 2))
+    assert engine._contexts == []
+    assert engine._engine is None
+    # What a lost GPU does not take back is gone with it.
+    gpu.driver.__init__()  # type: ignore[misc]
+
+
+def test_what_tensorrt_raises_when_it_opens_is_an_error_of_the_engine(gpu: StandIn, monkeypatch: Any) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a page of C++")
+
+    monkeypatch.setattr(Context, "set_device_memory", broken)
+    with pytest.raises(EngineError, match="toy: a page of C") as raised:
+        gpu.open()
+    # Contexts went before the memory that they work in, although the error is still held.
+    assert raised.value.__cause__ is not None
+    assert gpu.driver.left() == 0
+    assert [kept for kept in gc.get_objects() if isinstance(kept, Context) and kept.trt is gpu.trt] == []
+
+
+def test_the_context_of_the_caller_is_as_it_was(gpu: StandIn) -> None:
+    gpu.driver.pushed().append("of another library")
+    engine = gpu.open()
+    same(engine, batch(1, 2))
+    engine.close()
+    assert gpu.driver.pushed() == ["of another library"]
+    gpu.driver.pushed().clear()
+
+
+def test_a_fork_has_no_engine(gpu: StandIn, monkeypatch: Any) -> None:
+    engine = gpu.open()
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)
+    with pytest.raises(EngineError, match="toy: the engine was opened before this process was forked off"):
+        engine.run(batch(1, 2))
+    engine.close()
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    same(engine, batch(1, 2))
+    engine.close()
+
+
+def test_a_reason_is_told_once(gpu: StandIn) -> None:
+    engine = gpu.open()
+    gpu.trt.refused.add("run")
+    with pytest.raises(EngineError, match="no run today"):
+        engine.run(batch(1, 2))
+    gpu.trt.refused.clear()
+    gpu.trt.logger.log(gpu.trt.ILogger.Severity.ERROR, "something else")
+    gpu.trt.silent.add("run")
+    with pytest.raises(EngineError, match="does not run: it does not say why"):
+        engine.run(batch(1, 2))
+    gpu.trt.silent.clear()
+    engine.close()
+
+
 def test_several_callers_at_once(gpu: StandIn) -> None:
-    engine = gpu.open(max_graphs=4)
+    engine = gpu.open(entry=CLASSIC, max_graphs=4)
     with ThreadPoolExecutor(5) as threads:
         list(threads.map(lambda seed: same(engine, batch(1 + seed % 3, 4, seed)), range(200)))
     assert gpu.driver.launches > 0
@@ -274,9 +382,8 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(gpu: StandIn, chan
 
 
 def test_classic_engines_are_of_no_known_capability() -> None:
-    entry = dataclasses.replace(ENTRY, target="tensorrt", capabilities=())
-    assert mismatch(entry, "1.7.1", {90}) is None
-    assert mismatch(entry, None, {90}) == (
+    assert mismatch(CLASSIC, "1.7.1", {90}) is None
+    assert mismatch(CLASSIC, None, {90}) == (
         "it was built with tensorrt 1.7.1, and runs with that alone; it is not installed here"
     )
 
@@ -316,7 +423,11 @@ def test_a_gpu_that_has_no_more_gives_back_what_was_taken(gpu: StandIn, call: st
         try:
             engine = gpu.open()
         except EngineError as refused:
-            assert str(refused) == f"the NVIDIA driver answers {call} with error 2: it was refused"  # noqa: PT017
+            assert str(refused).startswith("toy: ")  # noqa: PT017
+            assert f"the NVIDIA driver answers {call} with error 2: it was refused" in str(refused)  # noqa: PT017
+            if call == "cuMemAlloc":
+                told = r"toy: \d+ MiB for (what TensorRT computes in|'\w+'), of 3 MiB that are free: .*--lengths"
+                assert re.match(told, str(refused))  # noqa: PT017
             assert gpu.driver.left() == 0
         else:
             engine.close()
@@ -402,7 +513,8 @@ def test_the_real_tensorrt_has_what_is_called() -> None:
     kinds = {
         "engine": trt.ICudaEngine,
         "context": trt.IExecutionContext,
-        "runtime": trt.Runtime,
+        "_engine": trt.ICudaEngine,
+        "_runtime": trt.Runtime,
         "config": trt.IRuntimeConfig,
         "_cache": trt.IRuntimeCache,
     }
@@ -473,8 +585,7 @@ def test_a_model_on_its_engine(served: Bundle, gpu: StandIn) -> None:
         assert model.engine.name == "toy.rtx:fp32"
         for _ in range(3):
             np.testing.assert_allclose(model.embed(texts, prompt="query"), expected, atol=1e-6)
-    assert gpu.trt.loaded == 1
-    assert gpu.driver.launches > 0
+    assert (gpu.trt.loaded, gpu.trt.graphs) == (1, {"whole graph"})
     (kept,) = (served.path.parent / "cache").iterdir()
     assert kept.name == f"kernels-{hashlib.sha256(b'an engine').hexdigest()[:16]}-NVIDIA_L4"
 

@@ -118,16 +118,15 @@ def visual(trt: TensorRt, vision: bytes, text: bytes) -> VisualEngine:
 
 def test_tokens_of_images_reach_their_places(visual: VisualEngine) -> None:
     rows = [[2, toy.A, 1, toy.D], [3], [toy.B, 2, toy.A, 1, toy.C], [toy.C], [1, toy.D, 1]]
-    for _ in range(3):  # the third time as a CUDA graph
+    for _ in range(3):
         found = visual.run(toy.batch_of(*rows))
         np.testing.assert_array_equal(found, [toy.expected(row) for row in rows])
     visual.close()
 
 
-def test_texts_alone_have_a_table_without_rows(visual: VisualEngine, trt: TensorRt) -> None:
+def test_texts_alone_have_a_table_without_rows(visual: VisualEngine) -> None:
     for _ in range(3):
         assert visual.run(toy.batch_of([3], [1])).tolist() == [[3] * toy.HIDDEN, [0] * toy.HIDDEN]
-    assert trt.driver.launches > 0
     visual.close()
 
 
