@@ -87,7 +87,7 @@ def row_range(length: int) -> Range:
     return 1, max(1, most // _BEST_PART), most
 
 
-def length_ranges(ends: Sequence[int], least: int = 2) -> list[Range]:
+def length_ranges(ends: Sequence[int]) -> list[Range]:
     """Of each bucket, from behind the one before."""
-    starts = [least, *(end + 1 for end in ends[:-1])]
+    starts = [1, *(end + 1 for end in ends[:-1])]
     return [(min(start, end), end, end) for start, end in zip(starts, ends, strict=True)]

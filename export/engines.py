@@ -122,7 +122,7 @@ def image_profiles(contract: Contract) -> list[Profile]:
         return [{"images": _IMAGES}]
     most = max(1, contract.images.max_pixels // contract.images.factor**2)
     profiles = []
-    for ranges in length_ranges(spread_lengths(most), least=1):
+    for ranges in length_ranges(spread_lengths(most)):
         images = max(1, min(_IMAGES[2], BATCH_TOKENS // ranges[2]))
         profiles.append({"images": (1, min(images, _IMAGES[1]), images), "image_tokens": ranges})
     return profiles

@@ -183,6 +183,10 @@ def build_engine(
     described = describe_network(network)
     check_network(described, model)
     config = builder.create_builder_config()
+    # Without it float32 is multiplied with 10 bits after the point.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: no memory of its own while it runs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for at, capability in enumerate(capabilities):

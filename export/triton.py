@@ -30,8 +30,9 @@ _MAX_BATCH = 256
 _MAX_TOKENS, _DELAY_US = 16_384, 500
 # While one instance waits for the graph, another prepares texts.
 _INSTANCES = 2
+# Of the text that warms the graph up, where its model takes any length.
+_WARM_TOKENS = 16
 _OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
-_WARM_TEXT = b"how do I reset it?"
 _MODEL = '''"""Texts in, {output} out: see rtx.runtime.triton."""
 
 from rtx.runtime.triton import TritonPythonModel
@@ -74,11 +75,6 @@ def write_repository(bundle: Bundle, repository: Path, *, variant: str | None = 
             _copy(bundle, file, folder / _VERSION / file)
         output = "vectors" if contract.task == "embed" else "scores"
         (folder / _VERSION / "model.py").write_text(_MODEL.format(output=output), encoding="utf-8")
-        warm = folder / "warmup"
-        warm.mkdir()
-        for text in _texts(contract):
-            # A string of the server's: its length in 4 bytes, and then it.
-            (warm / text).write_bytes(len(_WARM_TEXT).to_bytes(4, "little") + _WARM_TEXT)
         (folder / _CONFIG).write_text(to_text(text_config(name, graph, contract)), encoding="utf-8")
     return name
 
@@ -109,14 +105,22 @@ def graph_config(name: str, contract: Contract, *, on_gpu: bool) -> dict[str, An
     # The graph's scores have no axis but the batch's.
     scores = {"dims": [1], "reshape": {"shape": []}}
     output = {"dims": [contract.dimension]} if contract.task == "embed" else scores
-    return {
+    # Of the graph, not of the model that asks it: the server loads both at once, and the graph may not be there yet.
+    warm = {"data_type": Enum("TYPE_INT64"), "dims": [contract.fixed_tokens or _WARM_TOKENS], "zero_data": True}
+    given = [{"key": one, "value": warm} for one in contract.inputs]
+    config: dict[str, Any] = {
         "name": name,
         "backend": "onnxruntime",
         "max_batch_size": _MAX_BATCH,
         "input": [{"name": one, "data_type": Enum("TYPE_INT64"), "dims": [tokens]} for one in contract.inputs],
         "output": [{"name": contract.output, "data_type": Enum("TYPE_FP32"), **output}],
         "instance_group": [{"kind": Enum("KIND_GPU" if on_gpu else "KIND_CPU"), "count": 1}],
+        "model_warmup": [{"name": "one row", "batch_size": 1, "inputs": given}],
     }
+    if on_gpu:  # float32 without TF32, as in `rtx.runtime.backends.onnx`
+        cuda = {"name": "cuda", "parameters": [{"key": "use_tf32", "value": "0"}]}
+        config["optimization"] = {"execution_accelerators": {"gpu_execution_accelerator": [cuda]}}
+    return config
 
 
 def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
@@ -126,16 +130,16 @@ def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
         found: dict[str, Any] = {"name": of, "data_type": Enum("TYPE_STRING"), "dims": [1]}
         return {**found, "optional": True} if optional else found
 
-    inputs = [text(of) for of in _texts(contract)]
     if contract.task == "embed":
-        inputs.append(text(triton.PROMPT, optional=True))
+        inputs = [text(triton.TEXT), text(triton.PROMPT, optional=True)]
         output, width = triton.EMBEDDING, contract.dimension
     else:
+        inputs = [text(triton.QUERY), text(triton.DOCUMENT)]
         if contract.first_stage_weight > 0:
             inputs.append({"name": triton.FIRST_STAGE, "data_type": Enum("TYPE_FP32"), "dims": [1]})
         output, width = triton.SCORE, 1
     parameters = {triton.GRAPH: graph, triton.MAX_TOKENS: str(_MAX_TOKENS)}
-    config: dict[str, Any] = {
+    return {
         "name": name,
         "backend": "python",
         "max_batch_size": _MAX_BATCH,
@@ -145,11 +149,6 @@ def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
         "dynamic_batching": {"max_queue_delay_microseconds": _DELAY_US},
         "parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()],
     }
-    if contract.task == "embed" or contract.first_stage_weight == 0:
-        warm = {"data_type": Enum("TYPE_STRING"), "dims": [1]}
-        given = [{"key": of, "value": {**warm, "input_data_file": of}} for of in _texts(contract)]
-        config["model_warmup"] = [{"name": "one text", "batch_size": 1, "inputs": given}]
-    return config
 
 
 def to_text(message: Mapping[str, Any], indent: int = 0) -> str:
@@ -175,10 +174,6 @@ def _scalar(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"
     return json.dumps(value)
-
-
-def _texts(contract: Contract) -> tuple[str, ...]:
-    return (triton.TEXT,) if contract.task == "embed" else (triton.QUERY, triton.DOCUMENT)
 
 
 def _choose(bundle: Bundle, variant: str | None) -> tuple[Variant, bool]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +104,7 @@ class OnnxEngine:
         shrinking = "cpu:0" if gpu is None else f"cpu:0;gpu:{gpu}"
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", shrinking)
         providers = _providers(ort, gpu, f"running an ONNX graph on {device}")
+        missing_libraries = "" if gpu is None else _load_cuda(ort)
         _register_operators(options)
         try:
             model = graph if isinstance(graph, bytes) else os.fspath(graph)
@@ -117,6 +120,7 @@ class OnnxEngine:
             raise EngineError(
                 f"{name}: ONNX Runtime {ort.__version__} cannot use {device}, and would have gone on with the CPU. Its "
                 "CUDA provider needs an NVIDIA driver, and the CUDA and cuDNN that this onnxruntime-gpu was built for"
+                f"{missing_libraries}"
             )
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -176,10 +180,22 @@ def _providers(ort: Any, gpu: int | None, purpose: str) -> list[tuple[str, dict[
     return [(_CUDA, {"device_id": gpu, "use_tf32": 0, **growing}), cpu]
 
 
+@functools.cache
+def _load_cuda(ort: Any) -> str:
+    """Load CUDA and cuDNN from packages of Python, which the provider does not find by itself; what was not found."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        ort.preload_dlls()
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
+    return f" ({'; '.join(lines)})" if lines else ""
+
+
 def _register_operators(options: Any) -> None:
     """Let a session know the operators of rtx; one that does without them is loaded also where they cannot be."""
     if (library := library_file()) is not None:
-        with suppress(Exception):  # a library for another machine; ONNX Runtime names what a graph then misses
+        with contextlib.suppress(
+            Exception
+        ):  # a library for another machine; ONNX Runtime names what a graph then misses
             options.register_custom_ops_library(str(library))
 
 

@@ -38,7 +38,7 @@ from rtx.runtime.text import Batch
 
 INSTALL: dict[Target, str] = {
     "tensorrt-rtx": install_command("tensorrt-rtx"),
-    "tensorrt": 'pip install tensorrt "cuda-bindings>=12.9.1"',
+    "tensorrt": "pip install tensorrt 'cuda-bindings>=12.9.1,<14'",
 }
 """The command that brings each."""
 
@@ -80,7 +80,13 @@ def load_tensorrt(target: Target) -> Any:
 
 def installed_tensorrt(target: Target) -> str | None:
     """Its version; None where it is not installed."""
-    return next((version for package in _PACKAGES[target] if (version := installed_version(package))), None)
+    package = tensorrt_package(target)
+    return None if package is None else installed_version(package)
+
+
+def tensorrt_package(target: Target) -> str | None:
+    """The installed package that it comes with."""
+    return next((package for package in _PACKAGES[target] if installed_version(package)), None)
 
 
 def quiet_logger(trt: Any) -> Any:

@@ -53,9 +53,9 @@ def test_given_ends() -> None:
 
 def test_every_length_is_in_one_range() -> None:
     ranges = length_ranges((32, 128, 512))
-    assert ranges == [(2, 32, 32), (33, 128, 128), (129, 512, 512)]
-    assert [length for least, _, most in ranges for length in range(least, most + 1)] == list(range(2, 513))
-    assert length_ranges((1,), least=2) == [(1, 1, 1)]
+    assert ranges == [(1, 32, 32), (33, 128, 128), (129, 512, 512)]
+    assert [length for least, _, most in ranges for length in range(least, most + 1)] == list(range(1, 513))
+    assert length_ranges((1,)) == [(1, 1, 1)]
 
 
 def test_rows_stay_within_the_tokens_of_a_batch() -> None:

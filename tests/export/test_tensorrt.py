@@ -92,7 +92,11 @@ def test_engines_of_texts(exported: Callable[..., Any], tmp_path: Path, architec
     profiles = token_profiles(model.contract, (16, model.contract.max_tokens))
     every = ("fp32", "fp16", "bf16", "int4-half")
     for precision in every if architecture == "bert" else ("fp16",):
-        network = build(graph, profiles, tmp_path, precision).network
+        built = build(graph, profiles, tmp_path, precision)
+        # What TensorRT notes of how it was built; its default is the other one.
+        assert b"tf32=0" in built.content
+        assert b"tf32=1" not in built.content
+        network = built.network
         assert network.inputs == dict.fromkeys(model.contract.inputs, (INT64, (-1, -1)))
         dtype, shape = network.outputs[model.contract.output]
         assert (dtype, len(shape)) == (FLOAT, 2 if task == "embed" else 1)
@@ -251,7 +255,7 @@ def test_options() -> None:
 
 def test_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(ExportError, match=r"tensorrt: .*pip install tensorrt cuda-bindings$"):
+    with pytest.raises(ExportError, match=r"tensorrt: .*pip install tensorrt 'cuda-bindings>=12.9.1,<14'$"):
         EngineOptions(target="tensorrt").check(("fp32",), 64)
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -287,7 +291,7 @@ def test_engines_in_a_bundle(bundle: Path) -> None:
     assert engine.graph == "onnx/model_fp16.onnx"
     assert engine.sources == {engine.graph: manifest.files[engine.graph].sha256}
     assert (engine.target, engine.capabilities) == ("tensorrt-rtx", SM)
-    assert [profile["tokens"] for profile in engine.profiles] == [(2, 16, 16), (17, 64, 64)]
+    assert [profile["tokens"] for profile in engine.profiles] == [(1, 16, 16), (17, 64, 64)]
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
 
 

@@ -21,6 +21,7 @@ from google.protobuf import json_format, text_format
 
 from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.export.triton import model_name, to_text, write_repository
+from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.embedder import Embedder
@@ -282,7 +283,6 @@ def test_the_files(embedder: Path, tmp_path: Path) -> None:
         f"{name}/1/model.py",
         f"{name}/1/manifest.json",
         f"{name}/1/tokenizer.json",
-        f"{name}/warmup/text",
         f"{name}_graph/config.pbtxt",
         f"{name}_graph/1/model.onnx",
     }
@@ -291,12 +291,24 @@ def test_the_files(embedder: Path, tmp_path: Path) -> None:
     assert [(one.name, [*one.dims]) for one in graph.input] == [
         (one, [-1]) for one in ("input_ids", "attention_mask", "token_type_ids")
     ]
-    assert (graph.instance_group[0].kind == CONFIG.DESCRIPTOR.nested_types_by_name and False) or True
-    config = parsed(tmp_path / name)
-    (warm,) = config.model_warmup
-    assert warm.inputs["text"].input_data_file == "text"
-    content = (tmp_path / name / "warmup" / "text").read_bytes()
-    assert int.from_bytes(content[:4], "little") == len(content) - 4
+    kinds = graph.instance_group[0].DESCRIPTOR.enum_types_by_name["Kind"].values_by_name
+    assert graph.instance_group[0].kind == kinds["KIND_GPU"].number
+    (cuda,) = graph.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
+    # The model of texts would ask a graph that may not be loaded yet.
+    assert not parsed(tmp_path / name).model_warmup
+    (warm,) = graph.model_warmup
+    assert {key: ([*value.dims], value.zero_data) for key, value in warm.inputs.items()} == {
+        one.name: ([16], True) for one in graph.input
+    }
+
+
+def test_the_warm_up_is_a_batch_that_the_graph_takes(embedder: Path, tmp_path: Path) -> None:
+    graph = tmp_path / f"{write_repository(Bundle.open(embedder), tmp_path)}_graph"
+    config = parsed(graph)
+    zeros = {key: np.zeros((1, *value.dims), np.int64) for key, value in config.model_warmup[0].inputs.items()}
+    engine = OnnxEngine(graph / "1" / "model.onnx", output=config.output[0].name, threads=1)
+    assert np.isfinite(engine.run(zeros)).all()
 
 
 def test_what_is_in_the_way(embedder: Path, tmp_path: Path) -> None:

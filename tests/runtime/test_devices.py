@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
+from rtx.runtime.backends import onnx
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
@@ -42,11 +43,22 @@ def test_without_the_package_for_gpus(toy_bundle: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_provider_that_falls_back_to_the_cpu(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_falls_back_to_the_cpu(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As with the package for GPUs on a machine without a driver: ONNX Runtime opens the graph, on the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=r"toy\.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU"):
+    monkeypatch.setattr(
+        ort, "preload_dlls", lambda: print("Failed to load libcudart.so.12: no such file\nPlease read on")
+    )
+    onnx._load_cuda.cache_clear()
+    told = (
+        r"toy\.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU.* "
+        r"was built for \(Failed to load libcudart\.so\.12: no such file\)$"
+    )
+    with pytest.raises(EngineError, match=told):
         Embedder.open(toy_bundle, device="cuda")
+    assert capsys.readouterr().out == ""
     checks = verify_bundle(toy_bundle, device="cuda")
     failed = {found.check: found.problems for found in checks if not found.ok}
     assert "would have gone on with the CPU" in failed["fp32 graph"][0]
@@ -69,8 +81,11 @@ def test_what_onnx_runtime_is_told(toy_bundle: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: told.update(preloaded=True))
+    onnx._load_cuda.cache_clear()
     with Embedder.open(toy_bundle, device="cuda:2") as model:
         assert model.engine.name == "toy.rtx:fp32"
+    assert told["preloaded"]
     assert list(told["providers"]) == [CUDA, "CPUExecutionProvider"]
     assert told["providers"][CUDA] == {"device_id": 2, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
     assert told["fallback"] == 0

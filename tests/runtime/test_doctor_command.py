@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -106,7 +107,7 @@ def test_an_engine_that_cannot_run_says_what_would_bring_it(monkeypatch: pytest.
     assert "onnx bundles, on the CPU missing: pip install 'rtx-retrieval[cpu]'" in lines
     assert "torch checkpoints missing: pip install 'rtx-retrieval[train]'" in lines
     assert "onnx, cuda bundles, on GPUs missing: pip install 'rtx-retrieval[gpu]'" in lines
-    assert "tensorrt builds of engines missing: pip install tensorrt cuda-bindings" in lines
+    assert "tensorrt builds of engines missing: pip install tensorrt 'cuda-bindings>=12.9.1,<14'" in lines
     installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime-gpu": "1.20.1"})
     assert "onnx bundles, on the CPU 1.20.1 yes" in lines_of()
 
@@ -135,8 +136,8 @@ def test_no_engine_is_imported_to_tell_its_version():
 class Driver:
     """Answers as the driver does: results go where pointers show."""
 
-    def __init__(self, *gpus: tuple[str, int, int], start: int = 0, fails: str = "") -> None:
-        self.gpus, self.start, self.fails = gpus, start, fails
+    def __init__(self, *gpus: tuple[str, int, int], start: int = 0, fails: str = "", version: int = 12080) -> None:
+        self.gpus, self.start, self.fails, self.version = gpus, start, fails, version
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -158,7 +159,9 @@ class Driver:
         elif name == "cuDeviceTotalMem_v2":
             where.value = self.gpus[arguments[1].value][2]
         else:
-            where.value = {"cuDriverGetVersion": 12080, "cuDeviceGetCount": len(self.gpus)}.get(name, arguments[-1])
+            where.value = {"cuDriverGetVersion": self.version, "cuDeviceGetCount": len(self.gpus)}.get(
+                name, arguments[-1]
+            )
         return None
 
 
@@ -222,6 +225,8 @@ def test_gpus_that_run(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> Non
     installed(monkeypatch, versions)
     assert "onnx, cuda bundles, on GPUs 1.31.0 yes" in lines_of()
     assert opened == ["cuda:0"]
+    nodes = [node.op_type for node in onnx.load_from_string(doctor._PRODUCTS).graph.node]
+    assert nodes == ["MatMul", "Add", "Cast", "MatMul", "Cast"]
     assert "cuda:0 fp32 fp32 yes" in lines_of(toy_bundle)
     assert run("--device", "cuda").exit_code == 0
     assert run(toy_bundle, "--device", "cuda:0").exit_code == 0
@@ -229,7 +234,10 @@ def test_gpus_that_run(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> Non
     assert result.exit_code == EngineError.exit_code
     assert "error: cuda:1: there is no such GPU; 1 found" in result.stderr
     installed(monkeypatch, {**versions, "onnxruntime": "1.31.0"})
-    both = "onnxruntime and onnxruntime-gpu are both installed and exclude each other: pip uninstall onnxruntime"
+    both = (
+        "onnxruntime and onnxruntime-gpu are both installed and exclude each other: "
+        "pip uninstall onnxruntime onnxruntime-gpu; pip install 'rtx-retrieval[gpu]'"
+    )
     assert f"onnx, cuda bundles, on GPUs 1.31.0 {both}" in lines_of()
 
 
@@ -262,10 +270,13 @@ def test_engines_of_a_bundle(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) 
     assert problem() is None
     devices = examine(bundle)["bundle"]["devices"]
     assert devices["tensorrt:0"]["problem"] == (
-        "missing: pip install cuda-bindings; it was built for sm_80, sm_89; here is sm_75"
+        "missing: pip install 'cuda-bindings>=12.9.1,<14'; it was built for sm_80, sm_89; here is sm_75"
     )
     versions = {"tensorrt-rtx-cu13-bindings": "1.7.1", "cuda-bindings": "13.0.0"}
     installed(monkeypatch, {"rtx-retrieval": "0.1.0", **versions})
+    (told,) = {examine(bundle)["bundle"]["devices"]["tensorrt:1"]["problem"]}
+    assert told == "tensorrt-rtx is built with CUDA 13, and the driver is for CUDA 12.8: a newer driver is needed"
+    with_driver(monkeypatch, T4, L4, version=13000)
     assert examine(bundle)["bundle"]["devices"]["tensorrt:1"] == {
         "variant": "fp32",
         "precision": "fp32",
