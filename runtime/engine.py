@@ -79,6 +79,9 @@ class Engine(Protocol):
             EngineError: the batch could not be run.
         """
 
+    def max_rows(self, tokens: int) -> int | None:
+        """How many rows a batch may have whose longest has so many tokens, or positions of an image; None for any."""
+
     def close(self) -> None:
         """Give back what the engine holds. Calling it twice is allowed; running afterwards is not."""
 
@@ -95,6 +98,11 @@ class Budget:
 
     max_batch_tokens: int = 1024
     max_batch_items: int = 64
+
+    @classmethod
+    def of(cls, device: str) -> Budget:
+        """The default of a device. That of GPUs is what engines have profiles for; no GPU has measured it."""
+        return cls() if gpu_index(device) is None else cls(max_batch_tokens=16_384, max_batch_items=256)
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_batch_items"):
@@ -134,11 +142,15 @@ def run_items(
 
 
 def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
-    """Items through the engine in one batch: [len(items), dimension] or [len(items)] float32.
+    """Items through the engine in one batch, or in as few as it takes: [len(items), dimension] or [len(items)] float32.
 
     Raises:
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
+    most = engine.max_rows(max((item.length for item in items), default=0))
+    if most is not None and len(items) > most:
+        parts = [items[start : start + most] for start in range(0, len(items), most)]
+        return np.concatenate([run_batch(engine, preprocessor, part) for part in parts])
     results = engine.run(preprocessor.collate(items))
     expected = preprocessor.contract.output_shape(len(items))
     # NumPy would spread a wrong shape over the rows, or round another type, without a word.

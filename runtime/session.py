@@ -90,7 +90,7 @@ class Session:
             threads: threads of one run; None for all cores that the process may use.
             device: "cpu"; "cuda" or "cuda:N" for ONNX Runtime on an NVIDIA GPU; "tensorrt" or "tensorrt:N" for the
                 bundle's engines on one. On a GPU the default variant is fp16 or else fp32.
-            budget: how much goes through the engine at once.
+            budget: how much goes through the engine at once; None for `Budget.of(device)`.
             limits: how large images may be, and where they may come from.
             verify: compare the files that are read with the hashes in the manifest.
 
@@ -103,7 +103,8 @@ class Session:
         opened = Bundle.open(bundle)
         cls._check_task(opened.manifest.contract)
         preprocessor = opened.preprocessor(limits=limits, verify=verify)
-        return cls(preprocessor, opened.engine(variant, threads=threads, device=device, verify=verify), budget=budget)
+        engine = opened.engine(variant, threads=threads, device=device, verify=verify)
+        return cls(preprocessor, engine, budget=budget or Budget.of(device))
 
     def close(self) -> None:
         """Give back the engine; requests that wait are cancelled."""

@@ -48,6 +48,10 @@ class GraphModel:
     def __init__(self, server: Any, name: str, contract: Contract) -> None:
         self.name, self._server, self._contract = name, server, contract
 
+    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002
+        """Requests have no more than the graph's model takes: it has the same limit."""
+        return None
+
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `rtx.runtime.engine.Engine` has it."""
         server, output = self._server, self._contract.output

@@ -63,5 +63,8 @@ class TorchEngine:
             finished = model.finish(output) if model.task == "embed" else model.activate(output)
             return np.asarray(finished.cpu().numpy(), dtype=np.float32)
 
+    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002 any number
+        return None
+
     def close(self) -> None:
         """Nothing to give back: the model belongs to the caller."""

@@ -153,6 +153,9 @@ class OnnxEngine:
             self._watch.tell(dict(zip(watched, results[len(outputs) :], strict=True)))
         return results[: len(outputs)]
 
+    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002 any number
+        return None
+
     def close(self) -> None:
         self._session = None
 

@@ -274,6 +274,14 @@ class TensorRtEngine:
         finally:
             self._slots.put(slot)
 
+    def max_rows(self, tokens: int) -> int | None:
+        """Of the first input whose rows have tokens; where none has, of the first. None where no profile takes any."""
+        tensors = [self._tensors[name] for name in self.input_names]
+        limits = next((tensor.limits for tensor in tensors if len(tensor.largest[0]) == 2), None)
+        if limits is None:
+            return max(most[0] for _, most in tensors[0].limits)
+        return max((most[0] for least, most in limits if least[1] <= tokens <= most[1]), default=None)
+
     def close(self) -> None:
         if os.getpid() != self._process:
             return

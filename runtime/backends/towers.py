@@ -96,6 +96,11 @@ class TowersEngine:
                 self._cache.put(keys[place], vectors[keys[place]])
         return np.stack([vectors[key] for key in keys])
 
+    def max_rows(self, tokens: int) -> int | None:
+        # Which tower the rows are for is not told: what both take is taken by each.
+        limits = [limit for graph in (self._image, self._text) if (limit := graph.max_rows(tokens)) is not None]
+        return min(limits, default=None)
+
     def close(self) -> None:
         self._image.close()
         self._text.close()

@@ -127,6 +127,9 @@ class VisualEngine:
         inputs = {"input_ids": ids, "attention_mask": mask, "image_embeds": table[0], "deepstack": table[1:]}
         return self._text.run({**inputs, **places})
 
+    def max_rows(self, tokens: int) -> int | None:
+        return self._text.max_rows(tokens)
+
     def close(self) -> None:
         self._vision.close()
         self._text.close()

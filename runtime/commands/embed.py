@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from rtx.runtime.bulk import OnInvalid, Totals, embed_records, write_output
 from rtx.runtime.bundle import Bundle
-from rtx.runtime.commands.opening import device_option, open_as
+from rtx.runtime.commands.opening import batch_option, budget_of, device_option, open_as
 from rtx.runtime.commands.progress import Progress
 from rtx.runtime.embedder import CODES, Embedder, Precision
-from rtx.runtime.engine import Budget, Engine
+from rtx.runtime.engine import Engine
 from rtx.runtime.errors import INTERRUPTED, DataError, ItemError, UsageError
 from rtx.runtime.failures import failures_file
 from rtx.runtime.hashing import sha256_of
@@ -47,7 +47,7 @@ class _Arguments:
     dpi: int
     threads: int | None
     device: str
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     rows_per_part: int
     on_invalid: OnInvalid
     overwrite: bool
@@ -73,7 +73,7 @@ class _Arguments:
 @click.option("--dpi", type=click.IntRange(36, 1200), default=144, show_default=True, help="Of the pages of a PDF.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @device_option
-@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)
+@batch_option
 @click.option("--rows-per-part", type=click.IntRange(min=1), default=8192, show_default=True, help="See above.")
 @click.option(
     "--on-invalid",
@@ -112,7 +112,7 @@ def _run(given: _Arguments) -> int:
     """Number of items that have no vector."""
     for path in given.sources:
         check_vector_file(given.output, source=None if path == STDIN else path)
-    budget = Budget(max_batch_tokens=given.max_batch_tokens)
+    budget = budget_of(given.device, given.max_batch_tokens)
     with (
         Inputs(given.sources, file_format=given.file_format, id_column=given.id_column, dpi=given.dpi) as source,
         open_as(
@@ -230,6 +230,9 @@ class _Batches:
         self._told += len(results)
         self._progress.add(len(results))
         return results
+
+    def max_rows(self, tokens: int) -> int | None:
+        return self._engine.max_rows(tokens)
 
     def close(self) -> None:
         self._engine.close()

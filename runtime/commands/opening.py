@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,23 @@ device_option = click.option(
     show_default=True,
     help="cuda or cuda:N for an NVIDIA GPU; tensorrt or tensorrt:N for the bundle's engines on one.",
 )
+
+
+batch_option = click.option(
+    "--max-batch-tokens",
+    type=click.IntRange(min=1),
+    help=f"[default: {Budget.of('cpu').max_batch_tokens}, on a GPU {Budget.of('cuda').max_batch_tokens}]",
+)
+
+
+def budget_of(device: str, max_batch_tokens: int | None) -> Budget:
+    """What goes through an engine at once, where a user gave `--max-batch-tokens` and where not.
+
+    Raises:
+        UsageError: there is no such kind of device.
+    """
+    budget = Budget.of(device)
+    return budget if max_batch_tokens is None else dataclasses.replace(budget, max_batch_tokens=max_batch_tokens)
 
 
 def open_as(kind: type[S], path: str, *, variant: str | None, threads: int | None, device: str, budget: Budget) -> S:

@@ -20,9 +20,8 @@ from rich.table import Table
 
 from rtx.runtime.atomic import atomic_file, check_target
 from rtx.runtime.bulk import IMAGES_PER_CALL, OnInvalid
-from rtx.runtime.commands.opening import device_option, open_as
+from rtx.runtime.commands.opening import batch_option, budget_of, device_option, open_as
 from rtx.runtime.commands.progress import Progress
-from rtx.runtime.engine import Budget
 from rtx.runtime.errors import DataError, InvalidItemsError, ItemError, UsageError
 from rtx.runtime.failures import failure_log, failures_file
 from rtx.runtime.fields import LARGEST_FLOAT32, finite_float32, read_content
@@ -56,7 +55,7 @@ class _Arguments:
     file_format: Format | None
     threads: int | None
     device: str
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     on_invalid: OnInvalid
     overwrite: bool
 
@@ -82,7 +81,7 @@ class _Arguments:
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="[default: by the ending of INPUT]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @device_option
-@click.option("--max-batch-tokens", type=click.IntRange(min=1), default=Budget().max_batch_tokens, show_default=True)
+@batch_option
 @click.option(
     "--on-invalid",
     type=click.Choice(["skip", "fail"]),
@@ -131,7 +130,7 @@ def _run(given: _Arguments, stack: ExitStack) -> int:
     if output is not None and output.exists() and not given.overwrite:
         raise UsageError(f"{output}: exists; pass --overwrite to replace it")
     source = stack.enter_context(_open_input(given))
-    budget = Budget(max_batch_tokens=given.max_batch_tokens)
+    budget = budget_of(given.device, given.max_batch_tokens)
     model = stack.enter_context(
         open_as(Reranker, given.model, variant=given.variant, threads=given.threads, device=given.device, budget=budget)
     )

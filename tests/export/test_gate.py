@@ -149,6 +149,7 @@ class Wrong:
 
     name = "wrong"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def __init__(self, model, break_batch=None, break_output=None):
         self.engine = model.engine()

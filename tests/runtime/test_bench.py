@@ -317,6 +317,7 @@ class _Shifted:
 
     name = "other"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def __init__(self, bundle: Bundle) -> None:
         self._engine = bundle.engine("fp32", threads=1)

@@ -42,6 +42,7 @@ class FixedEngine:
 
     name = "fixed"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def __init__(self, vector: list[float]) -> None:
         self.vector = np.array(vector, dtype=np.float32)

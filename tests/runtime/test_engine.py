@@ -20,6 +20,7 @@ class CountingEngine:
 
     name = "counting"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def __init__(self, change: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda rows: rows) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -49,6 +50,14 @@ def test_items_run_by_length_and_come_back_in_order(preprocessor: Preprocessor):
     assert results.tolist() == [[1, 2], [2, 9], [3, 3], [4, 9], [5, 1]]
     assert results.dtype == np.float32
     assert engine.shapes == [(2, 9), (3, 3)]
+
+
+def test_a_batch_of_more_rows_than_the_engine_takes_is_run_in_parts(preprocessor: Preprocessor):
+    engine = CountingEngine()
+    engine.max_rows = lambda tokens: 2 if tokens > 3 else 3
+    results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1, 9), Budget(max_batch_tokens=99, max_batch_items=9))
+    assert results[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert engine.shapes == [(2, 9), (2, 9), (2, 2)]
 
 
 def test_an_engine_that_packs_is_given_items_in_their_order(preprocessor: Preprocessor):

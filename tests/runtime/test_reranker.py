@@ -42,6 +42,7 @@ class LengthEngine:
 
     name = "length"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         return batch["attention_mask"].sum(axis=1).astype(np.float32)

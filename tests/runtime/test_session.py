@@ -38,6 +38,7 @@ class GatedEngine:
 
     name = "gated"
     packed = False
+    max_rows = staticmethod(lambda _: None)
 
     def __init__(self, bad: int | None = None) -> None:
         self.bad = bad

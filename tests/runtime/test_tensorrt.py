@@ -29,6 +29,7 @@ from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.backends.tensorrt import TensorRtEngine, mismatch
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, MissingExtraError, UsageError
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
@@ -588,6 +589,23 @@ def test_a_model_on_its_engine(served: Bundle, gpu: StandIn) -> None:
     assert (gpu.trt.loaded, gpu.trt.graphs) == (1, {"whole graph"})
     (kept,) = (served.path.parent / "cache").iterdir()
     assert kept.name == f"kernels-{hashlib.sha256(b'an engine').hexdigest()[:16]}-NVIDIA_L4"
+
+
+def test_more_rows_than_a_profile_takes_are_several_batches(served: Bundle, gpu: StandIn) -> None:
+    model = gpu.trt.models[b"an engine"]
+    boxes = [((1, 1), (2, 8), (16, 8)), ((1, 9), (2, 64), (4, 64))]
+    profiles = [dict.fromkeys(model.inputs, box) for box in boxes]
+    gpu.trt.models[b"an engine"] = dataclasses.replace(model, profiles=profiles)
+    ((file, entry),) = served.manifest.engines.items()
+    engines = {file: dataclasses.replace(entry, profiles=ENTRY.profiles)}
+    (served.path / MANIFEST_FILE).write_bytes(dataclasses.replace(served.manifest, engines=engines).to_bytes())
+    texts = [f"text {number}" for number in range(40)] + [f"a text of {'words ' * 9}{number}" for number in range(9)]
+    with Embedder.open(served.path) as graph:
+        expected = graph.embed(texts)
+    with Embedder.open(served.path, device="tensorrt") as embedder:
+        assert embedder.budget == Budget(max_batch_tokens=16_384, max_batch_items=256)
+        assert [embedder.engine.max_rows(tokens) for tokens in (1, 8, 9, 64, 65)] == [16, 16, 4, 4, None]
+        np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-6)
 
 
 def test_verify_holds_an_engine_to_pytorch(served: Bundle) -> None:
