@@ -2,6 +2,7 @@
 
     NAME/config.pbtxt, 1/model.py, 1/manifest.json, 1/tokenizer.json       Python backend: rtx.runtime.triton
     NAME_graph/config.pbtxt, 1/model.onnx                                  ONNX Runtime backend
+                             1/model.plan                                  TensorRT backend, of an engine of TensorRT's
 
 The configurations are text of the protobuf message `inference.ModelConfig`
 (github.com/triton-inference-server/common, protobuf/model_config.proto).
@@ -21,7 +22,7 @@ from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import BundleError, UsageError
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, Variant
+from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, EngineEntry, Variant
 
 _CONFIG = "config.pbtxt"
 _VERSION = "1"
@@ -65,17 +66,24 @@ def write_repository(bundle: Bundle, repository: Path, *, variant: str | None = 
     check_repository(repository, bundle.manifest.name, contract, overwrite=overwrite)
     chosen, on_gpu = _choose(bundle, variant)
     graph = f"{name}_graph"
+    plan = next((one for one in bundle.engines_of(chosen.file).items() if one[1].target == "tensorrt"), None)
     with replace_folder(repository / graph, marker=_CONFIG) as folder:
-        _copy(bundle, chosen.file, folder / _VERSION / "model.onnx")
-        for file in chosen.external:
-            _copy(bundle, file, folder / _VERSION / Path(file).name)
-        (folder / _CONFIG).write_text(to_text(graph_config(graph, contract, on_gpu=on_gpu)), encoding="utf-8")
+        if plan is not None:
+            _copy(bundle, plan[0], folder / _VERSION / "model.plan")
+            config = plan_config(graph, contract, plan[1])
+        else:
+            _copy(bundle, chosen.file, folder / _VERSION / "model.onnx")
+            for file in chosen.external:
+                _copy(bundle, file, folder / _VERSION / Path(file).name)
+            config = graph_config(graph, contract, on_gpu=on_gpu)
+        (folder / _CONFIG).write_text(to_text(config), encoding="utf-8")
     with replace_folder(repository / name, marker=_CONFIG) as folder:
         for file in (MANIFEST_FILE, TOKENIZER_FILE):
             _copy(bundle, file, folder / _VERSION / file)
         output = "vectors" if contract.task == "embed" else "scores"
         (folder / _VERSION / "model.py").write_text(_MODEL.format(output=output), encoding="utf-8")
-        (folder / _CONFIG).write_text(to_text(text_config(name, graph, contract)), encoding="utf-8")
+        config = text_config(name, graph, contract, plan[0] if plan is not None else None)
+        (folder / _CONFIG).write_text(to_text(config), encoding="utf-8")
     return name
 
 
@@ -123,8 +131,20 @@ def graph_config(name: str, contract: Contract, *, on_gpu: bool) -> dict[str, An
     return config
 
 
-def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
-    """The configuration of the model that takes texts."""
+def plan_config(name: str, contract: Contract, engine: EngineEntry) -> dict[str, Any]:
+    """The configuration of the graph's model where an engine of TensorRT takes the graph's place."""
+    rows = max(profile["batch"][2] for profile in engine.profiles)
+    profiles = [str(at) for at in range(len(engine.profiles))]
+    return {
+        **graph_config(name, contract, on_gpu=False),
+        "backend": "tensorrt",
+        "max_batch_size": rows,
+        "instance_group": [{"kind": Enum("KIND_GPU"), "count": 1, "profile": profiles}],
+    }
+
+
+def text_config(name: str, graph: str, contract: Contract, engine: str | None = None) -> dict[str, Any]:
+    """The configuration of the model that takes texts; `engine` is the bundle's file that takes the graph's place."""
 
     def text(of: str, *, optional: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = {"name": of, "data_type": Enum("TYPE_STRING"), "dims": [1]}
@@ -139,6 +159,8 @@ def text_config(name: str, graph: str, contract: Contract) -> dict[str, Any]:
             inputs.append({"name": triton.FIRST_STAGE, "data_type": Enum("TYPE_FP32"), "dims": [1]})
         output, width = triton.SCORE, 1
     parameters = {triton.GRAPH: graph, triton.MAX_TOKENS: str(_MAX_TOKENS)}
+    if engine is not None:
+        parameters[triton.ENGINE] = engine
     return {
         "name": name,
         "backend": "python",

@@ -147,10 +147,16 @@ def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encode
     Raises:
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
-    most = engine.max_rows(max((item.length for item in items), default=0))
-    if most is not None and len(items) > most:
-        parts = [items[start : start + most] for start in range(0, len(items), most)]
-        return np.concatenate([run_batch(engine, preprocessor, part) for part in parts])
+    parts: list[NDArray[np.float32]] = []
+    # The longest come first, so that later parts may have more rows.
+    while (most := engine.max_rows(max((item.length for item in items), default=0))) is not None and len(items) > most:
+        parts.append(_run_whole(engine, preprocessor, items[:most]))
+        items = items[most:]
+    last = _run_whole(engine, preprocessor, items)
+    return np.concatenate([*parts, last]) if parts else last
+
+
+def _run_whole(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
     results = engine.run(preprocessor.collate(items))
     expected = preprocessor.contract.output_shape(len(items))
     # NumPy would spread a wrong shape over the rows, or round another type, without a word.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from rtx.runtime.errors import EngineError, InvalidItemsError, RtxError
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch
 
-GRAPH, MAX_TOKENS = "graph", "max_batch_tokens"
-"""Parameters of the model's configuration: the name of the graph's model, and tokens that go to it at once."""
+GRAPH, MAX_TOKENS, ENGINE = "graph", "max_batch_tokens", "engine"
+"""Parameters of the configuration: the graph's model, tokens that go to it at once, and the bundle's engine if it runs
+that."""
 
 TEXT, PROMPT, EMBEDDING = "text", "prompt", "embedding"
 QUERY, DOCUMENT, FIRST_STAGE, SCORE = "query", "document", "first_stage", "score"
@@ -41,16 +42,21 @@ class GraphModel:
         server: the module `triton_python_backend_utils`.
         name: of the model.
         contract: of the bundle.
+        profiles: of the engine that the model runs; none for a graph, which takes as many rows as requests have.
     """
 
     packed = False
 
-    def __init__(self, server: Any, name: str, contract: Contract) -> None:
-        self.name, self._server, self._contract = name, server, contract
+    def __init__(
+        self, server: Any, name: str, contract: Contract, profiles: Sequence[Mapping[str, Sequence[int]]] = ()
+    ) -> None:
+        self.name, self._server, self._contract, self._profiles = name, server, contract, profiles
 
-    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002
-        """Requests have no more than the graph's model takes: it has the same limit."""
-        return None
+    def max_rows(self, tokens: int) -> int | None:
+        """As `rtx.runtime.engine.Engine` has it."""
+        fixed = self._contract.fixed_tokens
+        ranges = [(one["batch"], one.get("tokens", (tokens, tokens, tokens))) for one in self._profiles]
+        return max((rows[2] for rows, (least, _, most) in ranges if fixed or least <= tokens <= most), default=None)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `rtx.runtime.engine.Engine` has it."""
@@ -97,7 +103,9 @@ class TritonPythonModel:
         contract = bundle.manifest.contract
         config = json.loads(args["model_config"])
         parameters = config["parameters"]
-        engine = GraphModel(self._server, parameters[GRAPH]["string_value"], contract)
+        plan = parameters.get(ENGINE)
+        profiles = () if plan is None else bundle.manifest.engines[plan["string_value"]].profiles
+        engine = GraphModel(self._server, parameters[GRAPH]["string_value"], contract, profiles)
         kind = Embedder if contract.task == "embed" else Reranker
         tokens = int(parameters[MAX_TOKENS]["string_value"])
         # The graph's model takes as many rows as this one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import runpy
@@ -26,6 +27,7 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.errors import BundleError, ItemError, UsageError
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
 from rtx.runtime.reranker import Reranker
 
 TEXTS = ["how to reset the pump", "a", "what the code of the query is for"]
@@ -325,6 +327,41 @@ def test_what_is_in_the_way(embedder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a file; expected the folder of a model repository"):
         write_repository(bundle, tmp_path / "file")
     assert (tmp_path / "other").exists()
+
+
+def test_an_engine_of_tensorrt_is_a_plan(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is none, and the server's graph model computes what it would."""
+    bundle = Bundle.open(embedder)
+    shutil.copytree(embedder, tmp_path / "my.rtx")
+    file, content = "engines/model.tensorrt.engine", b"an engine"
+    (tmp_path / "my.rtx" / "engines").mkdir()
+    (tmp_path / "my.rtx" / file).write_bytes(content)
+    entry = EngineEntry(
+        target="tensorrt",
+        version="10.13.0",
+        graph="onnx/model.onnx",
+        sources={"onnx/model.onnx": bundle.manifest.files["onnx/model.onnx"].sha256},
+        capabilities=(),
+        profiles=({"batch": (1, 1, 4), "tokens": (1, 8, 8)}, {"batch": (1, 1, 2), "tokens": (9, 64, 64)}),
+        layers={},
+    )
+    files = {**bundle.manifest.files, file: FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))}
+    manifest = dataclasses.replace(bundle.manifest, files=files, engines={file: entry})
+    (tmp_path / "my.rtx" / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+    name = write_repository(Bundle.open(tmp_path / "my.rtx"), tmp_path / "models")
+    graph = tmp_path / "models" / f"{name}_graph"
+    assert [path.name for path in (graph / "1").iterdir()] == ["model.plan"]
+    config = parsed(graph)
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    assert [*config.instance_group[0].profile] == ["0", "1"]
+    assert not config.optimization.execution_accelerators.gpu_execution_accelerator
+    shutil.copyfile(embedder / "onnx" / "model.onnx", graph / "1" / "model.onnx")
+    server = Server(tmp_path / "models", name, monkeypatch)
+    texts = ["a"] * 9 + [TEXTS[0] * 4] * 3
+    (found,) = server(Request(text=column(texts)))
+    with Embedder.open(embedder) as model:
+        np.testing.assert_allclose(found, model.embed(texts), atol=1e-6)
+    assert sorted(rows for rows, _ in server.batches) == [2, 2, 4, 4]
 
 
 def test_which_variant(embedder: Path, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_a_batch_of_more_rows_than_the_engine_takes_is_run_in_parts(preprocessor
     results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1, 9), Budget(max_batch_tokens=99, max_batch_items=9))
     assert results[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert engine.shapes == [(2, 9), (2, 9), (2, 2)]
+    engine.shapes.clear()
+    run_batch(engine, preprocessor, items(9, 3, 3, 3, 3, 3))
+    assert engine.shapes == [(2, 9), (3, 3), (1, 3)]
 
 
 def test_an_engine_that_packs_is_given_items_in_their_order(preprocessor: Preprocessor):
