@@ -69,6 +69,14 @@ PEERS = (
     Peer("rtx, fp32-packed", OWN, "fp32-packed", _ENCODERS, OWN),
     Peer(OURS, OWN, "int8-packed", _ALL, OWN),
 )
+OURS_ON_GPU = "rtx, fp16 engines"
+# vLLM asks for a PyTorch of its own, and Text Embeddings Inference comes as a container: neither is here.
+GPU_PEERS = (
+    # Its attention is PyTorch's, which on a GPU is flash attention in half precision.
+    Peer(BASELINE, "sentence_transformers", "torch-fp16-cuda", _ALL),
+    Peer("rtx, fp16", OWN, "fp16@cuda", _ALL, OWN),
+    Peer(OURS_ON_GPU, OWN, "fp16@tensorrt", _ALL, OWN),
+)
 CHECKPOINTS: dict[ModelName, tuple[CheckpointName, ...]] = {
     "minilm": ("minilm", "pairs"),
     "base": ("base",),
@@ -76,10 +84,10 @@ CHECKPOINTS: dict[ModelName, tuple[CheckpointName, ...]] = {
 }
 
 
-def chosen(words: tuple[str, ...]) -> list[Peer]:
+def chosen(words: tuple[str, ...], *, gpu: bool = False) -> list[Peer]:
     """The baseline, and the peers whose names have one of the words in them; all where there are no words."""
     return [
         peer
-        for peer in PEERS
+        for peer in (GPU_PEERS if gpu else PEERS)
         if peer.name == BASELINE or not words or any(word.lower() in peer.name.lower() for word in words)
     ]

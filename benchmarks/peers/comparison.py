@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from benchmarks.peers.catalogue import BASELINE, CHECKPOINTS, ModelName, Peer
+from benchmarks.peers.catalogue import BASELINE, CHECKPOINTS, OURS, ModelName, Peer
 from benchmarks.peers.checkpoints import CheckpointName
 from benchmarks.peers.environments import ensure_environment
 from benchmarks.peers.quality import (
@@ -90,12 +90,14 @@ class Comparison:
         peers: whom.
         folder: for checkpoints and artifacts.
         threads: of each peer.
+        ours: the peer that is set beside every other one.
     """
 
-    def __init__(self, plan: Plan, peers: Sequence[Peer], folder: Path, threads: int) -> None:
+    def __init__(self, plan: Plan, peers: Sequence[Peer], folder: Path, threads: int, ours: str = OURS) -> None:
         self.missing: dict[str, str] = {}
         """By environment, why it could not be installed."""
         self._plan = plan
+        self._ours = ours
         self._peers = peers
         self._folder = folder
         self._threads = threads
@@ -112,7 +114,7 @@ class Comparison:
         texts = make_workloads(self._checkpoint("minilm") / "tokenizer.json", self._plan.amounts)
         stages = {"minilm": self._minilm, "pairs": self._pairs, "base": self._large, "qwen3": self._large}
         for name in (checkpoint for model in models for checkpoint in CHECKPOINTS[model]):
-            yield stages[name](name, texts)
+            yield dataclasses.replace(stages[name](name, texts), ours=self._ours)
 
     def _install(self) -> None:
         wanted = [environment for peer in self._peers for environment in (peer.environment, peer.artifact)]

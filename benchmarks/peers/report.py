@@ -45,6 +45,7 @@ class Result:
         counts: by title of the measurement, how many items it has.
         versions: by peer, of the packages that it runs on.
         failed: by peer, why it is not measured, or not all of it.
+        ours: the peer that is set beside every other one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Result:
     counts: dict[str, int]
     versions: dict[str, dict[str, str]]
     failed: dict[str, str]
+    ours: str = OURS
 
 
 def figures(rounds: Rounds) -> dict[str, dict[str, Figure]]:
@@ -88,7 +90,7 @@ def tables(result: Result) -> Iterator[str]:
     for title, rows in result.figures.items():
         count = result.counts.get(title)
         yield f"\n### {result.name}: {title}" + (f", {count} a round" if count else "") + "\n"
-        yield from _measured(rows, result.batch_sizes)
+        yield from _measured(rows, result.batch_sizes, result.ours)
     if result.quality:
         yield f"\n### {result.name}: against {BASELINE}\n"
         yield from _qualities(result.quality)
@@ -112,12 +114,12 @@ _HEADINGS = {
 }
 
 
-def _measured(rows: Mapping[str, Mapping[str, Figure]], batch_sizes: Mapping[str, int]) -> Iterator[str]:
+def _measured(rows: Mapping[str, Mapping[str, Figure]], batch_sizes: Mapping[str, int], ours: str) -> Iterator[str]:
     keys = list(dict.fromkeys(key for numbers in rows.values() for key in numbers))
     head = ["", "batch"]
     for key in keys:
         head += [_HEADINGS[key], "ratio (least–most)"]
-    head.append(f"{OURS} / this")
+    head.append(f"{ours} / this")
     yield from _table(
         head,
         (
@@ -125,19 +127,19 @@ def _measured(rows: Mapping[str, Mapping[str, Figure]], batch_sizes: Mapping[str
                 name,
                 str(batch_sizes[name]),
                 *(cell for key in keys for cell in _cells(numbers.get(key))),
-                _ours(rows, name, keys[0]),
+                _beside(rows, ours, name, keys[0]),
             ]
             for name, numbers in rows.items()
         ),
     )
 
 
-def _ours(rows: Mapping[str, Mapping[str, Figure]], name: str, key: str) -> str:
-    """The first number of ours beside a peer's, in the same rounds."""
-    ours, other = rows.get(OURS, {}).get(key), rows[name].get(key)
-    if ours is None or other is None or name == OURS:
+def _beside(rows: Mapping[str, Mapping[str, Figure]], ours: str, name: str, key: str) -> str:
+    """A number of ours beside a peer's, in the same rounds."""
+    own, other = rows.get(ours, {}).get(key), rows[name].get(key)
+    if own is None or other is None or name == ours:
         return ""
-    return _spread(figure(ours.rounds, other.rounds))
+    return _spread(figure(own.rounds, other.rounds))
 
 
 def _cells(found: Figure | None) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.peers.worker import Run, Task
 
 
-def open_model(path: Path, task: Task, *, backend: str, **options: Any) -> Any:
+def open_model(path: Path, task: Task, *, backend: str, device: str = "cpu", **options: Any) -> Any:
     """A SentenceTransformer or a CrossEncoder, from a folder and without a hub."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import sentence_transformers
@@ -21,7 +21,7 @@ def open_model(path: Path, task: Task, *, backend: str, **options: Any) -> Any:
     kind: Callable[..., Any] = (
         sentence_transformers.SentenceTransformer if task == "embed" else sentence_transformers.CrossEncoder
     )
-    return kind(str(path), device="cpu", backend=backend, model_kwargs=options)
+    return kind(str(path), device=device, backend=backend, model_kwargs=options)
 
 
 def running(model: Any, task: Task) -> Run:

@@ -1,4 +1,5 @@
-"""sentence-transformers on PyTorch: as it is (`torch`), and with linear layers quantised when loaded (`torch-int8`)."""
+"""sentence-transformers on PyTorch: as it is (`torch`), in fp16 on a GPU (`torch-fp16-cuda`),
+and with linear layers quantised when loaded (`torch-int8`)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ def load(source: Source, form: str, threads: int) -> Run:
     import torch
 
     torch.set_num_threads(threads)
+    if form == "torch-fp16-cuda":
+        model = open_model(source.checkpoint, source.task, backend="torch", device="cuda", dtype=torch.float16)
+        return running(model, source.task)
     model = open_model(source.checkpoint, source.task, backend="torch")
     if form == "torch-int8":
         # Deprecated, and what every guide to int8 with PyTorch on a CPU still shows.

@@ -24,7 +24,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from benchmarks.peers import comparison, environments, run, stage, workloads
-from benchmarks.peers.catalogue import BASELINE, OURS, PEERS, Peer, chosen, script_of
+from benchmarks.peers.catalogue import (
+    BASELINE,
+    GPU_PEERS,
+    OURS,
+    OURS_ON_GPU,
+    PEERS,
+    Peer,
+    chosen,
+    script_of,
+)
 from benchmarks.peers.comparison import fitting, held_against
 from benchmarks.peers.environments import OWN, REQUIREMENTS, ensure_environment
 from benchmarks.peers.process import Worker
@@ -452,16 +461,38 @@ def test_tables() -> None:
 
 
 def test_every_peer_has_a_script_and_requirements() -> None:
-    names = [peer.name for peer in PEERS]
-    assert len(set(names)) == len(names)
-    assert {BASELINE, OURS} <= set(names)
-    for environment in {name for peer in PEERS for name in (peer.environment, peer.artifact) if name is not None}:
+    for peers, ours in ((PEERS, OURS), (GPU_PEERS, OURS_ON_GPU)):
+        names = [peer.name for peer in peers]
+        assert len(set(names)) == len(names)
+        assert {BASELINE, ours} <= set(names)
+    every = (*PEERS, *GPU_PEERS)
+    for environment in {name for peer in every for name in (peer.environment, peer.artifact) if name is not None}:
         assert (HERE / script_of(environment)).is_file()
         if environment != OWN:
             lines = (REQUIREMENTS / f"{environment}.txt").read_text().splitlines()
             assert all("==" in line for line in lines if not line.startswith("#"))
     assert [peer.name for peer in chosen(("RTX, fp32",))] == [BASELINE, "rtx, fp32", "rtx, fp32-packed"]
     assert chosen(()) == list(PEERS)
+    assert [peer.name for peer in chosen(("engines",), gpu=True)] == [BASELINE, OURS_ON_GPU]
+
+
+def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "run.py"), "--gpu", "--out", str(tmp_path / "out"), "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "--gpu: no NVIDIA driver" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ours_is_the_one_that_is_asked_for() -> None:
+    rounds = {BASELINE: {"per_s": [1.0]}, OURS_ON_GPU: {"per_s": [4.0]}}
+    found = Result("minilm", {"mix": figures(rounds)}, {}, dict.fromkeys(rounds, 8), {}, {}, {}, {}, ours=OURS_ON_GPU)
+    assert list(tables(found))[1:] == [
+        f"|  | batch | a second | ratio (least–most) | {OURS_ON_GPU} / this |",
+        "|---|---|---|---|---|",
+        f"| {BASELINE} | 8 | 1 | 1 | 4.00 (4.00–4.00) |",
+        f"| {OURS_ON_GPU} | 8 | 4 | 4.00 (4.00–4.00) |  |",
+    ]
 
 
 def test_an_environment_is_made_anew_when_its_requirements_change(
@@ -523,7 +554,7 @@ def test_from_peers_to_tables(script: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(stage, "HERE", script.parent)
     monkeypatch.setattr(comparison, "ensure_environment", ensure)
     monkeypatch.setattr(comparison, "make_workloads", lambda *_: texts)
-    monkeypatch.setattr(run, "chosen", lambda _: peers)
+    monkeypatch.setattr(run, "chosen", lambda _, **__: peers)
     monkeypatch.setattr(run, "_end_on_sigterm", lambda: None)
     out = tmp_path / "out" / "peers.json"
     done = CliRunner().invoke(run.main, ["--brief", "--threads", "2", "--folder", str(tmp_path), "--out", str(out)])
