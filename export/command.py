@@ -156,7 +156,7 @@ def export(
     """
     check_target(output, overwrite=overwrite)
     if triton_repo is not None:
-        check_repository(triton_repo, bundle_name(output), None, overwrite=overwrite)
+        check_repository(triton_repo, bundle_name(output), overwrite=overwrite)
     if candidates is not None and eval_dir is None:
         raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
     if target is None and (capabilities or lengths):
@@ -184,8 +184,8 @@ def export(
     outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
     _print(outcome, output)
     if triton_repo is not None:
-        name = write_repository(Bundle.open(output), triton_repo, overwrite=overwrite)
-        click.echo(f"wrote {triton_repo}: the models {name} and {name}_graph")
+        names = write_repository(Bundle.open(output), triton_repo, overwrite=overwrite)
+        click.echo(f"wrote {triton_repo}: the models {', '.join(names)}")
 
 
 def _expanded(names: Sequence[str]) -> tuple[VariantName, ...]:

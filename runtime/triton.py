@@ -1,9 +1,9 @@
-"""What Triton Inference Server's Python backend runs: texts in, vectors or scores out, the graph by another model.
+"""What Triton Inference Server's Python backend runs: texts and images in, vectors or scores out.
 
-    request -> texts -> rtx's preprocessing and batching -> requests to the graph's model in the same server -> response
+    request -> items -> rtx's preprocessing and batching -> requests to the graphs' models in the server -> response
 
-`rtx export --triton-repo` writes both models. The server brings the module `triton_python_backend_utils`; its interface
-is documented in github.com/triton-inference-server/python_backend.
+`rtx export --triton-repo` writes all of these models. The server brings the module `triton_python_backend_utils`, whose
+interface is documented in github.com/triton-inference-server/python_backend.
 """
 
 from __future__ import annotations
@@ -18,29 +18,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import EngineError, InvalidItemsError, RtxError
+from rtx.runtime.images import ImageLimits
 from rtx.runtime.reranker import Reranker
 from rtx.runtime.text import Batch
 
-GRAPH, MAX_TOKENS, ENGINE = "graph", "max_batch_tokens", "engine"
-"""Parameters of the configuration: the graph's model, tokens that go to it at once, and the bundle's engine if it runs
-that."""
+GRAPH, IMAGE_GRAPH, MAX_TOKENS, ENGINE = "graph", "image_graph", "max_batch_tokens", "engine"
+"""Parameters of the configuration: the graph's model and the one for images, tokens that go to it at once, and the
+bundle's engine if it runs that."""
 
 TEXT, PROMPT, EMBEDDING = "text", "prompt", "embedding"
 QUERY, DOCUMENT, FIRST_STAGE, SCORE = "query", "document", "first_stage", "score"
 """Names of inputs and outputs."""
 
+IMAGES = {TEXT: "image", QUERY: "query_image", DOCUMENT: "document_image"}
+"""What an image beside each text is called."""
+
 
 class GraphModel:
-    """The graph's model as an engine.
+    """A graph's model as `rtx.runtime.backends.opener.Graph`.
 
     Args:
         server: the module `triton_python_backend_utils`.
         name: of the model.
+        output: that `run` gives.
         contract: of the bundle.
         profiles: of the engine that the model runs; none for a graph, which takes as many rows as requests have.
     """
@@ -48,9 +54,17 @@ class GraphModel:
     packed = False
 
     def __init__(
-        self, server: Any, name: str, contract: Contract, profiles: Sequence[Mapping[str, Sequence[int]]] = ()
+        self,
+        server: Any,
+        name: str,
+        output: str,
+        contract: Contract,
+        profiles: Sequence[Mapping[str, Sequence[int]]] = (),
     ) -> None:
-        self.name, self._server, self._contract, self._profiles = name, server, contract, profiles
+        self.name = name
+        self.input_names: tuple[str, ...] = contract.inputs
+        self.metadata: dict[str, str] = {}
+        self._server, self._output, self._contract, self._profiles = server, output, contract, profiles
 
     def max_rows(self, tokens: int) -> int | None:
         """As `rtx.runtime.engine.Engine` has it."""
@@ -60,19 +74,25 @@ class GraphModel:
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `rtx.runtime.engine.Engine` has it."""
-        server, output = self._server, self._contract.output
+        (found,) = self.fetch([self._output], batch)
+        return found.reshape(self._contract.output_shape(len(found)))
+
+    def fetch(self, outputs: Sequence[str], batch: Batch) -> list[NDArray[np.float32]]:
+        """As `rtx.runtime.backends.opener.Graph` has it."""
+        server = self._server
         request = server.InferenceRequest(
             model_name=self.name,
-            requested_output_names=[output],
-            inputs=[server.Tensor(name, batch[name]) for name in self._contract.inputs],
+            requested_output_names=[*outputs],
+            inputs=[server.Tensor(name, _not_empty(array)) for name, array in batch.items()],
             preferred_memory=server.PreferredMemory(server.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = request.exec()
         if response.has_error():
             raise EngineError(f"{self.name}: {response.error().message()}")
-        found: NDArray[np.float32] = server.get_output_tensor_by_name(response, output).as_numpy()
-        # The server's memory ends with the response.
-        return found.astype(np.float32).reshape(self._contract.output_shape(len(found)))
+        # The server's memory ends with the response: copies.
+        return [
+            np.array(server.get_output_tensor_by_name(response, name).as_numpy(), dtype=np.float32) for name in outputs
+        ]
 
     def close(self) -> None:
         pass
@@ -105,12 +125,19 @@ class TritonPythonModel:
         parameters = config["parameters"]
         plan = parameters.get(ENGINE)
         profiles = () if plan is None else bundle.manifest.engines[plan["string_value"]].profiles
-        engine = GraphModel(self._server, parameters[GRAPH]["string_value"], contract, profiles)
+
+        def open_graph(graph: Path, *, output: str, **_: object) -> GraphModel:
+            return GraphModel(self._server, str(graph), output, contract, profiles)
+
+        named = [Path(parameters[key]["string_value"]) for key in (GRAPH, IMAGE_GRAPH) if key in parameters]
+        engine = open_graphs(contract, *named, name=str(named[0]), open_graph=open_graph)
         kind = Embedder if contract.task == "embed" else Reranker
         tokens = int(parameters[MAX_TOKENS]["string_value"])
         # The graph's model takes as many rows as this one.
         budget = Budget(max_batch_tokens=tokens, max_batch_items=config["max_batch_size"])
-        self._model: Embedder | Reranker = kind(bundle.preprocessor(), engine, budget=budget)
+        # Images come as bytes. A text that names a file or a URL is a text.
+        limits = ImageLimits(allow_paths=False, allow_urls=False)
+        self._model: Embedder | Reranker = kind(bundle.preprocessor(limits=limits), engine, budget=budget)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Requests that the server has put together; each gets its results, or its own error."""
@@ -126,10 +153,10 @@ class TritonPythonModel:
         asked = _Asked()
         try:
             if isinstance(self._model, Embedder):
-                asked.rows = self._texts(request, TEXT)
+                asked.rows = self._items(request, TEXT)
                 asked.prompt = _one(self._texts(request, PROMPT, optional=True))
             else:
-                asked.rows = [*zip(self._texts(request, QUERY), self._texts(request, DOCUMENT), strict=True)]
+                asked.rows = [*zip(self._items(request, QUERY), self._items(request, DOCUMENT), strict=True)]
                 if self._model.needs_first_stage:
                     scores = self._tensor(request, FIRST_STAGE).astype(np.float64).ravel()
                     if len(scores) != len(asked.rows) or not np.isfinite(scores).all():
@@ -138,6 +165,23 @@ class TritonPythonModel:
         except (UnicodeDecodeError, ValueError) as wrong:
             asked.error = str(wrong)
         return asked
+
+    def _items(self, request: Any, name: str) -> list[Any]:
+        """A text a row; or of a model that takes them, an image, or both, where what is empty is not there."""
+        if not self._model.contract.takes_images:
+            return [*self._texts(request, name)]
+        beside = IMAGES[name]
+        images = [] if self._server.get_input_tensor_by_name(request, beside) is None else self._images(request, beside)
+        texts = self._texts(request, name, optional=bool(images))
+        return [
+            ({"text": text, "image": image} if text else image) if image else text
+            for text, image in zip(texts or [""] * len(images), images or [b""] * len(texts), strict=True)
+        ]
+
+    def _images(self, request: Any, name: str) -> list[bytes]:
+        return [
+            image if isinstance(image, bytes) else str(image).encode() for image in self._tensor(request, name).ravel()
+        ]
 
     def _texts(self, request: Any, name: str, *, optional: bool = False) -> list[str]:
         tensor = self._server.get_input_tensor_by_name(request, name)
@@ -189,6 +233,13 @@ class TritonPythonModel:
             return server.InferenceResponse(output_tensors=[], error=server.TritonError(asked.error))
         name = EMBEDDING if isinstance(self._model, Embedder) else SCORE
         return server.InferenceResponse(output_tensors=[server.Tensor(name, asked.results)])
+
+
+def _not_empty(array: NDArray[Any]) -> NDArray[Any]:
+    """A table without rows gets one, of zeros, to which nothing refers: the server has no empty tensors."""
+    if array.size:
+        return array
+    return np.zeros([max(1, size) for size in array.shape], dtype=array.dtype)
 
 
 def _one(prompts: Sequence[str]) -> str | None:

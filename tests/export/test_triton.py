@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import runpy
 import shutil
@@ -19,6 +20,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from google.protobuf import json_format, text_format
+from PIL import Image
 
 from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.export.triton import model_name, to_text, write_repository
@@ -99,28 +101,42 @@ class Server:
     def __init__(self, repository: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[tuple[int, ...]] = []
         self.fails = ""
-        graph = parsed(repository / f"{name}_graph")
-        session = ort.InferenceSession(repository / f"{name}_graph" / "1" / "model.onnx")
+        graphs = {
+            file.parents[1].name: (parsed(file.parents[1]), ort.InferenceSession(file))
+            for file in sorted(repository.glob(f"{name}_*/1/model.onnx"))
+        }
         server = self
 
         class InferenceRequest:
             def __init__(self, model_name: str, requested_output_names: list[str], inputs: Any, preferred_memory: Any):
-                assert model_name == graph.name
-                assert requested_output_names == [output.name for output in graph.output]
+                self.config, self.session = graphs[model_name]
+                self.outputs = {output.name: output for output in self.config.output}
+                assert {*requested_output_names} <= {*self.outputs}
                 assert preferred_memory == ("memory", 0, 0)
+                self.wanted = requested_output_names
                 self.inputs = {tensor.name(): tensor.as_numpy() for tensor in inputs}
 
             def exec(self) -> Response:
                 if server.fails:
                     return Response([], Error(server.fails))
-                assert [*self.inputs] == [one.name for one in graph.input]
-                for array in self.inputs.values():
-                    assert array.dtype == np.int64
-                    assert array.shape[0] <= graph.max_batch_size
-                server.batches.append(next(iter(self.inputs.values())).shape)
-                (found,) = session.run([graph.output[0].name], self.inputs)
-                # A model's output has the axes of its configuration before they are reshaped.
-                return Response([Tensor(graph.output[0].name, found.reshape(len(found), *graph.output[0].dims))])
+                batched = int(self.config.max_batch_size > 0)
+                assert {*self.inputs} == {one.name for one in self.config.input}
+                for one in self.config.input:
+                    array = self.inputs[one.name]
+                    kind = CONFIG.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
+                    name = {np.dtype(np.int64): "TYPE_INT64", np.dtype(np.float32): "TYPE_FP32"}[array.dtype]
+                    assert one.data_type == kind.values_by_name[name].number
+                    assert array.size > 0
+                    assert all(want in (-1, has) for want, has in zip(one.dims, array.shape[batched:], strict=True))
+                    assert not batched or array.shape[0] <= self.config.max_batch_size
+                server.batches.append(self.inputs[self.config.input[0].name].shape)
+                found = dict(zip(self.wanted, self.session.run(self.wanted, self.inputs), strict=True))
+                return Response([Tensor(name, self.shaped(name, array)) for name, array in found.items()])
+
+            def shaped(self, name: str, array: Any) -> Any:
+                """A model's output has the axes of its configuration before they are reshaped."""
+                output = self.outputs[name]
+                return array.reshape(len(array), *output.dims) if output.HasField("reshape") else array
 
         module = types.ModuleType("triton_python_backend_utils")
         module.__dict__.update(
@@ -181,7 +197,7 @@ def reranker(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 
 def test_an_embedder(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = write_repository(Bundle.open(embedder), tmp_path)
+    name, *_ = write_repository(Bundle.open(embedder), tmp_path)
     assert name == "my_models_"
     assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}_graph"}
     server = Server(tmp_path, name, monkeypatch)
@@ -208,7 +224,7 @@ def test_an_embedder(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_wrong_with_a_request_is_its_own(
     embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
+    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path)[0], monkeypatch)
     good = Request(text=column(TEXTS))
     (expected,) = server(good)
     bytes_of_no_text = np.array([[b"a"], [b"\xff\xfe"]], dtype=object)
@@ -234,7 +250,7 @@ def test_the_graph_gets_no_more_rows_than_it_takes(
     embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many requests came together: the stand-in refuses more, as the server does."""
-    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
+    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path)[0], monkeypatch)
     found = server(*[Request(text=column(["a"] * 100))] * 3)
     assert [array.shape for array in found] == [(100, 32)] * 3
     assert sum(rows for rows, _ in server.batches) == 300
@@ -243,7 +259,7 @@ def test_the_graph_gets_no_more_rows_than_it_takes(
 
 def test_a_row_that_cannot_be_embedded(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is counted in its own request, and fails no other."""
-    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path), monkeypatch)
+    server = Server(tmp_path, write_repository(Bundle.open(embedder), tmp_path)[0], monkeypatch)
     prepared = server.model._model.preprocessor
     real = prepared.encode
 
@@ -258,7 +274,7 @@ def test_a_row_that_cannot_be_embedded(embedder: Path, tmp_path: Path, monkeypat
 
 
 def test_a_reranker(reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(tmp_path, write_repository(Bundle.open(reranker), tmp_path), monkeypatch)
+    server = Server(tmp_path, write_repository(Bundle.open(reranker), tmp_path)[0], monkeypatch)
     assert [one.name for one in server.config.input] == ["query", "document"]
     graph = parsed(tmp_path / "judge_graph")
     # A score a row has no axis of its own, which a configuration cannot say without a reshape.
@@ -278,7 +294,7 @@ def test_a_reranker(reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_files(embedder: Path, tmp_path: Path) -> None:
-    name = write_repository(Bundle.open(embedder), tmp_path)
+    name, *_ = write_repository(Bundle.open(embedder), tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {
         f"{name}/config.pbtxt",
@@ -306,20 +322,127 @@ def test_the_files(embedder: Path, tmp_path: Path) -> None:
 
 
 def test_the_warm_up_is_a_batch_that_the_graph_takes(embedder: Path, tmp_path: Path) -> None:
-    graph = tmp_path / f"{write_repository(Bundle.open(embedder), tmp_path)}_graph"
+    graph = tmp_path / write_repository(Bundle.open(embedder), tmp_path)[1]
     config = parsed(graph)
     zeros = {key: np.zeros((1, *value.dims), np.int64) for key, value in config.model_warmup[0].inputs.items()}
     engine = OnnxEngine(graph / "1" / "model.onnx", output=config.output[0].name, threads=1)
     assert np.isfinite(engine.run(zeros)).all()
 
 
+@pytest.fixture(scope="module")
+def with_images(
+    image_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`with_images(kind)` gives the bundle of a model of `image_checkpoint`."""
+    folder = tmp_path_factory.mktemp("images")
+
+    def export(kind: str) -> Path:
+        if not (folder / f"{kind}.rtx").exists():
+            task: Any = "rerank" if "reranker" in kind else None
+            options = ExportOptions(variants=("fp32",), threads=1, task=task)
+            export_bundle(str(image_checkpoint(kind)), folder / f"{kind}.rtx", options)
+        return folder / f"{kind}.rtx"
+
+    return export
+
+
+def png(width: int, height: int, seed: int) -> bytes:
+    content = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def cells(*values: bytes) -> Any:
+    return np.array([[value] for value in values], dtype=object)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "qwen3-vl"])
+def test_images(with_images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    bundle = with_images(kind)
+    names = write_repository(Bundle.open(bundle), tmp_path)
+    assert names == (kind, f"{kind}_graph", f"{kind}_image")
+    server = Server(tmp_path, kind, monkeypatch)
+    assert [(one.name, one.optional) for one in server.config.input] == [
+        ("text", True),
+        ("image", True),
+        ("prompt", True),
+    ]
+    pages = [png(64, 48, 1), png(40, 80, 2)]
+    mixed: list[Any] = ["a red cat", pages[0], "the pump", pages[1], pages[0]]
+    if kind == "qwen3-vl":
+        mixed.append({"text": "what is this?", "image": pages[1]})
+    texts = [one if isinstance(one, str) else one["text"] if isinstance(one, dict) else "" for one in mixed]
+    images = [b"" if isinstance(one, str) else one["image"] if isinstance(one, dict) else one for one in mixed]
+    with Embedder.open(bundle) as model:
+        expected, alone = model.embed(mixed), model.embed(["a red cat", "the pump"])
+    found = server(
+        Request(text=column(texts), image=cells(*images)),
+        Request(text=column(["a red cat", "the pump"])),
+        Request(image=cells(*pages)),
+    )
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], alone, atol=1e-5)
+    np.testing.assert_allclose(found[2], expected[[1, 3]], atol=1e-5)
+    # What names a file is a text, and what is no image is the fault of its own request.
+    (tmp_path / "page.png").write_bytes(pages[0])
+    path = str(tmp_path / "page.png")
+    found = server(
+        Request(text=column([path])),
+        Request(image=cells(path.encode())),
+        Request(),
+        Request(text=column(["a", "b"]), image=cells(pages[0])),
+        Request(image=cells(pages[0])),
+    )
+    assert found[0].shape == (1, expected.shape[1])
+    assert "row 0: " in found[1]
+    assert "image" in found[1]
+    assert found[2] == "input 'text' is missing"
+    assert "argument" in found[3]
+    np.testing.assert_allclose(found[4], expected[1:2], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "qwen3-vl"])
+def test_graphs_with_images_warm_up(with_images: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    _, *graphs = write_repository(Bundle.open(with_images(kind)), tmp_path)
+    for name in graphs:
+        config = parsed(tmp_path / name)
+        session = ort.InferenceSession(tmp_path / name / "1" / "model.onnx")
+        rows = (1,) if config.max_batch_size else ()
+        types = {one.name: np.float32 if "float" in one.type else np.int64 for one in session.get_inputs()}
+        given = config.model_warmup[0].inputs
+        assert {*given} == {*types}
+        zeros = {key: np.zeros((*rows, *value.dims), types[key]) for key, value in given.items()}
+        assert len(session.run(None, zeros)) == len(config.output)
+
+
+@pytest.mark.slow
+def test_a_reranker_of_pages(
+    with_images: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = with_images("qwen3-vl-reranker")
+    name, *_ = write_repository(Bundle.open(bundle), tmp_path)
+    server = Server(tmp_path, name, monkeypatch)
+    page = png(64, 48, 1)
+    with Reranker.open(bundle) as model:
+        expected = model.score([("the pump", page), ("the pump", "how to reset it")])
+    (found,) = server(
+        Request(
+            query=column(["the pump"] * 2), document=column(["", "how to reset it"]), document_image=cells(page, b"")
+        )
+    )
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+
+
 def test_what_is_in_the_way(embedder: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(embedder)
-    name = write_repository(bundle, tmp_path)
+    name, graph = write_repository(bundle, tmp_path)
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match=r"my_models_: there is a model already; --overwrite replaces it"):
         write_repository(bundle, tmp_path)
-    assert write_repository(bundle, tmp_path, overwrite=True) == name
+    assert write_repository(bundle, tmp_path, overwrite=True) == (name, graph)
     (tmp_path / f"{name}_graph" / "config.pbtxt").unlink()
     with pytest.raises(UsageError, match=r"my_models__graph: is in the way and is no model of Triton"):
         write_repository(bundle, tmp_path, overwrite=True)
@@ -348,7 +471,7 @@ def test_an_engine_of_tensorrt_is_a_plan(embedder: Path, tmp_path: Path, monkeyp
     files = {**bundle.manifest.files, file: FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))}
     manifest = dataclasses.replace(bundle.manifest, files=files, engines={file: entry})
     (tmp_path / "my.rtx" / MANIFEST_FILE).write_bytes(manifest.to_bytes())
-    name = write_repository(Bundle.open(tmp_path / "my.rtx"), tmp_path / "models")
+    name, _ = write_repository(Bundle.open(tmp_path / "my.rtx"), tmp_path / "models")
     graph = tmp_path / "models" / f"{name}_graph"
     assert [path.name for path in (graph / "1").iterdir()] == ["model.plan"]
     config = parsed(graph)
@@ -390,7 +513,7 @@ def test_from_the_command_line(tiny_checkpoint: Callable[..., Path], tmp_path: P
     command = ["export", str(tiny_checkpoint("bert")), "--threads", "1", "--triton-repo", str(tmp_path / "models")]
     result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "tiny.rtx")])
     assert result.exit_code == 0, result.output
-    assert "the models tiny and tiny_graph" in result.stdout
+    assert "the models tiny, tiny_graph" in result.stdout
     again = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "sub" / "tiny.rtx")])
     assert again.exit_code == 2
     assert "there is a model already" in again.stderr
