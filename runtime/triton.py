@@ -236,7 +236,7 @@ class TritonPythonModel:
 
 
 def _not_empty(array: NDArray[Any]) -> NDArray[Any]:
-    """A table without rows gets one, of zeros, to which nothing refers: the server has no empty tensors."""
+    """A table without rows gets one, of zeros, to which nothing refers: the server need not take an empty tensor."""
     if array.size:
         return array
     return np.zeros([max(1, size) for size in array.shape], dtype=array.dtype)

@@ -196,9 +196,8 @@ def _load_cuda(ort: Any) -> str:
 def _register_operators(options: Any) -> None:
     """Let a session know the operators of rtx; one that does without them is loaded also where they cannot be."""
     if (library := library_file()) is not None:
-        with contextlib.suppress(
-            Exception
-        ):  # a library for another machine; ONNX Runtime names what a graph then misses
+        # A library for another machine: ONNX Runtime names what a graph then misses.
+        with contextlib.suppress(Exception):
             options.register_custom_ops_library(str(library))
 
 
