@@ -1,11 +1,11 @@
 """What each Triton kernel takes of each kind of GPU, compiled without one: registers, shared memory, stack, blocks.
 
 No time is measured, and none is claimed: there is no GPU here. "warps" is how many of a multiprocessor's warps can be
-there at once as far as registers and shared memory allow, computed from NVIDIA's tables, not observed.
+there at once as far as registers, shared memory and blocks allow, computed from NVIDIA's tables, not observed.
 
 The second table is computed, too: what a job of each op has to read and write once, what it has to calculate, and how
 long a GPU would take that ran at its data sheet's figure for the slower of the two (Williams et al. 2009, "Roofline",
-doi:10.1145/1498765.1498785). No kernel can be faster; how near these come, nobody has measured.
+doi:10.1145/1498765.1498785), with nothing in its caches. How near the kernels come, nobody has measured.
 
     python benchmarks/bench_gpu_kernels.py
     python benchmarks/bench_gpu_kernels.py --only pool --sm 89
@@ -25,6 +25,7 @@ from rtx.kernels.gpu.ahead import CAPABILITIES, SHARED_LIMIT_BYTES, Build, Compi
 # Of a multiprocessor, by capability (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 REGISTERS = 64 << 10
 MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+MOST_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED_BYTES = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 # Registers are given to a warp in steps of 256; the driver keeps 1 KiB of shared memory a block.
 REGISTER_STEP, RESERVED_BYTES, WARP = 256, 1024, 32
@@ -147,7 +148,8 @@ def resident_warps(build: Build, found: Compiled) -> int:
     a_warp = -(-found.registers * WARP // REGISTER_STEP) * REGISTER_STEP
     by_registers = REGISTERS // a_warp // build.warps
     by_shared = SHARED_BYTES[found.capability] // (found.shared_bytes + RESERVED_BYTES)
-    return min(MOST_WARPS[found.capability] // build.warps, by_registers, by_shared) * build.warps
+    by_warps, by_blocks = MOST_WARPS[found.capability] // build.warps, MOST_BLOCKS[found.capability]
+    return min(by_warps, by_blocks, by_registers, by_shared) * build.warps
 
 
 @click.command()

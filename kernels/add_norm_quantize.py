@@ -70,7 +70,7 @@ def add_norm_quantize(
     """Reference of the op, in float64.
 
     Args:
-        x: [..., width], finite.
+        x: [..., width].
         residual: as x; None for zeros.
         weight: [width].
         bias: [width], of layer_norm; None for zeros.
@@ -91,8 +91,10 @@ def add_norm_quantize(
         else rms_norm(total, weight, epsilon=epsilon)
     )
     scale = np.maximum(np.abs(y).max(axis=-1) / LEVELS, SMALLEST_SCALE).astype(np.float32)
-    codes = np.clip(np.rint(y / scale[..., None]), -LEVELS, LEVELS).astype(np.int8)
-    return Normalised(total, y, scale, codes)
+    codes = np.clip(np.rint(np.nan_to_num(y / scale[..., None])), -LEVELS, LEVELS).astype(np.int8)
+    off = total - total.mean(axis=-1, keepdims=True) if norm == "layer_norm" else total
+    held = (off**2).sum(axis=-1) <= np.finfo(np.float32).max
+    return Normalised(total, y, np.where(held, scale, np.float32(np.nan)), codes)
 
 
 def bound(found: Normalised, weight: NDArray[np.floating], *, norm: str, epsilon: float) -> NDArray[np.float64]:

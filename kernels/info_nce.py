@@ -9,16 +9,16 @@ positive never is. What is left out of a row takes no gradient from it.
 In float32 a product of vectors of L2 norm 1 is off by at most dim * 2**-24, one that is left out or not by a hair
 aside. A difference of two is off by twice that and its own rounding, 2 * 2**-24, and scale times as much is a row's:
 
-    |difference| <= (2 * scale * (dim + 1) + loss[i] + documents) * 2**-23
+    |difference| <= L[i] = (2 * scale * (dim + 1) + loss[i] + documents) * 2**-23
 
-A weight, exp of scale * (product - the positive's) - loss[i], is off by at most twice that, relatively. Those of a row
-add up to 2 at most in magnitude, so that of gradients of a sum of losses with `upstream`,
+A weight p[i, j] = exp(scale * (product - the positive's) - loss[i]) is off by at most twice that, relatively, and by
+the rounding of exp, some 2**-20; what it is multiplied by is added up in float32. Of the gradients of a sum of losses
+with `upstream`, of query i and likewise of a document over the queries,
 
-    |difference| <= 2 * scale * (2 * the loss's + (queries + documents) * 2**-23) * upstream[i]
-                    for query i; for a document with the sum of upstream
+    |difference| <= scale * upstream[i] * sum_j ((2 * L[i] + 2**-20) * p[i, j] + (count + 2) * 2**-23 * |w[i, j]|)
+                                                * |document[j]|
 
-Where operands are rounded before they are multiplied, by r relatively, a product is off by another 2 * r: a loss by
-4 * scale * r, and a gradient by twice as much for its weights and 2 * scale * 2 * r for itself.
+where w is p, less 1 at the positive, and `count` says how many are added up.
 """
 
 from __future__ import annotations
@@ -61,50 +61,63 @@ def info_nce(
     Args:
         queries: [queries, dim], at least one.
         documents: [documents, dim].
-        positives: [queries]: which document is each query's positive.
+        positives: [queries]: which document is each query's positive. One that does not exist makes the query's loss,
+            and what has a share in it, NaN.
         scale: factor of the products, the inverse of the temperature.
         false_negative_margin: of products; None leaves out nothing.
         upstream: [queries], each one's share in what the gradients are of; None for the mean of the losses.
     """
-    wide_queries, wide_documents = queries.astype(np.float64), documents.astype(np.float64)
-    products = wide_queries @ wide_documents.T
-    row = np.arange(len(queries))
-    apart = products - products[row, positives][:, None]
-    if false_negative_margin is not None:
-        out = apart > false_negative_margin
-        out[row, positives] = False
-        apart = np.where(out, -np.inf, apart)
-    largest = apart.max(axis=1)
-    losses = scale * largest + np.log(np.exp(scale * (apart - largest[:, None])).sum(axis=1))
-    weights = np.exp(scale * apart - losses[:, None])
-    weights[row, positives] -= 1
+    losses, weights = _softmax(queries, documents, positives, scale, false_negative_margin)
+    known = (positives >= 0) & (positives < len(documents))
+    weights[np.flatnonzero(known), positives[known]] -= 1
     weights *= scale * _shares(upstream, len(queries))[:, None]
-    return Contrast(losses, weights @ wide_documents, weights.T @ wide_queries)
+    return Contrast(losses, weights @ documents.astype(np.float64), weights.T @ queries.astype(np.float64))
 
 
 def bounds(
-    losses: Float64,
-    documents: int,
-    dim: int,
+    queries: NDArray[np.floating],
+    documents: NDArray[np.floating],
+    positives: NDArray[np.int64],
     *,
     scale: float,
+    false_negative_margin: float | None = None,
     upstream: NDArray[np.floating] | None = None,
-    rounding: float = 0.0,
 ) -> Contrast:
-    """How far from the reference float32 may be: [queries], [queries, 1] and [1, 1].
+    """How far from the reference float32 may be; arguments as of `info_nce`, all positives exist."""
+    losses, weights = _softmax(queries, documents, positives, scale, false_negative_margin)
+    shares = scale * np.abs(_shares(upstream, len(queries)))[:, None]
+    of_losses = (2 * scale * (queries.shape[1] + 1) + losses + len(documents)) * _STEP
+    off = (2 * of_losses[:, None] + 2.0**-20) * weights
+    weights[np.arange(len(queries)), positives] -= 1
+    sizes = np.abs(weights) * _STEP
+    wide_queries, wide_documents = (np.abs(side.astype(np.float64)) for side in (queries, documents))
+    return Contrast(
+        of_losses,
+        (shares * (off + (len(documents) + 2) * sizes)) @ wide_documents,
+        (shares * (off + (len(queries) + 2) * sizes)).T @ wide_queries,
+    )
 
-    Args:
-        losses: [queries], of the reference.
-        documents: how many.
-        dim: of the vectors.
-        scale, upstream: as of `info_nce`.
-        rounding: of operands; 2**-10 of TF32.
-    """
-    shares = np.abs(_shares(upstream, len(losses)))
-    of_losses = (2 * scale * (dim + 1) + losses + documents) * _STEP + 4 * scale * rounding
-    of_weights = 2 * scale * (2 * of_losses + (len(losses) + documents) * _STEP + 2 * rounding)
-    of_queries = of_weights * shares
-    return Contrast(of_losses, of_queries[:, None], of_queries.sum(keepdims=True)[:, None])
+
+def _softmax(
+    queries: NDArray[np.floating],
+    documents: NDArray[np.floating],
+    positives: NDArray[np.int64],
+    scale: float,
+    margin: float | None,
+) -> tuple[Float64, Float64]:
+    """Losses [queries], and the softmax of what is not left out [queries, documents]."""
+    products = queries.astype(np.float64) @ documents.astype(np.float64).T
+    row = np.arange(len(queries))
+    known = (positives >= 0) & (positives < len(documents))
+    place = np.where(known, positives, 0)
+    apart = products - np.where(known, products[row, place], np.nan)[:, None]
+    if margin is not None:
+        out = apart > margin
+        out[row, place] = False
+        apart = np.where(out, -np.inf, apart)
+    largest = apart.max(axis=1)
+    losses = scale * largest + np.log(np.exp(scale * (apart - largest[:, None])).sum(axis=1))
+    return losses, np.exp(scale * apart - losses[:, None])
 
 
 def _shares(upstream: NDArray[np.floating] | None, queries: int) -> Float64:

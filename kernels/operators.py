@@ -1,9 +1,10 @@
 """The ops as operators of PyTorch, `torch.ops.rtx.*`: in Triton on an NVIDIA GPU, by the reference everywhere else.
 
-Before a kernel is used on a GPU it runs there once on small input, and is held to its reference within what its
-contract allows (`rtx.kernels.gpu.trial`). One that cannot be compiled or started, or is too far off, is not used in
-this process: a warning says why, and the reference takes its place. That computes on the CPU, in float64: right, and
-slow. `in_triton` tells beforehand, for a caller who has something faster.
+Before a kernel is used on a GPU it runs there on small inputs, and is held to its reference within what its contract
+allows (`rtx.kernels.gpu.trial`). One that cannot be compiled or started, or is too far off, is not used in this
+process: a warning says why, and the reference takes its place. That computes on the CPU, in float64: right, and slow.
+`in_triton` tells beforehand, for a caller who has something faster. What is tried are some sizes and options; others
+are compiled when they come, and an error there is the caller's.
 
 Arguments are those of the function of the same name in `rtx.kernels.gpu`, which checks them (`attention_mask` of `pool`
 by its place, as PyTorch has no tensors that are given by name alone); on other devices only what
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rtx.kernels import add_norm_quantize as _add_norm_quantize
 from rtx.kernels import info_nce as _info_nce
@@ -35,25 +37,36 @@ from rtx.kernels.gpu import OPS as OPS
 from rtx.kernels.quantize import quantize_binary, quantize_int8
 
 
+# For `torch.compile`, whose graphs are of one device: asked once, while it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_triton(op: str, device: torch.device) -> bool:
     """Whether an op's kernel is used on a device. The first question for a GPU compiles and tries it there.
 
     Args:
         op: of OPS.
-        device: any.
+        device: any; of GPUs those of NVIDIA from compute capability 8.0 on.
+
+    Raises:
+        RuntimeError: the first question comes while a CUDA graph is captured, which trying would break.
     """
     return _is_gpu(device) and importlib.util.find_spec("triton") is not None and _is_sound(op, device)
 
 
 def _is_gpu(device: torch.device) -> bool:
     # AMD's GPUs have the same name in PyTorch.
-    return device.type == "cuda" and torch.version.hip is None
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def _is_sound(op: str, device: torch.device) -> bool:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: expected to be used once before a CUDA graph is captured, as it is tried first")
     try:
-        problem = importlib.import_module("rtx.kernels.gpu.trial").try_kernel(op, device)
+        # Not as part of what calls it: neither its tensors nor its modes are the trial's.
+        with unset_fake_temporarily(), torch.autocast(device.type, enabled=False), torch.no_grad():
+            problem = importlib.import_module("rtx.kernels.gpu.trial").try_kernel(op, device)
+    except torch.OutOfMemoryError:
+        raise  # another time it may be sound
     except Exception as broken:  # noqa: BLE001 of Triton, its compiler, the driver
         problem = f"{type(broken).__name__}: {broken}".splitlines()[0]
     if problem is not None:
@@ -137,8 +150,8 @@ def add_norm_quantize(
 def _(
     x: Tensor, *_: Any, give_sum: bool = False, give_y: bool = False, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    total, y = (torch.empty_like(x) if wanted else x.new_empty(0) for wanted in (give_sum, give_y))
+    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total, y = (x.new_empty(x.shape if wanted else (0,)) for wanted in (give_sum, give_y))
     return codes, scale, total, y
 
 
@@ -196,7 +209,7 @@ def packed_attention(
 
 @packed_attention.register_fake
 def _(query: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)
 
 
 @torch.library.custom_op("rtx::maxsim", mutates_args=())
@@ -222,15 +235,22 @@ def info_nce(
     false_negative_margin: float | None = None,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Each query's loss, and its product with its positive: [queries] float32 each. Of the second is no gradient."""
+    """Each query's loss, and its product with its positive: [queries] float32 each. Of the second is no gradient.
+
+    Raises:
+        ValueError: vectors are not float32.
+    """
+    if queries.dtype != torch.float32 or documents.dtype != torch.float32:
+        raise ValueError(f"info_nce: expected vectors of float32, got {queries.dtype} and {documents.dtype}")
     if kernel := _kernel("info_nce", queries):
         options = {"scale": scale, "false_negative_margin": false_negative_margin, "allow_tf32": allow_tf32}
         losses, of_positives = kernel(queries, documents, positives, **options)
         return losses, of_positives
     arrays = [_array(side) for side in (queries, documents, positives)]
     found = _info_nce.info_nce(*arrays, scale=scale, false_negative_margin=false_negative_margin)
-    of_positives = (queries * documents[positives]).sum(dim=1)
-    return _like(queries, found.losses).float(), of_positives
+    known = (positives >= 0) & (positives < len(documents))
+    of_positives = (queries * documents[torch.where(known, positives, 0)]).sum(dim=1)
+    return _like(queries, found.losses).float(), torch.where(known, of_positives, torch.nan)
 
 
 @torch.library.custom_op("rtx::info_nce_backward", mutates_args=())
@@ -258,17 +278,18 @@ def _info_nce_backward(
 
 @info_nce.register_fake
 def _(queries: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(len(queries)), queries.new_empty(len(queries))
+    return queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
 
 
 @_info_nce_backward.register_fake
 def _(queries: Tensor, documents: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(queries), torch.empty_like(documents)
+    return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
 def _keep(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
 ) -> None:
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, *output)
     ctx.options = [keyword_only_inputs[name] for name in ("scale", "false_negative_margin", "allow_tf32")]
 

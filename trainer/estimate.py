@@ -25,6 +25,7 @@ from rtx.runtime.image_rules import PreparedImage
 from rtx.runtime.text import Encoded
 from rtx.trainer.batches import Batch, Chunk, plan_chunks
 from rtx.trainer.engine import to_tensors
+from rtx.trainer.losses.embed import as_part_of
 from rtx.trainer.losses.targets import Targets
 from rtx.trainer.parameters import embedding_parameters, head_parameters, layer_parameters
 from rtx.trainer.step import live_chunks
@@ -341,7 +342,9 @@ def loss_bytes(model: RetrievalModel, batches: Sequence[Batch], loss: Callable[.
     if rows < 4:
         return measure(rows)
     counts = [min(rows, _LOSS_ROWS) // part for part in (1, 2, 4)]
-    return float(np.polyval(np.polyfit(counts, [measure(count) for count in counts], 2), plan.batch_size))
+    with as_part_of(plan.batch_size**2 * len(targets.owner) // rows):
+        measured = [measure(count) for count in counts]
+    return float(np.polyval(np.polyfit(counts, measured, 2), plan.batch_size))
 
 
 def kept_bytes(run: Callable[[], Tensor], *, besides: Iterable[Tensor]) -> int:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtx.kernels import add_norm_quantize, info_nce, int8_linear, maxsim, packed_attention, pool
+from rtx.kernels import add_norm_quantize, info_nce, int8_linear, maxsim, packed_attention, pool, quantize
 from rtx.kernels.gpu import add_norm_quantize as gpu_add_norm_quantize
 from rtx.kernels.gpu import info_nce as gpu_info_nce
 from rtx.kernels.gpu import int8_linear as gpu_int8_linear
@@ -57,88 +58,144 @@ def _pool(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
     hidden = random.standard_normal((3, 19, 100)).astype(np.float16)
     mask = (np.arange(19) < np.array([[19], [7], [0]])).astype(np.int64)
+    states, held = _moved(device, hidden, mask)
     for mode in pool.MODES:
-        states, held = _moved(device, hidden, mask)
-        found = gpu_pool.pool(states, held, mode)
-        yield Held(mode, found, pool.pool(hidden, mask, [mode]), pool.bound(hidden, mask, [mode]))
+        expected, allowed = (of(hidden, mask, [mode]) for of in (pool.pool, pool.bound))
+        yield Held(mode, gpu_pool.pool(states, held, mode), expected, allowed)
+        if mode == "mean":
+            found = gpu_pool.pool(states.bfloat16(), held, mode)
+            # The type has 8 bits: the states themselves are off by so much.
+            off = pool.pool(np.abs(hidden), mask, [mode]) * np.float32(2.0**-8)
+            yield Held("mean of bfloat16", found, expected, allowed + off)
+    vectors = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True)
+    expected = pool.truncate(pool.pool(hidden, mask, ["mean"]), 64, normalize=True)
+    # A vector moves by its own bound over its norm, twice, and by the roundings of the norm.
+    yield Held("normalised", vectors, expected, 2.0**-16)
+    codes = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True, output="int8")
+    yield Held("int8", codes, expected * np.float32(quantize.INT8_LIMIT), 0.5 + 2.0**-8)
+    bits = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True, output="binary")
+    signs = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=1))
+    # Whatever is near 0 may have either sign.
+    near = (np.abs(expected) < 2.0**-16).astype(np.float32)
+    yield Held("binary", signs, (expected > 0).astype(np.float32), near)
 
 
 def _add_norm_quantize(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
-    x, residual = (random.standard_normal((5, 384)).astype(np.float16) for _ in range(2))
-    weight = random.standard_normal(384).astype(np.float32)
-    for norm in add_norm_quantize.NORMS:
-        options: dict[str, Any] = {"norm": norm, "epsilon": 1e-5}
-        found = gpu_add_norm_quantize.add_norm_quantize(*_moved(device, x, residual, weight), **options)
-        expected = add_norm_quantize.add_norm_quantize(x, residual, weight, **options)
-        allowed = add_norm_quantize.bound(expected, weight, **options)
-        scale = found.scale[:, None]
-        of_scale = allowed.max(axis=1) / int8_linear.LEVELS + 2.0**-24 * expected.scale
-        yield Held(f"{norm}: scale", found.scale, expected.scale, of_scale)
-        steps = (1 / 2 + 2.0**-16) * scale.cpu().double().numpy()
-        yield Held(f"{norm}: codes", found.codes.double() * scale.double(), expected.y, steps + allowed)
+    for kind, width in ((np.float16, 384), (np.float32, 1000)):
+        x, residual = (_typed(random.standard_normal((5, width)), kind) for _ in range(2))
+        weight, bias = (random.standard_normal(width).astype(np.float32) for _ in range(2))
+        for norm in add_norm_quantize.NORMS:
+            options: dict[str, Any] = {"norm": norm, "epsilon": 1e-5}
+            sides: list[Array] = [x, residual, weight]
+            given = bias if norm == "layer_norm" else None
+            found = gpu_add_norm_quantize.add_norm_quantize(
+                *_moved(device, *sides),
+                *_moved(device, *([] if given is None else [given])),
+                **options,
+                give_sum=True,
+                give_y=True,
+            )
+            assert found.sum is not None
+            assert found.y is not None
+            expected = add_norm_quantize.add_norm_quantize(sides[0], sides[1], sides[2], given, **options)
+            t = add_norm_quantize.bound(expected, weight, **options)
+            name = f"{norm} of {np.dtype(kind).name}"
+            rounding = 2.0**-10 if kind == np.float16 else 2.0**-23
+            of_scale = t.max(axis=1) / int8_linear.LEVELS + 2.0**-23 * expected.scale
+            yield Held(f"{name}: scale", found.scale, expected.scale, of_scale)
+            scale = found.scale[:, None]
+            steps = (1 / 2 + 2.0**-16) * scale.cpu().double().numpy()
+            yield Held(f"{name}: codes", found.codes.double() * scale.double(), expected.y, steps + t)
+            yield Held(f"{name}: y", found.y, expected.y, t + rounding * np.abs(expected.y) + 2.0**-24)
+            yield Held(f"{name}: sum", found.sum, expected.sum, rounding * np.abs(expected.sum) + 2.0**-24)
 
 
 def _int8_linear(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
-    wq = random.integers(-127, 128, (130, 160), dtype=np.int8)
+    wq = random.integers(-127, 128, (130, 1024), dtype=np.int8)
+    bias = random.standard_normal(130).astype(np.float32)
     for tokens in (3, 70):  # the small tile, the large one
-        xq = random.integers(-127, 128, (tokens, 160), dtype=np.int8)
+        xq = random.integers(-127, 128, (tokens, 1024), dtype=np.int8)
         ones = [np.ones(count, dtype=np.float32) for count in (tokens, 130)]
         found = gpu_int8_linear.int8_linear(*_moved(device, xq, ones[0], wq, ones[1]), dtype=torch.float32)
-        # 160 * 127**2 < 2**24: each sum is a number of float32.
+        # 1,024 * 127**2 < 2**24: each sum is a number of float32.
         yield Held(f"{tokens} tokens", found, int8_linear.multiply_rows(xq, ones[0], wq, ones[1]), 0.0)
+        small = [np.full(count, 2.0**-9, dtype=np.float32) for count in (tokens, 130)]
+        expected = int8_linear.multiply_rows(xq, small[0], wq, small[1], bias)
+        for activation, apply in _ACTIVATIONS.items():
+            found = gpu_int8_linear.int8_linear(
+                *_moved(device, xq, small[0], wq, small[1], bias), activation=activation
+            )
+            right = apply(torch.from_numpy(expected)).numpy()
+            yield Held(f"{tokens} tokens, {activation}", found, right, 2.0**-10 * np.abs(expected) + 2.0**-14)
 
 
 def _packed_attention(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
-    offsets = np.array([0, 5, 75], dtype=np.int64)
-    query, key, value = (random.standard_normal((75, heads, 64)).astype(np.float16) for heads in (4, 2, 2))
-    for causal in (False, True):
-        options: dict[str, Any] = {"scale": 0.125, "causal": causal}
-        found = gpu_packed_attention.packed_attention(*_moved(device, query, key, value, offsets), **options)
-        expected = packed_attention.packed_attention(query, key, value, offsets, **options)
-        allowed = packed_attention.bound(query, key, value, scale=0.125, longest=70, rounding=2.0**-11)
-        yield Held("causal" if causal else "both ways", found, expected, allowed)
+    offsets = np.array([0, 5, 175], dtype=np.int64)
+    for kind, rounding in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)):
+        sides = [torch.from_numpy(random.standard_normal((175, heads, 64))).to(kind) for heads in (4, 2, 2)]
+        query, key, value = (side.double().numpy() for side in sides)
+        allowed = packed_attention.bound(query, key, value, scale=0.125, longest=170, rounding=rounding)
+        for causal, window in ((False, -1), (True, -1), (False, 70)):
+            options: dict[str, Any] = {"scale": 0.125, "causal": causal, "window": window}
+            moved = [side.to(device) for side in (*sides, torch.from_numpy(offsets))]
+            found = gpu_packed_attention.packed_attention(*moved, **options)
+            expected = packed_attention.packed_attention(query, key, value, offsets, **options)
+            how = ("causal" if causal else "both ways") + (f" within {window}" if window >= 0 else "")
+            yield Held(f"{how} in {str(kind).removeprefix('torch.')}", found, expected, allowed)
 
 
 def _maxsim(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
-    offsets = np.array([0, 65, 65, 66, 130], dtype=np.int64)
+    offsets = np.array([0, 65, 65, 66, 200], dtype=np.int64)
     for kind in (np.float16, np.float32):
-        sides: list[Array] = [_unit(random.standard_normal((count, 96))).astype(kind) for count in (33, 130)]
+        sides: list[Array] = [_unit(random.standard_normal((count, 96))).astype(kind) for count in (33, 200)]
         found = gpu_maxsim.maxsim(*_moved(device, *sides, offsets))
         allowed = maxsim.bound(sides[0], sides[1], offsets)
         yield Held(np.dtype(kind).name, found, maxsim.maxsim(sides[0], sides[1], offsets), allowed)
 
 
 def _info_nce(device: torch.device) -> Iterator[Held]:
-    random = np.random.default_rng(0)
-    queries, documents = (_unit(random.standard_normal((count, 64))) for count in (40, 70))
-    positives = random.integers(70, size=40)
-    upstream = random.uniform(0.5, 1.5, 40).astype(np.float32)
-    for margin, tf32 in ((None, False), (0.1, False), (None, True)):
+    """Of one case more than a run of documents, and columns of a gradient in more than one part."""
+    for queries, documents, dim, margin in ((70, 40, 33, None), (20, 1056, 160, 0.1)):
+        random = np.random.default_rng(0)
+        sides = [_unit(random.standard_normal((count, dim))) for count in (queries, documents)]
+        positives = random.integers(documents, size=queries)
+        upstream = random.uniform(0.5, 1.5, queries).astype(np.float32)
         options: dict[str, Any] = {"scale": 20.0, "false_negative_margin": margin}
-        sides = _moved(device, queries, documents, positives)
-        losses, of_positives = gpu_info_nce.info_nce(*sides, **options, allow_tf32=tf32)
-        given = [*sides, losses, of_positives, *_moved(device, upstream)]
-        gradients = gpu_info_nce.info_nce_backward(*given, **options, allow_tf32=tf32)
-        expected = info_nce.info_nce(queries, documents, positives, **options, upstream=upstream)
-        rounding = 2.0**-10 if tf32 else 0.0
-        allowed = info_nce.bounds(expected.losses, 70, 64, scale=20.0, upstream=upstream, rounding=rounding)
-        suffix = (" with a margin" if margin else "") + (" in TF32" if tf32 else "")
+        moved = _moved(device, *sides, positives)
+        losses, of_positives = gpu_info_nce.info_nce(*moved, **options)
+        given = [*moved, losses, of_positives, *_moved(device, upstream)]
+        gradients = gpu_info_nce.info_nce_backward(*given, **options)
+        expected, allowed = (
+            of(sides[0], sides[1], positives, **options, upstream=upstream)
+            for of in (info_nce.info_nce, info_nce.bounds)
+        )
         for name, found, right, most in zip(expected._fields, (losses, *gradients), expected, allowed, strict=True):
-            yield Held(f"{name}{suffix}", found, right, most)
+            yield Held(f"{name} of {queries} x {documents}", found, right, most)
 
 
 def _moved(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
     return [torch.from_numpy(array).to(device) for array in arrays]
 
 
+def _typed(array: Array, kind: type[np.floating[Any]]) -> Array:
+    found: Array = array.astype(kind)
+    return found
+
+
 def _unit(vectors: Array) -> NDArray[np.float32]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
 
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
 _TRIALS: Mapping[str, Callable[[torch.device], Iterator[Held]]] = {
     "add_norm_quantize": _add_norm_quantize,
     "info_nce": _info_nce,

@@ -5,7 +5,9 @@ Vectors may have any norm and floating type; the result is float32, or float64 i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, get_args
 
 import torch
@@ -23,6 +25,7 @@ from rtx.trainer.losses.targets import Targets
 _LARGE = 1 << 26
 # What `rtx.kernels.gpu.info_nce` takes.
 _MOST_COLUMNS = 4096
+_cosines_of_all: ContextVar[int] = ContextVar("cosines_of_all", default=0)
 
 
 @at_least_float32
@@ -52,8 +55,8 @@ def info_nce(
     symmetric loss, the mean of picking the document and picking the query, is
     `directions=("query_to_doc", "doc_to_query"), partition="per_direction"`.
 
-    On an NVIDIA GPU a large batch in query_to_doc alone is computed by `rtx.kernels.operators.info_nce`, whose memory
-    grows with queries and documents, not with their product.
+    On an NVIDIA GPU a large batch in query_to_doc alone is computed by `rtx.kernels.operators.info_nce`, in the memory
+    of the vectors and a 1,024th of their cosines.
 
     Args:
         queries: [queries, dim].
@@ -293,10 +296,21 @@ def kl(
     return temperature**2 * (teacher.exp() * (teacher - student)).sum() / len(queries)
 
 
+@contextmanager
+def as_part_of(cosines: int) -> Iterator[None]:
+    """Losses inside are computed as those of a batch of so many queries times documents would be."""
+    token = _cosines_of_all.set(cosines)
+    try:
+        yield
+    finally:
+        _cosines_of_all.reset(token)
+
+
 def _without_matrix(queries: Tensor, documents: Tensor) -> bool:
     fits = queries.dtype == torch.float32 and 1 <= queries.shape[1] <= _MOST_COLUMNS
+    cosines = _cosines_of_all.get() or len(queries) * len(documents)
     # Last, as it may have to compile.
-    return fits and len(queries) * len(documents) >= _LARGE and operators.in_triton("info_nce", queries.device)
+    return fits and cosines >= _LARGE and operators.in_triton("info_nce", queries.device)
 
 
 def _info_nce_without_matrix(
