@@ -92,12 +92,16 @@ def main() -> None:
         seconds = 0.0
         for name, options in choices():
             start = perf_counter()
-            found = calibrate(plain, [folder / "model.onnx"], model.preprocessor, items, options, threads=None)
-            if options == CalibrationOptions():
+            best_of_all = options == CalibrationOptions()
+            found = calibrate(
+                plain, [folder / "model.onnx"], model.preprocessor, items, options, factors=best_of_all, threads=None
+            )
+            if best_of_all:
                 best, seconds = found, perf_counter() - start
             judge(name, rounded(found))
         for form in EXPORTED:
-            judge(f"{form}, as exported", emulate(derive(form, plain.tokens, (), best.scales)))
+            judge(f"{form}, as exported", emulate(derive(form, plain.tokens, (), best.scales, best.factors)))
+        judge("int4-half, without factors", emulate(derive("int4-half", plain.tokens)))
     scales = sorted(best.scales.values(), key=lambda scale: -scale.error)
     show(scales)
     machine = dataclasses.asdict(describe_machine())

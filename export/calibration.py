@@ -1,6 +1,6 @@
-"""What the layers of a model read on its user's own texts and images, and the scales that 8 bits get by that.
+"""What the layers of a model read on its user's own texts and images, and what 8 and 4 bits get by that.
 
-    items -> plain graph, with a look at what each layer reads -> largest of each channel, some rows -> scales
+    items -> plain graph, with a look at what each layer reads -> largest of each channel, some rows -> scales, factors
 
 A static scale is fixed when the model is exported, where the int8 variant finds one a token while it runs. TensorRT
 takes no other.
@@ -8,7 +8,7 @@ takes no other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rtx.export.graph import module_of
 from rtx.export.graphs import Graphs
+from rtx.export.int4_blocks import Factors, choose_factor
 from rtx.export.int8 import check_gemm, content_of, quantizable
 from rtx.export.scales import CalibrationOptions, Scales, Seen, choose_scale
 from rtx.export.watching import Watcher, run_watched
@@ -59,22 +60,24 @@ def calibrate(
     files: Sequence[Path],
     preprocessor: Preprocessor,
     items: Sequence[Encoded],
-    options: CalibrationOptions,
+    options: CalibrationOptions | None,
     *,
+    factors: bool = False,
     threads: int | None,
 ) -> Graphs:
-    """Run items through the plain graphs and choose the scale of everything that layers read.
+    """Run items through the plain graphs and choose the scale and the factor of everything that layers read.
 
     Args:
         plain: the graphs.
         files: where they are written, that for what has tokens first.
         preprocessor: of the model.
         items: some of what will be served, at least one.
-        options: how scales are chosen.
+        options: how scales are chosen; None for none.
+        factors: whether factors for weights in 4 bits are chosen, of the graph for what has tokens.
         threads: of ONNX Runtime.
 
     Returns:
-        The graphs with their scales. There are none for a graph that no item goes through.
+        The graphs with their scales and factors. There are none for a graph that no item goes through.
 
     Raises:
         EngineError: an item could not be run.
@@ -85,7 +88,12 @@ def calibrate(
     rows = max(1, min(_ROWS, _MOST_BYTES // (4 * channels * len(items))))
     collectors = [_Collector(graph, rows) for graph in graphs]
     run_watched(collectors, files, preprocessor, items, threads=threads)
-    found = [_choose(one, of.take_all(), options) for one, of in zip(graphs, collectors, strict=True)]
+    seen = [of.take_all() for of in collectors]
+    if factors:
+        plain = plain._replace(factors=_factors(plain.tokens, seen[0]))
+    if options is None:
+        return plain
+    found = [_choose(one, of, options) for one, of in zip(graphs, seen, strict=True)]
     return plain._replace(scales=found[0], image_scales=found[1] if len(found) > 1 else {})
 
 
@@ -150,13 +158,24 @@ class _Collector(Watcher):
 
 
 def _choose(graph: ir.Model, seen: Mapping[str, Seen], options: CalibrationOptions) -> Scales:
-    found = {}
+    return {
+        x: choose_scale(some, weight, options, modules=modules) for x, some, weight, modules in _seen_by(graph, seen)
+    }
+
+
+def _factors(graph: ir.Model, seen: Mapping[str, Seen]) -> Factors:
+    found = {x: choose_factor(some, weight, modules=modules) for x, some, weight, modules in _seen_by(graph, seen)}
+    return {x: factor for x, factor in found.items() if factor is not None}
+
+
+def _seen_by(
+    graph: ir.Model, seen: Mapping[str, Seen]
+) -> Iterator[tuple[str, Seen, NDArray[np.float32], tuple[str, ...]]]:
+    """Each activation that was seen: its name, what was seen, [channels, out] of all its layers, and their modules."""
     for x, layers in activations(graph.graph).items():
         if (some := seen.get(str(x.name))) is None:
             continue
         modules = tuple(dict.fromkeys(module_of(node) for node, _ in layers))
         if not (np.isfinite(some.largest).all() and np.isfinite(some.rows).all()):
             raise ExportError(f"int8-static: {modules[0]}: reads NaN or infinity on a calibration item")
-        weight = np.concatenate([weight_of(*layer) for layer in layers], axis=1)
-        found[str(x.name)] = choose_scale(some, weight, options, modules=modules)
-    return found
+        yield str(x.name), some, np.concatenate([weight_of(*layer) for layer in layers], axis=1), modules

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from rtx.export.graph import export_graph, export_image_graph
+from rtx.export.int4_blocks import Factors
 from rtx.export.scales import Scales
 from rtx.export.visual import export_text, export_vision, visual_rules
 from rtx.runtime.errors import ExportError
@@ -31,6 +32,7 @@ class Graphs(NamedTuple):
         packed: what has tokens goes through without padding; why there is none; or None where nobody asked for it.
         scales: of what the layers of `tokens` read; empty as long as nothing was calibrated.
         image_scales: of what those of `image` read.
+        factors: of what the layers of `tokens` read, for weights in 4 bits; likewise.
     """
 
     tokens: ir.Model
@@ -38,6 +40,7 @@ class Graphs(NamedTuple):
     packed: ir.Model | ExportError | None = None
     scales: Scales = MappingProxyType({})
     image_scales: Scales = MappingProxyType({})
+    factors: Factors = MappingProxyType({})
 
 
 def check_exportable(model: RetrievalModel) -> None:

@@ -27,6 +27,7 @@ from rtx.export.emulation import emulated
 from rtx.export.engines import EngineOptions, build_engines
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import Graphs, check_exportable, export_graphs
+from rtx.export.int4_blocks import Factor
 from rtx.export.mixed import Mixed, Mixer, fails_on_quality
 from rtx.export.packed import export_packed
 from rtx.export.ranges import Range, measure_ranges, overflowing
@@ -42,6 +43,7 @@ from rtx.export.variants import (
     has_half_precision,
     is_calibrated,
     is_packed,
+    learns_from_items,
     map_weights,
     precision_of,
     remove_unused,
@@ -135,9 +137,12 @@ class ExportOptions:
             if self.calibration is None and self.evalset is None:
                 needs = "queries and documents to find its scales on: training data (--calibration), or --eval"
                 raise UsageError(f"{calibrated[0]}: needs {needs}")
-        elif self.calibration is not None or self.scales != CalibrationOptions():
+        elif self.scales != CalibrationOptions() or (
+            self.calibration is not None and not any(map(learns_from_items, self.variants))
+        ):
             given = "calibrator, migration" if self.calibration is None else "calibration"
-            raise UsageError(f"{given}: none of {', '.join(self.variants)} has scales to find; int8-static has")
+            others = "" if self.calibration is None else ", and int4-half factors"
+            raise UsageError(f"{given}: none of {', '.join(self.variants)} has scales to find; int8-static has{others}")
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ class Outcome:
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read, those that lose most first; empty without it.
         ranges: how large numbers get where there is half precision, the largest first; empty without any.
+        factors: of what the layers of int4-half read, those that lose most first; empty without it, or without items.
     """
 
     manifest: Manifest
@@ -161,6 +167,7 @@ class Outcome:
     mixed: dict[VariantName, Mixed] = field(default_factory=dict)
     scales: tuple[Scale, ...] = ()
     ranges: tuple[Range, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
 
 def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: Notify = _say_nothing) -> Outcome:
@@ -224,10 +231,11 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
             mixed=made.mixed,
             scales=made.scales,
             ranges=made.ranges,
+            factors=made.factors,
             engines=engines,
             default_variant=choose_default(seconds) if seconds else passed[0],
         )
-    return Outcome(manifest, verdicts, gate.reference, seconds, made.mixed, made.scales, made.ranges)
+    return Outcome(manifest, verdicts, gate.reference, seconds, *made[1:])
 
 
 def bundle_name(target: Path) -> str:
@@ -284,6 +292,7 @@ class _Made(NamedTuple):
     mixed: dict[VariantName, Mixed]
     scales: tuple[Scale, ...]
     ranges: tuple[Range, ...]
+    factors: tuple[Factor, ...]
 
 
 def _make_variants(
@@ -315,13 +324,22 @@ def _make_variants(
         notify("measuring how large numbers get, where half precision ends at 65,504")
         ranges = _measure_ranges(plain, files, gate, served, options)
     uncalibrated = ""
-    if served is not None and any(map(is_calibrated, options.variants)):
+    if served is not None and any(map(learns_from_items, options.variants)):
         items = _calibration_items(served, gate)
         notify(f"calibrating on {len(items)} items")
         try:
-            plain = calibrate(plain, files, gate.preprocessor, items, options.scales, threads=options.threads)
+            plain = calibrate(
+                plain,
+                files,
+                gate.preprocessor,
+                items,
+                options.scales if any(map(is_calibrated, options.variants)) else None,
+                factors="int4-half" in options.variants,
+                threads=options.threads,
+            )
         except (ExportError, EngineError) as broken:
             uncalibrated = str(broken).removeprefix("int8-static: ")
+            notify(f"not calibrated: {uncalibrated}")
     judge = functools.partial(_judge, gate, plain, folder, options.threads)
     for name in dict.fromkeys(options.variants):
         if name in verdicts:
@@ -340,7 +358,8 @@ def _make_variants(
             verdicts[name], found = mixer.mix(name, verdicts[name])
             mixed |= {} if found is None else {name: found}
     scales = sorted((*plain.scales.values(), *plain.image_scales.values()), key=lambda scale: -scale.error)
-    return _Made(verdicts, mixed, tuple(scales), ranges)
+    factors = sorted(plain.factors.values(), key=lambda factor: -factor.error)
+    return _Made(verdicts, mixed, tuple(scales), ranges, tuple(factors))
 
 
 def _calibration_items(served: Served, gate: Gate) -> list[Encoded]:

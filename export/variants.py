@@ -15,6 +15,7 @@ from rtx.export.fused import fuse
 from rtx.export.graph import strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int4 import quantize_int4
+from rtx.export.int4_blocks import Factors
 from rtx.export.int4_half import quantize_int4_half
 from rtx.export.int8 import quantize_int8
 from rtx.export.int8_fused import quantize_int8_fused
@@ -130,6 +131,11 @@ def is_calibrated(name: VariantName) -> bool:
     return "int8-static" in _RECIPES[name]
 
 
+def learns_from_items(name: VariantName) -> bool:
+    """Whether a variant is better for items of its user's, whether or not it needs them."""
+    return is_calibrated(name) or "int4-half" in _RECIPES[name]
+
+
 def has_half_precision(name: VariantName) -> bool:
     """Whether a graph of a variant computes in half precision, which rounds on a GPU and hardly does on a CPU."""
     return "bf16" in _RECIPES[name] or can_overflow(name)
@@ -195,12 +201,12 @@ def write_variant(name: VariantName, plain: Graphs, folder: Path, keep: Collecti
     if keep:
         for path in (folder / files.tokens, *external_files(folder / files.tokens)):
             path.unlink(missing_ok=True)
-    for form, graph, file, kept, scales in (
-        (recipe.tokens, tokens, files.tokens, keep, plain.scales),
-        (recipe.image, plain.image, files.image, (), plain.image_scales),
+    for form, graph, file, kept, scales, factors in (
+        (recipe.tokens, tokens, files.tokens, keep, plain.scales, plain.factors),
+        (recipe.image, plain.image, files.image, (), plain.image_scales, {}),
     ):
         if graph is not None and file is not None and not (folder / file).exists():
-            save(derive(form, graph, kept, scales), folder / file)
+            save(derive(form, graph, kept, scales, factors), folder / file)
             if external_files(folder / file):
                 # A graph refers to itself: large weights of its own would stay until Python looks for such circles.
                 gc.collect()
@@ -221,7 +227,13 @@ def map_weights(plain: Graphs, folder: Path, files: Files) -> None:
                 value.const_value = written[name].const_value
 
 
-def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scales = MappingProxyType({})) -> ir.Model:
+def derive(
+    form: Form,
+    plain: ir.Model,
+    keep: Collection[str] = (),
+    scales: Scales = MappingProxyType({}),
+    factors: Factors = MappingProxyType({}),
+) -> ir.Model:
     """A plain graph in another form, or the packed one for a form of that; it stays as it is.
 
     Args:
@@ -229,6 +241,7 @@ def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scal
         plain: what of.
         keep: for a form in int8, modules whose weights are left as they are.
         scales: for int8-static, of what its layers read.
+        factors: for int4-half, likewise, if there are any.
 
     Raises:
         ExportError: the graph does not lend itself to it.
@@ -247,7 +260,7 @@ def derive(form: Form, plain: ir.Model, keep: Collection[str] = (), scales: Scal
     elif form == "int4":
         quantize_int4(variant)
     elif form == "int4-half":
-        quantize_int4_half(variant)
+        quantize_int4_half(variant, factors)
     elif form == "fused":
         fuse(variant)
     return variant

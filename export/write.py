@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rtx.export.gate import Gate, Verdict
+from rtx.export.int4_blocks import Factor
 from rtx.export.interop import write_side_files
 from rtx.export.mixed import Mixed
 from rtx.export.ranges import Range
@@ -48,6 +49,7 @@ def write_bundle(
     seconds: Mapping[VariantName, float],
     mixed: Mapping[VariantName, Mixed],
     scales: Sequence[Scale],
+    factors: Sequence[Factor],
     ranges: Sequence[Range],
     engines: Mapping[str, EngineEntry],
     default_variant: VariantName,
@@ -66,6 +68,7 @@ def write_bundle(
         seconds: of one pass over the golden items, for each of these that runs on a CPU.
         mixed: how those came to pass that have layers which stayed as they were.
         scales: of what the layers of int8-static read.
+        factors: of what those of int4-half read.
         ranges: how large numbers get where there is half precision.
         engines: that lie in the folder, by file.
         default_variant: the one that is opened where none is named.
@@ -92,6 +95,7 @@ def write_bundle(
             for variant, verdict in verdicts.items()
         },
         "scales": [scale.to_dict() for scale in scales],
+        "factors": [factor.to_dict() for factor in factors],
         "ranges": [one.to_dict() for one in ranges],
         "reference": gate.reference.to_dict() if gate.reference is not None else None,
         "max_ndcg_drop": gate.max_ndcg_drop,

@@ -142,6 +142,7 @@ def test_the_report_holds_what_was_measured(done, source, evalset):
         "default_variant",
         "bytes",
         "scales",
+        "factors",
         "ranges",
     }
     assert report["provenance"]["source"] == source.name
