@@ -134,6 +134,21 @@ def test_engines_in_8_bits(exported: Callable[..., Any], tmp_path: Path, archite
 
 
 @builds
+def test_an_engine_in_4_bits_with_factors(exported: Callable[..., Any], tmp_path: Path) -> None:
+    model, graph = exported("bert", "embed")
+    rows = [row for row in model.preprocessor.encode(["how to reset the pump", "a"]) if isinstance(row, Encoded)]
+    files = [tmp_path / "model.onnx"]
+    found = calibrate(Graphs(graph), files, model.preprocessor, rows, None, factors=True, threads=1).factors
+    used = [factor for factor in found.values() if factor.values is not None]
+    save(derive("int4-half", graph, factors=found), tmp_path / "int4.onnx")
+    profiles = token_profiles(model.contract, (model.contract.max_tokens,))
+    network = build_engine(tmp_path / "int4.onnx", profiles, target="tensorrt-rtx", capabilities=(89,)).network
+    without = build(graph, profiles, tmp_path, "int4-half", sm=(89,)).network
+    products = count(network, "ELEMENTWISE", HALF) - count(without, "ELEMENTWISE", HALF)
+    assert products == len(used) > 0
+
+
+@builds
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3-vl", "clip", "siglip"])
 def test_engines_of_images(
