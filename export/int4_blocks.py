@@ -7,13 +7,18 @@ multiplied by it (AWQ, Lin et al. 2023, arXiv 2306.00978):
     factor[channel] ~ 1 / rms(x[channel]) ** strength          x @ W = (x * factor) @ (W / factor)
 
 Which strength is best differs by layer: each is tried on calibration rows, and what changes the results least is taken.
-Pure functions.
+
+What is clipped is decided a block at a time, by what it does to the results as far as one block tells:
+
+    error[block, out] = off @ moments[block] @ off          off = rounded - exact, moments = mean of x[block] x[block]^T
+
+and without calibration rows by the error of the weights, which is moments of 1. Pure functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,12 +56,14 @@ class Int4Blocks(NamedTuple):
         return self.values.astype(np.float32) * self.scale.repeat(len(self.values) // len(self.scale), axis=0)
 
 
-def quantize_blocks(weight: NDArray[np.float32], block: int) -> Int4Blocks:
+def quantize_blocks(weight: NDArray[np.float32], block: int, moments: NDArray[np.float32] | None = None) -> Int4Blocks:
     """Round a weight [in, out] to 4 bits, each output channel in blocks of inputs.
 
     Args:
         weight: finite; `in` is a multiple of `block`.
         block: inputs that share a scale.
+        moments: [in / block, block, block], finite, of what the weight is multiplied by, to any scale; blocks are
+            clipped by the error of results then, and by that of weights without.
     """
     blocks = weight.reshape(-1, block, weight.shape[1])
     largest = np.abs(blocks).max(axis=1, keepdims=True)
@@ -66,7 +73,8 @@ def quantize_blocks(weight: NDArray[np.float32], block: int) -> Int4Blocks:
     for clip in _CLIPS:
         step = half_up(largest * np.float32(clip / _HIGHEST))
         rounded = np.clip(np.rint(blocks / step), _LOWEST, _HIGHEST)
-        error = np.square(rounded * step - blocks).sum(axis=1, keepdims=True)
+        off = rounded * step - blocks
+        error = (off * (off if moments is None else moments @ off)).sum(axis=1, keepdims=True)
         better = error < least
         np.copyto(values, rounded, where=better, casting="unsafe")
         np.copyto(scale, step, where=better)
@@ -83,7 +91,9 @@ class Factor:
         strength: that it was found by.
         values: [channels] float32, in half precision to the last bit; None for strength 0.
         error: of the layers' results on calibration rows, sum of squares |in 4 bits - exact| / |exact|.
-        plain_error: likewise, without factors.
+        plain_error: likewise, with weights rounded as they are.
+        moments: [channels / block, block, block] float32, of the activation times its factor, by which blocks are
+            clipped; None where the error of weights alone serves better.
     """
 
     modules: tuple[str, ...]
@@ -91,6 +101,7 @@ class Factor:
     values: NDArray[np.float32] | None
     error: float
     plain_error: float
+    moments: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As report.json holds it."""
@@ -122,14 +133,28 @@ def choose_factor(seen: Seen, weight: NDArray[np.float32], *, modules: tuple[str
     exact = rows @ tried
     size = float(np.square(exact).sum()) or 1.0
     magnitude = np.sqrt(np.square(seen.rows, dtype=np.float64).mean(axis=0))
-    found: list[Factor] = []
+
+    def error(moved: NDArray[np.float32], read: NDArray[np.float32], moments: NDArray[np.float32] | None) -> float:
+        return float(np.square(read @ quantize_blocks(moved, block, moments).dequantize() - exact).sum()) / size
+
+    plain_error = error(tried, rows, None)
+    found = [Factor(modules, 0.0, None, plain_error, plain_error)]
     for strength in STRENGTHS:
         values = _factor(magnitude, strength)
         moved, factor = (tried, np.float32(1)) if values is None else (tried / values[:, np.newaxis], values)
-        rounded = quantize_blocks(moved, block).dequantize()
-        error = float(np.square((rows * factor) @ rounded - exact).sum()) / size
-        found.append(Factor(modules, strength, values, error, found[0].error if found else error))
+        moments = _moments(seen.rows * factor, block)
+        found.append(Factor(modules, strength, values, error(moved, rows * factor, moments), plain_error, moments))
     return min(found, key=lambda one: one.error)
+
+
+def _moments(rows: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """[channels / block, block, block] float32, of numbers within ±1; what was 0 has some too."""
+    scaled = rows / np.float32(np.abs(rows).max() or 1)
+    blocks = scaled.reshape(len(rows), -1, block).swapaxes(0, 1)
+    found: NDArray[np.float32] = np.matmul(blocks.swapaxes(1, 2), blocks) / np.float32(len(rows))
+    own = np.diagonal(found, axis1=1, axis2=2)
+    least = np.float32(max(_LEAST_SHARE**2 * float(np.median(own)), _LEAST_MAGNITUDE**2))
+    return found + least * np.eye(block, dtype=np.float32)
 
 
 def _factor(magnitude: NDArray[np.float64], strength: float) -> NDArray[np.float32] | None:

@@ -47,7 +47,7 @@ def quantize_int4_half(model: ir.Model, factors: Factors = MappingProxyType({}))
     done: dict[str, None] = {}
     for x, layers in activations(model.graph).items():
         found = factors.get(str(x.name))
-        values = None if found is None else found.values
+        values, moments = (None, None) if found is None else (found.values, found.moments)
         # Read now: what made it may have been replaced since.
         read = layers[0][0].inputs[0]
         assert read is not None
@@ -57,8 +57,8 @@ def quantize_int4_half(model: ir.Model, factors: Factors = MappingProxyType({}))
         for node, weight in layers:
             check_gemm(_NAME, node)
             transposed = bool(node.attributes.get_int("transB", False))
-            # Layers that read different activations have a weight of their own, if one has a factor.
-            key = weight, transposed, "" if values is None else str(x.name)
+            # Layers that read different activations have a weight of their own, if it is rounded by what they read.
+            key = weight, transposed, "" if values is None and moments is None else str(x.name)
             if key not in weights:
                 content = content_of(_NAME, node, weight)
                 content = np.ascontiguousarray(content.T) if transposed else content
@@ -66,7 +66,9 @@ def quantize_int4_half(model: ir.Model, factors: Factors = MappingProxyType({}))
                 if block is None:
                     reason = f"reads {len(content)} numbers; expected a multiple of {BLOCKS[-1]}"
                     raise ExportError(f"{_NAME}: {module_of(node)}: {reason}")
-                rounded = quantize_blocks(content if values is None else content / values[:, np.newaxis], block)
+                rounded = quantize_blocks(
+                    content if values is None else content / values[:, np.newaxis], block, moments
+                )
                 name = f"{weight.name}{'_transposed' * transposed}{'_for_' * bool(key[2])}{key[2]}"
                 weights[key] = _Weight(
                     editor.constant(f"{name}_int4", rounded.values.astype(ir.DataType.INT4.numpy())),

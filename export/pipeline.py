@@ -96,8 +96,8 @@ class ExportOptions:
         min_cosine: least cosine to PyTorch on the golden inputs that a variant other than fp32 may have; None for the
             precision's own limit.
         mixed: whether layers of an int8 variant may stay as they are where it fails on quality.
-        calibration: training data whose queries and documents show what layers read, for int8-static; None for those of
-            the evaluation set.
+        calibration: training data whose queries and documents show what layers read, for int8-static and int4-half;
+            None for those of the evaluation set.
         scales: how int8-static chooses its scales.
         engines: what to build of the variants that pass; None for no engines.
         threads: of ONNX Runtime, for ranking and speed.
@@ -339,7 +339,8 @@ def _make_variants(
             )
         except (ExportError, EngineError) as broken:
             uncalibrated = str(broken).removeprefix("int8-static: ")
-            notify(f"not calibrated: {uncalibrated}")
+            if "int4-half" in options.variants:
+                notify(f"int4-half: no factors are used, as calibration failed: {uncalibrated}")
     judge = functools.partial(_judge, gate, plain, folder, options.threads)
     for name in dict.fromkeys(options.variants):
         if name in verdicts:
