@@ -154,7 +154,7 @@ def graph_config(name: str, graph: ir.Model, contract: Contract, *, on_gpu: bool
         "input": inputs,
         "output": sides(graph.graph.outputs),
         "instance_group": [{"kind": Enum("KIND_GPU" if on_gpu else "KIND_CPU"), "count": 1}],
-        "model_warmup": [{"name": "one row", "batch_size": int(batched), "inputs": given}],
+        "model_warmup": [{"name": "one row", "batch_size": 1, "inputs": given}],
     }
     if on_gpu:  # float32 without TF32, as in `rtx.runtime.backends.onnx`
         cuda = {"name": "cuda", "parameters": [{"key": "use_tf32", "value": "0"}]}

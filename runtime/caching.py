@@ -17,8 +17,15 @@ def cache_file(*parts: str) -> Path:
     Args:
         parts: what tells it from all else, such as a version and the name of a GPU.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("RTX_CACHE") or Path(home) / "rtx")
+    if named := os.environ.get("RTX_CACHE"):
+        folder = Path(named)
+    elif home := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(home) / "rtx"
+    else:
+        try:
+            folder = Path.home() / ".cache" / "rtx"
+        except RuntimeError:  # a container's user without a home: what can be neither read nor written
+            folder = Path(os.devnull)
     return folder / "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
 
 

@@ -413,6 +413,7 @@ def test_graphs_with_images_warm_up(with_images: Callable[[str], Path], tmp_path
         rows = (1,) if config.max_batch_size else ()
         types = {one.name: np.float32 if "float" in one.type else np.int64 for one in session.get_inputs()}
         given = config.model_warmup[0].inputs
+        assert config.model_warmup[0].batch_size == 1  # of 0 the server skips the sample
         assert {*given} == {*types}
         zeros = {key: np.zeros((*rows, *value.dims), types[key]) for key, value in given.items()}
         assert len(session.run(None, zeros)) == len(config.output)

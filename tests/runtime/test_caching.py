@@ -20,6 +20,19 @@ def test_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_file("timing") == Path("/volume/timing")
 
 
+def test_a_user_without_a_home_has_a_cache_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> str:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "RTX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", none)
+    assert read_cache(cache_file("timing")) == b""
+    assert write_cache(cache_file("timing"), b"one") is not None
+    monkeypatch.setenv("RTX_CACHE", "/volume")
+    assert cache_file("timing") == Path("/volume/timing")
+
+
 def test_what_cannot_be_read_is_nothing(tmp_path: Path) -> None:
     assert read_cache(tmp_path / "none") == b""
     assert read_cache(tmp_path) == b""
