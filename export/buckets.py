@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import UsageError
 
 Range = tuple[int, int, int]
@@ -19,8 +20,8 @@ Range = tuple[int, int, int]
 MULTIPLE = 16
 """Ends of buckets are multiples of it: products are in tiles of so many rows."""
 BUCKETS = 5
-MAX_ROWS = 256
-BATCH_TOKENS = 16_384
+LARGEST = Budget.of("cuda")
+"""Of a batch."""
 _FIRST, _STEP = 32, 4
 # Of what it may be at most, a batch has a fraction when it is tuned for: services are seldom full.
 _BEST_PART = 4
@@ -82,8 +83,8 @@ def check_lengths(lengths: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def row_range(length: int) -> Range:
-    """Rows of a batch of texts of at most so many tokens."""
-    most = max(1, min(MAX_ROWS, BATCH_TOKENS // length))
+    """Rows of a batch of at most so many tokens each."""
+    most = max(1, min(LARGEST.max_batch_items, LARGEST.max_batch_tokens // length))
     return 1, max(1, most // _BEST_PART), most
 
 

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtx.export.buckets import BATCH_TOKENS, check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
+from rtx.export.buckets import check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
 from rtx.export.variants import Files, VariantName, external_files
+from rtx.runtime.backends.visual import MAX_BATCH_IMAGES
 from rtx.runtime.contract import Contract
-from rtx.runtime.engine import Budget
 from rtx.runtime.errors import UsageError
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.manifest import EngineEntry, Target
 
 BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "bf16", "int8-static", "int4-half")
 """Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
-# Images of a batch, where each becomes a vector or visual tokens by itself: the runtime puts no more together.
-_IMAGES = (1, 8, Budget().max_batch_items)
+# Images that become visual tokens together, and how many the engine is tuned for.
+_IMAGES = (1, 8, MAX_BATCH_IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +119,11 @@ def token_profiles(contract: Contract, ends: Sequence[int]) -> list[Profile]:
 def image_profiles(contract: Contract) -> list[Profile]:
     """Sizes of images: one profile for each bucket of sizes, where these differ."""
     if contract.visual is None or contract.images is None:
-        return [{"images": _IMAGES}]
+        return [{"images": row_range(max(1, contract.image_tokens))}]
     most = max(1, contract.images.max_pixels // contract.images.factor**2)
     profiles = []
     for ranges in length_ranges(spread_lengths(most)):
-        images = max(1, min(_IMAGES[2], BATCH_TOKENS // ranges[2]))
+        images = min(_IMAGES[2], row_range(ranges[2])[2])
         profiles.append({"images": (1, min(images, _IMAGES[1]), images), "image_tokens": ranges})
     return profiles
 

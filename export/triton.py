@@ -24,15 +24,16 @@ from rtx.export.tensorrt import Profile, shapes_of
 from rtx.runtime import triton
 from rtx.runtime.bundle import Bundle, runs_on_cpu, runs_on_gpu
 from rtx.runtime.contract import Contract
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.manifest import MANIFEST_FILE, TOKENIZER_FILE, EngineEntry, Variant
 
 _CONFIG = "config.pbtxt"
 _VERSION = "1"
-_MAX_BATCH = 256
-# What goes to the graph at once, and how long the server waits for more requests.
-_MAX_TOKENS, _DELAY_US = 16_384, 500
+_MAX_BATCH = Budget.of("cuda").max_batch_items
+# How long the server waits for more requests.
+_DELAY_US = 500
 # While one instance waits for the graph, another prepares texts.
 _INSTANCES = 2
 # Of the text that warms the graph up, where its model takes any length.
@@ -98,7 +99,7 @@ def write_repository(
             _copy(bundle, file, folder / _VERSION / file)
         output = "vectors" if contract.task == "embed" else "scores"
         (folder / _VERSION / "model.py").write_text(_MODEL.format(output=output), encoding="utf-8")
-        config = item_config(name, graphs, contract, plan[0] if plan is not None else None)
+        config = item_config(name, graphs, contract, on_gpu=on_gpu, engine=plan[0] if plan is not None else None)
         (folder / _CONFIG).write_text(to_text(config), encoding="utf-8")
     return name, *graphs
 
@@ -174,13 +175,16 @@ def plan_config(name: str, graph: ir.Model, contract: Contract, engine: EngineEn
     }
 
 
-def item_config(name: str, graphs: Sequence[str], contract: Contract, engine: str | None = None) -> dict[str, Any]:
+def item_config(
+    name: str, graphs: Sequence[str], contract: Contract, *, on_gpu: bool, engine: str | None = None
+) -> dict[str, Any]:
     """The configuration of the model that clients ask.
 
     Args:
         name: of the model.
         graphs: the models that it asks: for what has tokens, and for images if the model takes them.
         contract: of the bundle.
+        on_gpu: whether these run on one, and take large batches.
         engine: the bundle's file that takes the graph's place.
     """
 
@@ -200,7 +204,8 @@ def item_config(name: str, graphs: Sequence[str], contract: Contract, engine: st
         if contract.first_stage_weight > 0:
             inputs.append({"name": triton.FIRST_STAGE, "data_type": Enum("TYPE_FP32"), "dims": [1]})
         output, width = triton.SCORE, 1
-    parameters = {triton.GRAPH: graphs[0], triton.MAX_TOKENS: str(_MAX_TOKENS)}
+    tokens = Budget.of("cuda" if on_gpu else "cpu").max_batch_tokens
+    parameters = {triton.GRAPH: graphs[0], triton.MAX_TOKENS: str(tokens)}
     if len(graphs) > 1:
         parameters[triton.IMAGE_GRAPH] = graphs[1]
     if engine is not None:

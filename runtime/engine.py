@@ -79,8 +79,8 @@ class Engine(Protocol):
             EngineError: the batch could not be run.
         """
 
-    def max_rows(self, tokens: int) -> int | None:
-        """How many rows a batch may have whose longest has so many tokens, or positions of an image; None for any."""
+    def max_rows(self, longest: Encoded) -> int | None:
+        """How many rows a batch may have whose longest is this item: None for any, 0 where `run` would take none."""
 
     def close(self) -> None:
         """Give back what the engine holds. Calling it twice is allowed; running afterwards is not."""
@@ -101,7 +101,7 @@ class Budget:
 
     @classmethod
     def of(cls, device: str) -> Budget:
-        """The default of a device. That of GPUs is what engines have profiles for; no GPU has measured it."""
+        """The default of a device. That of GPUs is the largest batch that engines are built for, and not measured."""
         return cls() if gpu_index(device) is None else cls(max_batch_tokens=16_384, max_batch_items=256)
 
     def __post_init__(self) -> None:
@@ -144,16 +144,29 @@ def run_items(
 def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:
     """Items through the engine in one batch, or in as few as it takes: [len(items), dimension] or [len(items)] float32.
 
+    Args:
+        engine: that runs them.
+        preprocessor: makes a batch of them.
+        items: at least one; either all of them have tokens, or none.
+
     Raises:
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
-    parts: list[NDArray[np.float32]] = []
-    # The longest come first, so that later parts may have more rows.
-    while (most := engine.max_rows(max((item.length for item in items), default=0))) is not None and len(items) > most:
-        parts.append(_run_whole(engine, preprocessor, items[:most]))
-        items = items[most:]
-    last = _run_whole(engine, preprocessor, items)
-    return np.concatenate([*parts, last]) if parts else last
+    most = engine.max_rows(max(items, key=_length))
+    if most is None or len(items) <= most:
+        return _run_whole(engine, preprocessor, items)
+    results = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
+    # The longest first, so that the rest, which are shorter, may have more rows.
+    left = sorted(range(len(items)), key=lambda place: -items[place].length)
+    while left:
+        most = engine.max_rows(items[left[0]])
+        rows, left = left[: most or 1], left[most or 1 :]
+        results[rows] = _run_whole(engine, preprocessor, [items[row] for row in rows])
+    return results
+
+
+def _length(item: Encoded) -> int:
+    return item.length
 
 
 def _run_whole(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:

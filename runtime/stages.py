@@ -75,8 +75,8 @@ class TimedEngine:
         self._clock.run += perf_counter() - start
         return output
 
-    def max_rows(self, tokens: int) -> int | None:
-        return self._engine.max_rows(tokens)
+    def max_rows(self, longest: Encoded) -> int | None:
+        return self._engine.max_rows(longest)
 
     def close(self) -> None:
         self._engine.close()

@@ -26,7 +26,7 @@ from rtx.runtime.engine import Budget
 from rtx.runtime.errors import EngineError, InvalidItemsError, RtxError
 from rtx.runtime.images import ImageLimits
 from rtx.runtime.reranker import Reranker
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 
 GRAPH, IMAGE_GRAPH, MAX_TOKENS, ENGINE = "graph", "image_graph", "max_batch_tokens", "engine"
 """Parameters of the configuration: the graph's model and the one for images, tokens that go to it at once, and the
@@ -66,11 +66,14 @@ class GraphModel:
         self.metadata: dict[str, str] = {}
         self._server, self._output, self._contract, self._profiles = server, output, contract, profiles
 
-    def max_rows(self, tokens: int) -> int | None:
+    def max_rows(self, longest: Encoded) -> int | None:
         """As `rtx.runtime.engine.Engine` has it."""
-        fixed = self._contract.fixed_tokens
+        if not self._profiles:
+            return None
+        tokens = len(longest.ids)
+        # Where every row has the same tokens, profiles have no range of them.
         ranges = [(one["batch"], one.get("tokens", (tokens, tokens, tokens))) for one in self._profiles]
-        return max((rows[2] for rows, (least, _, most) in ranges if fixed or least <= tokens <= most), default=None)
+        return max((rows[2] for rows, (least, _, most) in ranges if least <= tokens <= most), default=0)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `rtx.runtime.engine.Engine` has it."""

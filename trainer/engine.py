@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtx.runtime.errors import EngineError
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 from rtx.trainer.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class TorchEngine:
             finished = model.finish(output) if model.task == "embed" else model.activate(output)
             return np.asarray(finished.cpu().numpy(), dtype=np.float32)
 
-    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002 any number
+    def max_rows(self, longest: Encoded) -> int | None:  # noqa: ARG002 any number
         return None
 
     def close(self) -> None:

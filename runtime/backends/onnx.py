@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rtx.kernels.library import DOMAIN, NOT_BUILT, library_file
 from rtx.runtime.engine import check_threads, gpu_index, is_tensorrt
 from rtx.runtime.errors import EngineError, MissingExtraError, UsageError
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 
 # From here on an item of a packed graph is long. To give memory back and ask for it again takes a tenth of the time of
 # MiniLM's batches, and fragments what is left.
@@ -153,7 +153,7 @@ class OnnxEngine:
             self._watch.tell(dict(zip(watched, results[len(outputs) :], strict=True)))
         return results[: len(outputs)]
 
-    def max_rows(self, tokens: int) -> int | None:  # noqa: ARG002 any number
+    def max_rows(self, longest: Encoded) -> int | None:  # noqa: ARG002 any number
         return None
 
     def close(self) -> None:

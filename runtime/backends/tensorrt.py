@@ -34,7 +34,7 @@ from rtx.runtime.errors import EngineError, install_command
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.machine import installed_version
 from rtx.runtime.manifest import EngineEntry, Target
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 
 INSTALL: dict[Target, str] = {
     "tensorrt-rtx": install_command("tensorrt-rtx"),
@@ -274,13 +274,14 @@ class TensorRtEngine:
         finally:
             self._slots.put(slot)
 
-    def max_rows(self, tokens: int) -> int | None:
-        """Of the first input whose rows have tokens; where none has, of the first. None where no profile takes any."""
-        tensors = [self._tensors[name] for name in self.input_names]
-        limits = next((tensor.limits for tensor in tensors if len(tensor.largest[0]) == 2), None)
-        if limits is None:
-            return max(most[0] for _, most in tensors[0].limits)
-        return max((most[0] for least, most in limits if least[1] <= tokens <= most[1]), default=None)
+    def max_rows(self, longest: Encoded) -> int | None:
+        if not longest.ids:  # images that become vectors by themselves, which all have one size
+            return max(most[0] for _, most in self._tensors[self.input_names[0]].limits)
+        limits = self._tensors["input_ids"].limits
+        tokens = len(longest.ids)
+        # Where both are equal, every row is padded to that many tokens.
+        takes = ((most[0], least[1] == most[1] or least[1] <= tokens <= most[1]) for least, most in limits)
+        return max((rows for rows, taken in takes if taken), default=0)
 
     def close(self) -> None:
         if os.getpid() != self._process:

@@ -12,7 +12,7 @@ from rtx.runtime.backends.onnx import OnnxEngine, Watch
 from rtx.runtime.backends.opener import OpenGraph
 from rtx.runtime.errors import EngineError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 
 
 class TowersEngine:
@@ -96,10 +96,8 @@ class TowersEngine:
                 self._cache.put(keys[place], vectors[keys[place]])
         return np.stack([vectors[key] for key in keys])
 
-    def max_rows(self, tokens: int) -> int | None:
-        # Which tower the rows are for is not told: what both take is taken by each.
-        limits = [limit for graph in (self._image, self._text) if (limit := graph.max_rows(tokens)) is not None]
-        return min(limits, default=None)
+    def max_rows(self, longest: Encoded) -> int | None:
+        return (self._text if longest.ids else self._image).max_rows(longest)
 
     def close(self) -> None:
         self._image.close()

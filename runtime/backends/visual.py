@@ -21,7 +21,7 @@ from rtx.runtime.backends.opener import Graph, OpenGraph
 from rtx.runtime.batching import plan_batches
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES, ImageCache
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 from rtx.runtime.visual_tokens import VisualTokens, check_images, count_tokens, text_inputs, vision_inputs
 
 # Attention in the vision graph grows with images * patches², and padding with the batch: large images run alone.
@@ -127,8 +127,8 @@ class VisualEngine:
         inputs = {"input_ids": ids, "attention_mask": mask, "image_embeds": table[0], "deepstack": table[1:]}
         return self._text.run({**inputs, **places})
 
-    def max_rows(self, tokens: int) -> int | None:
-        return self._text.max_rows(tokens)
+    def max_rows(self, longest: Encoded) -> int | None:
+        return self._text.max_rows(longest)
 
     def close(self) -> None:
         self._vision.close()

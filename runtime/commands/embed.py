@@ -26,7 +26,7 @@ from rtx.runtime.items import read_item
 from rtx.runtime.manifest import MANIFEST_FILE
 from rtx.runtime.parts import PartFolder
 from rtx.runtime.records import FORMATS, STDIN, Format
-from rtx.runtime.text import Batch
+from rtx.runtime.text import Batch, Encoded
 from rtx.runtime.vectors import check_vector_file, ids_file
 
 
@@ -231,8 +231,8 @@ class _Batches:
         self._progress.add(len(results))
         return results
 
-    def max_rows(self, tokens: int) -> int | None:
-        return self._engine.max_rows(tokens)
+    def max_rows(self, longest: Encoded) -> int | None:
+        return self._engine.max_rows(longest)
 
     def close(self) -> None:
         self._engine.close()

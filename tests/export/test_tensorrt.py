@@ -362,8 +362,12 @@ def test_wrong_options(
 
 
 def test_profiles_take_what_the_runtime_puts_together(image_checkpoint: Callable[[str], Path]) -> None:
-    (profile,) = image_profiles(RetrievalModel.load(image_checkpoint("clip")).contract)
-    assert profile["images"][2] == Budget().max_batch_items
+    contract = RetrievalModel.load(image_checkpoint("clip")).contract
+    for image_tokens, images in ((contract.image_tokens, 256), (50, 256), (577, 28)):
+        (profile,) = image_profiles(dataclasses.replace(contract, image_tokens=image_tokens))
+        assert profile["images"] == (1, images // 4, images)
+        assert images <= Budget.of("tensorrt").max_batch_items
+        assert images * image_tokens <= Budget.of("tensorrt").max_batch_tokens
     contract = RetrievalModel.load(image_checkpoint("qwen3-vl")).contract
     assert contract.images is not None
     assert contract.visual is not None

@@ -23,11 +23,12 @@ from google.protobuf import json_format, text_format
 from PIL import Image
 
 from rtx.export.pipeline import ExportOptions, export_bundle
-from rtx.export.triton import model_name, to_text, write_repository
+from rtx.export.triton import item_config, model_name, to_text, write_repository
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.embedder import Embedder
+from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, ItemError, UsageError
 from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
 from rtx.runtime.reranker import Reranker
@@ -498,6 +499,14 @@ def test_which_variant(embedder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no variant 'fp8'"):
         write_repository(Bundle.open(embedder), tmp_path, variant="fp8")
     assert not [*tmp_path.iterdir()]
+
+
+def test_batches_are_as_large_as_the_device_likes(embedder: Path) -> None:
+    contract = Bundle.open(embedder).manifest.contract
+    for device in ("cpu", "cuda"):
+        config = item_config("toy", ["toy_graph"], contract, on_gpu=device != "cpu")
+        parameters = {one["key"]: one["value"]["string_value"] for one in config["parameters"]}
+        assert int(parameters["max_batch_tokens"]) == Budget.of(device).max_batch_tokens
 
 
 def test_a_damaged_bundle(embedder: Path, tmp_path: Path) -> None:

@@ -54,13 +54,21 @@ def test_items_run_by_length_and_come_back_in_order(preprocessor: Preprocessor):
 
 def test_a_batch_of_more_rows_than_the_engine_takes_is_run_in_parts(preprocessor: Preprocessor):
     engine = CountingEngine()
-    engine.max_rows = lambda tokens: 2 if tokens > 3 else 3
+    engine.max_rows = lambda longest: 2 if longest.length > 3 else 3
     results = run_items(engine, preprocessor, items(2, 9, 3, 9, 1, 9), Budget(max_batch_tokens=99, max_batch_items=9))
     assert results[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert engine.shapes == [(2, 9), (2, 9), (2, 2)]
     engine.shapes.clear()
     run_batch(engine, preprocessor, items(9, 3, 3, 3, 3, 3))
     assert engine.shapes == [(2, 9), (3, 3), (1, 3)]
+    engine.shapes.clear()  # a queue's, which begins with what has waited longest
+    results = run_batch(engine, preprocessor, items(3, 3, 3, 3, 9))
+    assert results[:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert engine.shapes == [(2, 9), (3, 3)]
+    engine.shapes.clear()  # what no engine takes is run all the same, a row at a time: each gets its own error
+    engine.max_rows = lambda longest: 0 if longest.length > 3 else 3
+    run_batch(engine, preprocessor, items(9, 3, 9, 3))
+    assert engine.shapes == [(1, 9), (1, 9), (2, 3)]
 
 
 def test_an_engine_that_packs_is_given_items_in_their_order(preprocessor: Preprocessor):

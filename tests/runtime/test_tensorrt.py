@@ -33,6 +33,7 @@ from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, MissingExtraError, UsageError
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
+from rtx.runtime.text import Encoded
 from rtx.runtime.verification import verify_bundle
 
 sys.path.append(str(Path(__file__).parent))
@@ -52,6 +53,10 @@ CLASSIC = dataclasses.replace(ENTRY, target="tensorrt", capabilities=())
 L4 = Gpu(index=1, name="NVIDIA L4", capability=89, memory_bytes=24 << 30)
 BOXES = [((1, 2), (4, 8), (16, 8)), ((1, 9), (1, 32), (4, 32))]
 INPUTS = ("input_ids", "attention_mask")
+
+
+def text_of(length: int) -> Encoded:
+    return Encoded([1] * length, [0] * length)
 
 
 def embed(ids: NDArray[Any], mask: NDArray[Any]) -> NDArray[np.float32]:
@@ -604,8 +609,17 @@ def test_more_rows_than_a_profile_takes_are_several_batches(served: Bundle, gpu:
         expected = graph.embed(texts)
     with Embedder.open(served.path, device="tensorrt") as embedder:
         assert embedder.budget == Budget(max_batch_tokens=16_384, max_batch_items=256)
-        assert [embedder.engine.max_rows(tokens) for tokens in (1, 8, 9, 64, 65)] == [16, 16, 4, 4, None]
+        lengths = (1, 8, 9, 64, 65)
+        assert [embedder.engine.max_rows(text_of(length)) for length in lengths] == [16, 16, 4, 4, 0]
         np.testing.assert_allclose(embedder.embed(texts), expected, atol=1e-6)
+
+
+def test_rows_of_a_fixed_length_take_shorter_texts(gpu: StandIn) -> None:
+    boxes = dict.fromkeys(INPUTS, ((1, 16), (4, 16), (16, 16)))
+    gpu.trt.models[b"an engine"] = dataclasses.replace(MODEL, profiles=[boxes])
+    engine = gpu.open(entry=dataclasses.replace(ENTRY, profiles=({"batch": (1, 4, 16)},)))
+    assert [engine.max_rows(text_of(length)) for length in (1, 16)] == [16, 16]
+    engine.close()
 
 
 def test_verify_holds_an_engine_to_pytorch(served: Bundle) -> None:

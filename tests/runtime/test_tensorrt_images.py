@@ -19,6 +19,7 @@ from rtx.runtime.backends.visual import VisualEngine
 from rtx.runtime.errors import EngineError
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.manifest import EngineEntry
+from rtx.runtime.text import Encoded
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -157,7 +158,7 @@ def towers(trt: TensorRt) -> TowersEngine:
         shapes=lambda given: {"embedding": (given["pixel_values"][0], 3)},
         compute=lambda arrays: {"embedding": arrays["pixel_values"].sum(axis=(2, 3))},
     )
-    boxes = dict.fromkeys(("input_ids", "attention_mask"), ((1, 1), (4, 8), (4, 8)))
+    boxes = dict.fromkeys(("input_ids", "attention_mask"), ((1, 1), (4, 8), (6, 8)))
     trt.models[b"words"] = Model(
         inputs=dict.fromkeys(boxes, DataType.INT64),
         outputs={"embedding": DataType.FLOAT},
@@ -188,6 +189,8 @@ def test_towers_give_vectors_of_images_and_texts(towers: TowersEngine) -> None:
     }
     with pytest.raises(EngineError, match=r"toy \(images\): .*pixel_values \[5, 3, 4, 4\]"):
         towers.run(five)
+    image, long = Encoded([], [], image_tokens=20), Encoded([1] * 9, [0] * 9)
+    assert [towers.max_rows(item) for item in (image, Encoded([1], [0]), long)] == [4, 6, 0]
     towers.close()
     with pytest.raises(EngineError, match=r"toy.*closed"):
         towers.run(given)
