@@ -30,6 +30,9 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
+MAX_DIM = 4096
+"""Numbers of a vector that the kernel takes."""
+
 _STEP = 2.0**-23
 
 

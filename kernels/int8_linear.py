@@ -39,6 +39,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rtx.kernels.rounding import ROUNDING
+
 ZERO_POINT = 128
 LEVELS = 127
 # Below this a range counts as empty: division by a subnormal scale would overflow.
@@ -182,6 +184,27 @@ def multiply_rows(
     product = (xq.astype(np.int64) @ wq.astype(np.int64).T).astype(np.float64)
     product *= scale_x.astype(np.float64)[..., None] * scale_w.astype(np.float64)
     return product if bias is None else product + bias
+
+
+def rows_bound(
+    found: NDArray[np.float64], bias: NDArray[np.floating] | None = None, *, activated: bool = False
+) -> NDArray[np.float64]:
+    """How far from the reference's product, or an activation of it, float32 may be, of the same shape.
+
+    The integer is rounded and multiplied by two scales: 3 roundings of the product; the sum with the bias is one more.
+    No slope of gelu, gelu_tanh or silu is above 1.13, and each is z times a number up to 1, which some roundings and
+    erf or exp, of 2 units in the last place, move by 8 * 2**-24 at most: what exp multiplies its argument's error by,
+    |z|, sigmoid' takes away again (|z| sigmoid'(z) < 1 / 4).
+
+    Args:
+        found: what `multiply_rows` gave.
+        bias: what it was given.
+        activated: whether an activation follows.
+    """
+    step = ROUNDING["float32"].relative
+    product = found if bias is None else found - bias
+    moved: NDArray[np.float64] = step * (3.01 * np.abs(product) + np.abs(found))
+    return moved * 1.13 + 8 * step * np.abs(found) if activated else moved
 
 
 def _scale(wide: NDArray[np.float64], axis: int) -> NDArray[np.float32]:

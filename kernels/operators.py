@@ -47,7 +47,9 @@ def in_triton(op: str, device: torch.device) -> bool:
         device: any; of GPUs those of NVIDIA from compute capability 8.0 on.
 
     Raises:
-        RuntimeError: the first question comes while a CUDA graph is captured, which trying would break.
+        RuntimeError: the first question comes while a CUDA graph is captured, which trying would break; or trying broke
+            CUDA in this process, so that nothing else would run either.
+        OutOfMemoryError: the GPU has not the memory for the trial. The next question tries again.
     """
     return _is_gpu(device) and importlib.util.find_spec("triton") is not None and _is_sound(op, device)
 
@@ -69,6 +71,12 @@ def _is_sound(op: str, device: torch.device) -> bool:
         raise  # another time it may be sound
     except Exception as broken:  # noqa: BLE001 of Triton, its compiler, the driver
         problem = f"{type(broken).__name__}: {broken}".splitlines()[0]
+        if device.type == "cuda":
+            try:  # a kernel that went astray ends all that this process has on the GPU
+                torch.cuda.synchronize(device)
+            except Exception as lost:
+                again = "the process has to be started again, and uninstalling triton leaves this kernel out"
+                raise RuntimeError(f"{op}: trying the Triton kernel broke CUDA: {problem}; {again}") from lost
     if problem is not None:
         warnings.warn(f"{op}: the Triton kernel is not used on {device}: {problem}", RuntimeWarning, stacklevel=3)
     return problem is None

@@ -131,3 +131,18 @@ def bound(
     steps = [0 if mode in ("cls", "lasttoken", "max") else mask.shape[1] + 4 for mode in modes]
     sizes = pool(np.abs(hidden), mask, modes, attention_mask=attention_mask)
     return np.asarray(sizes * np.repeat(np.float32(2.0**-23) * np.array(steps, np.float32), hidden.shape[2]))
+
+
+def normalized_bound(vectors: Float32, moved: Float32) -> Float32:
+    """How far from `l2_normalize(vectors)` in float32 that of vectors may be which are off by `moved`.
+
+    v / |v| moves by at most 2 |d| / |v| where v moves by d. The norms of both, a sum of dim squares and a root, and
+    the quotients are off by (dim + 4) * 2**-24 of a number each.
+
+    Args:
+        vectors: [..., dim].
+        moved: of the same shape.
+    """
+    norm = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), NORM_EPSILON)
+    turned = 2 * np.linalg.norm(moved, axis=-1, keepdims=True) / norm
+    return np.asarray(turned + (vectors.shape[-1] + 4) * 2.0**-23 * np.abs(l2_normalize(vectors)), dtype=np.float32)

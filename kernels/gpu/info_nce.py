@@ -30,8 +30,7 @@ from torch import Tensor
 
 from rtx.kernels.gpu.ahead import Build
 from rtx.kernels.gpu.arguments import device_of, expect, told
-
-MAX_DIM = 4096
+from rtx.kernels.info_nce import MAX_DIM
 
 _ROWS = 32
 _OTHERS = 32

@@ -1,4 +1,7 @@
-"""Each op's kernel run once on a GPU, on small input, and held to its reference within what its contract allows."""
+"""Each op's kernel run once on a GPU, on small input, and held to its reference within what its contract allows.
+
+Where a kernel rounds its results to a type, or to codes, half a step of these is allowed beside.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from rtx.kernels.gpu import int8_linear as gpu_int8_linear
 from rtx.kernels.gpu import maxsim as gpu_maxsim
 from rtx.kernels.gpu import packed_attention as gpu_packed_attention
 from rtx.kernels.gpu import pool as gpu_pool
+from rtx.kernels.rounding import ROUNDING
 
 Array = NDArray[np.floating[Any]]
 
@@ -64,19 +68,22 @@ def _pool(device: torch.device) -> Iterator[Held]:
         yield Held(mode, gpu_pool.pool(states, held, mode), expected, allowed)
         if mode == "mean":
             found = gpu_pool.pool(states.bfloat16(), held, mode)
-            # The type has 8 bits: the states themselves are off by so much.
-            off = pool.pool(np.abs(hidden), mask, [mode]) * np.float32(2.0**-8)
+            # The states themselves are rounded.
+            off = ROUNDING["bfloat16"].of(pool.pool(np.abs(hidden), mask, [mode]))
             yield Held("mean of bfloat16", found, expected, allowed + off)
-    vectors = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True)
-    expected = pool.truncate(pool.pool(hidden, mask, ["mean"]), 64, normalize=True)
-    # A vector moves by its own bound over its norm, twice, and by the roundings of the norm.
-    yield Held("normalised", vectors, expected, 2.0**-16)
-    codes = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True, output="int8")
-    yield Held("int8", codes, expected * np.float32(quantize.INT8_LIMIT), 0.5 + 2.0**-8)
-    bits = gpu_pool.pool(states, held, "mean", dimension=64, normalize=True, output="binary")
+    cut, moved = (of(hidden[..., :64], mask, ["mean"]) for of in (pool.pool, pool.bound))
+    expected, allowed = pool.l2_normalize(cut), pool.normalized_bound(cut, moved)
+    options: dict[str, Any] = {"dimension": 64, "normalize": True}
+    yield Held("normalised", gpu_pool.pool(states, held, "mean", **options), expected, allowed)
+    halves = gpu_pool.pool(states, held, "mean", **options, output="float16")
+    yield Held("float16", halves, expected, allowed + ROUNDING["float16"].of(np.abs(expected) + allowed))
+    codes = gpu_pool.pool(states, held, "mean", **options, output="int8")
+    limit = np.float32(quantize.INT8_LIMIT)
+    yield Held("int8", codes, expected * limit, 0.5 + limit * allowed)
+    bits = gpu_pool.pool(states, held, "mean", **options, output="binary")
     signs = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), axis=1))
-    # Whatever is near 0 may have either sign.
-    near = (np.abs(expected) < 2.0**-16).astype(np.float32)
+    # Whatever is that near to 0 may have either sign.
+    near = (np.abs(expected) <= allowed).astype(np.float32) * (expected != 0)
     yield Held("binary", signs, (expected > 0).astype(np.float32), near)
 
 
@@ -101,14 +108,16 @@ def _add_norm_quantize(device: torch.device) -> Iterator[Held]:
             expected = add_norm_quantize.add_norm_quantize(sides[0], sides[1], sides[2], given, **options)
             t = add_norm_quantize.bound(expected, weight, **options)
             name = f"{norm} of {np.dtype(kind).name}"
-            rounding = 2.0**-10 if kind == np.float16 else 2.0**-23
-            of_scale = t.max(axis=1) / int8_linear.LEVELS + 2.0**-23 * expected.scale
+            # The reference's is rounded to float32, too.
+            of_scale = t.max(axis=1) / int8_linear.LEVELS + 2 * ROUNDING["float32"].of(expected.scale)
             yield Held(f"{name}: scale", found.scale, expected.scale, of_scale)
             scale = found.scale[:, None]
-            steps = (1 / 2 + 2.0**-16) * scale.cpu().double().numpy()
+            steps = (1 / 2 + 2.0**-16) * scale.cpu().double().numpy()  # by the contract
             yield Held(f"{name}: codes", found.codes.double() * scale.double(), expected.y, steps + t)
-            yield Held(f"{name}: y", found.y, expected.y, t + rounding * np.abs(expected.y) + 2.0**-24)
-            yield Held(f"{name}: sum", found.sum, expected.sum, rounding * np.abs(expected.sum) + 2.0**-24)
+            rounding = ROUNDING[np.dtype(kind).name]
+            yield Held(f"{name}: y", found.y, expected.y, t + rounding.of(np.abs(expected.y) + t))
+            added = ROUNDING["float32"].of(expected.sum)
+            yield Held(f"{name}: sum", found.sum, expected.sum, added + rounding.of(np.abs(expected.sum) + added))
 
 
 def _int8_linear(device: torch.device) -> Iterator[Held]:
@@ -128,13 +137,17 @@ def _int8_linear(device: torch.device) -> Iterator[Held]:
                 *_moved(device, xq, small[0], wq, small[1], bias), activation=activation
             )
             right = apply(torch.from_numpy(expected)).numpy()
-            yield Held(f"{tokens} tokens, {activation}", found, right, 2.0**-10 * np.abs(expected) + 2.0**-14)
+            allowed = int8_linear.rows_bound(expected, bias, activated=activation != "none")
+            rounded = ROUNDING["float16"].of(np.abs(right) + allowed)
+            yield Held(f"{tokens} tokens, {activation}", found, right, allowed + rounded)
 
 
 def _packed_attention(device: torch.device) -> Iterator[Held]:
     random = np.random.default_rng(0)
     offsets = np.array([0, 5, 175], dtype=np.int64)
-    for kind, rounding in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)):
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        name = str(kind).removeprefix("torch.")
+        rounding = ROUNDING[name].relative
         sides = [torch.from_numpy(random.standard_normal((175, heads, 64))).to(kind) for heads in (4, 2, 2)]
         query, key, value = (side.double().numpy() for side in sides)
         allowed = packed_attention.bound(query, key, value, scale=0.125, longest=170, rounding=rounding)
@@ -144,7 +157,7 @@ def _packed_attention(device: torch.device) -> Iterator[Held]:
             found = gpu_packed_attention.packed_attention(*moved, **options)
             expected = packed_attention.packed_attention(query, key, value, offsets, **options)
             how = ("causal" if causal else "both ways") + (f" within {window}" if window >= 0 else "")
-            yield Held(f"{how} in {str(kind).removeprefix('torch.')}", found, expected, allowed)
+            yield Held(f"{how} in {name}", found, expected, allowed)
 
 
 def _maxsim(device: torch.device) -> Iterator[Held]:

@@ -180,6 +180,31 @@ def test_a_kernel_that_does_not_compile_is_not_used(monkeypatch: pytest.MonkeyPa
     assert operators.in_triton("pool", CPU)
 
 
+@pytest.mark.usefixtures("untried")
+def test_a_kernel_that_breaks_cuda_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, errors = torch.device("cuda:0"), []
+
+    def astray(op: str, _: torch.device) -> str | None:
+        raise RuntimeError(f"CUDA error: an illegal memory access was encountered in {op}\nand advice")
+
+    def synchronize(device: torch.device) -> None:
+        assert device == gpu
+        for error in errors:
+            raise error
+
+    monkeypatch.setattr(operators, "_is_gpu", lambda _: True)
+    monkeypatch.setattr("rtx.kernels.gpu.trial.try_kernel", astray)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.warns(RuntimeWarning, match="pool: the Triton kernel is not used on cuda:0: RuntimeError: CUDA error"):
+        assert not operators.in_triton("pool", gpu)
+    errors.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    message = (
+        "maxsim: trying the Triton kernel broke CUDA: RuntimeError: CUDA error: an illegal memory access .* maxsim;"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        operators.in_triton("maxsim", gpu)
+
+
 @pytest.mark.usefixtures("as_gpu", "untried")
 def test_memory_that_is_short_for_once_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Any:
@@ -217,24 +242,40 @@ def test_a_graph_that_is_captured_has_no_trial(monkeypatch: pytest.MonkeyPatch) 
 def _faults(op: str) -> list[tuple[str, Callable[..., Any]]]:
     """Kernels that are wrong in one of their options or in one of their results alone."""
 
-    def where(**wanted: Any) -> Callable[..., Any]:
+    def where(result: int | None = None, **wanted: Any) -> Callable[..., Any]:
         def wrong(right: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             found = right(*arguments, **options)
-            return torch.zeros_like(found) if wanted.items() <= options.items() else found
+            if not wanted.items() <= options.items():
+                return found
+            if result is None:
+                return torch.zeros_like(found)
+            changed = [torch.zeros_like(one) if at == result else one for at, one in enumerate(found)]
+            return type(found)(*changed) if hasattr(found, "_fields") else tuple(changed)
 
         return wrong
 
-    faults = {
-        "pool": [where(normalize=True), where(output="int8"), where(output="binary")],
+    def without_margin(right: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **{**options, "false_negative_margin": None})
+
+    def one_document(right: Callable[..., Any], query: Any, documents: Any, offsets: Any) -> Any:
+        found = right(query, documents, offsets)
+        found[-1] = right(query, documents[:-1], torch.clamp(offsets, max=len(documents) - 1))[-1]
+        return found
+
+    faults: dict[str, list[Callable[..., Any]]] = {
+        "pool": [where(normalize=True), *(where(output=output) for output in ("float16", "int8", "binary"))],
         "int8_linear": [where(activation="gelu"), where(activation="silu"), where(dtype=torch.float32)],
         "packed_attention": [where(causal=True), where(window=70)],
+        "add_norm_quantize": [where(result, norm=norm) for result in range(4) for norm in ("layer_norm", "rms_norm")],
+        "info_nce": [without_margin, where(0)],
+        "maxsim": [one_document],
     }
-    return [(f"{op} {number}", fault) for number, fault in enumerate(faults.get(op, []))]
+    return [(f"{op} {number}", fault) for number, fault in enumerate(faults[op])]
 
 
 @pytest.mark.usefixtures("as_gpu", "untried")
-@pytest.mark.parametrize("op", ["pool", "int8_linear", "packed_attention"])
-def test_a_fault_in_one_option_is_seen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", operators.OPS)
+def test_a_fault_in_one_option_or_result_is_seen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = importlib.import_module("rtx.kernels.gpu.trial")
     module = importlib.import_module(f"rtx.kernels.gpu.{op}")
     right = getattr(module, op)
@@ -245,7 +286,7 @@ def test_a_fault_in_one_option_is_seen(op: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("as_gpu")
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_gradient_that_is_missing_or_of_another_run_is_seen(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_off_is_seen(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("rtx.kernels.gpu.info_nce")
     trial = importlib.import_module("rtx.kernels.gpu.trial")
     right = module.info_nce_backward
@@ -386,7 +427,7 @@ def _names(loss: torch.Tensor) -> list[str]:
     ("change", "options"),
     [
         ({"_LARGE": 16}, {}),
-        ({"_MOST_COLUMNS": 8}, {}),
+        ({"MAX_DIM": 8}, {}),
         ({}, {"directions": ("query_to_doc", "doc_to_query")}),
         ({}, {"dtype": torch.float64}),
     ],

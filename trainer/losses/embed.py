@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtx.kernels import operators
+from rtx.kernels.info_nce import MAX_DIM
 from rtx.runtime.errors import UsageError, nearest
 from rtx.trainer.loss_table import Direction, Distance, MarginStrategy, Partition, Similarity
 from rtx.trainer.losses.arithmetic import at_least_float32, mean
@@ -23,8 +24,6 @@ from rtx.trainer.losses.targets import Targets
 # Cosines of queries with documents from which on `info_nce` does without their matrix where it can: 256 MiB in float32,
 # five times which PyTorch needs at its peak.
 _LARGE = 1 << 26
-# What `rtx.kernels.gpu.info_nce` takes.
-_MOST_COLUMNS = 4096
 _cosines_of_all: ContextVar[int] = ContextVar("cosines_of_all", default=0)
 
 
@@ -307,7 +306,7 @@ def as_part_of(cosines: int) -> Iterator[None]:
 
 
 def _without_matrix(queries: Tensor, documents: Tensor) -> bool:
-    fits = queries.dtype == torch.float32 and 1 <= queries.shape[1] <= _MOST_COLUMNS
+    fits = queries.dtype == torch.float32 and 1 <= queries.shape[1] <= MAX_DIM
     cosines = _cosines_of_all.get() or len(queries) * len(documents)
     # Last, as it may have to compile.
     return fits and cosines >= _LARGE and operators.in_triton("info_nce", queries.device)

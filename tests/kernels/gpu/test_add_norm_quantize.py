@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,10 @@ import torch
 from rtx.kernels import add_norm_quantize as reference
 from rtx.kernels.gpu.add_norm_quantize import MOST_COLUMNS, add_norm_quantize
 from rtx.kernels.int8_linear import SMALLEST_SCALE
+from rtx.kernels.rounding import ROUNDING, Rounding
 
-STEP = 2.0**-24
+STEP = ROUNDING["float32"].relative
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Half a unit in the last place, of normal and of subnormal numbers; of bfloat16 a whole one, as the interpreter of
-# Triton 3.9 truncates float32 to bfloat16, which GPUs round.
-ROUNDING = {torch.float32: (STEP, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-7, 0.0)}
 EPSILON = 1e-5
 
 
@@ -45,7 +44,9 @@ def test_the_reference_by_hand() -> None:
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (2, 7), (5, 33), (3, 384), (2, 768)])
-def test_everything_given_agrees_with_the_reference(kind: torch.dtype, norm: str, rows: int, width: int) -> None:
+def test_everything_given_agrees_with_the_reference(
+    kind: torch.dtype, norm: str, rows: int, width: int, rounding: Callable[[torch.dtype], Rounding]
+) -> None:
     x, residual, weight, bias = _inputs(rows, width, kind)
     centred = norm == "layer_norm"
     found = add_norm_quantize(
@@ -57,7 +58,7 @@ def test_everything_given_agrees_with_the_reference(kind: torch.dtype, norm: str
     )
     assert found.sum is not None
     assert found.sum.dtype == kind
-    relative, absolute = ROUNDING[kind]
+    relative, absolute = rounding(kind)
     total = (x.float() + residual.float()).double()
     assert ((found.sum.double() - total).abs() <= relative * total.abs() + absolute).all()
     if kind != torch.bfloat16:

@@ -13,7 +13,6 @@ from rtx.kernels.gpu.pool import OUTPUTS, pool
 from rtx.kernels.pool import MODES
 from rtx.kernels.quantize import quantize_binary, quantize_int8
 
-STEP = 2.0**-24
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -58,11 +57,7 @@ def test_cut_and_normalised_vectors_agree_with_the_reference(mode: str) -> None:
         found = pool(hidden, mask, mode, attention_mask=attention, dimension=dimension, normalize=True).numpy()
         pooled, bound = _expected(hidden, mask, mode, attention, dimension)
         expected = reference.l2_normalize(pooled)
-        # v / |v| moves by at most 2 |d| / |v| where v moves by d. Two norms, each a sum of `dimension` squares, a root
-        # and a quotient.
-        norm = np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
-        moved = 2 * np.linalg.norm(bound, axis=1, keepdims=True) / norm
-        assert (np.abs(found - expected) <= moved + 2 * (dimension + 4) * STEP * np.abs(expected)).all()
+        assert (np.abs(found - expected) <= reference.normalized_bound(pooled, bound)).all()
         assert not found[1].any()
 
 
