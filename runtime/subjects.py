@@ -148,8 +148,9 @@ def open_variants(
 def _subject(name: str, origin: Origin, preprocessor: Preprocessor, engine: Engine, golden: Golden) -> Subject:
     clock = StageClock()
     timed, watched = TimedPreprocessor(preprocessor, clock), TimedEngine(engine, clock)
-    model = Embedder(timed, watched) if preprocessor.contract.task == "embed" else Reranker(timed, watched)
-    return Subject(name, origin, model, clock, golden.run(watched, timed, Budget()))
+    kind, budget = Embedder if preprocessor.contract.task == "embed" else Reranker, Budget.of(origin.device)
+    model = kind(timed, watched, budget=budget)
+    return Subject(name, origin, model, clock, golden.run(watched, timed, budget))
 
 
 def _problem(subject: Subject, golden: Golden, tolerance: Tolerance) -> str | None:

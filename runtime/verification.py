@@ -127,7 +127,7 @@ def _check_variant(
     elif golden is None or preprocessor is None:
         outputs = _not_run(name, f"there is no {'golden set' if golden is None else 'tokenizer'}")
     else:
-        outputs = _check_outputs(name, engine, golden, preprocessor, chosen.tolerance)
+        outputs = _check_outputs(name, engine, golden, preprocessor, Budget.of(device), chosen.tolerance)
     engine.close()
     return [graph, outputs]
 
@@ -208,12 +208,12 @@ def _check_graph(engine: GraphEngine, contract: Contract) -> tuple[str, ...]:
 
 
 def _check_outputs(
-    name: str, engine: GraphEngine, golden: Golden, preprocessor: Preprocessor, tolerance: Tolerance
+    name: str, engine: GraphEngine, golden: Golden, preprocessor: Preprocessor, budget: Budget, tolerance: Tolerance
 ) -> Finding:
     """Whether a graph gives the golden outputs as closely as it did when the bundle was written."""
     check = f"{name} outputs"
     try:
-        found = golden.run(engine, preprocessor, Budget())
+        found = golden.run(engine, preprocessor, budget)
     except EngineError as broken:
         return Finding(check, problems=(str(broken),))
     closeness = "cosine" if preprocessor.contract.task == "embed" else "agreement"

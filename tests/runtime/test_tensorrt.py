@@ -31,8 +31,10 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.embedder import Embedder
 from rtx.runtime.engine import Budget
 from rtx.runtime.errors import BundleError, EngineError, MissingExtraError, UsageError
+from rtx.runtime.golden import Deviation, Golden
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry
+from rtx.runtime.subjects import open_variants
 from rtx.runtime.text import Encoded
 from rtx.runtime.verification import verify_bundle
 
@@ -627,6 +629,24 @@ def test_verify_holds_an_engine_to_pytorch(served: Bundle) -> None:
     assert found["fp32 outputs"].ok
     assert found["int8"].measured == "there is no engine of it"
     assert all(finding.ok for finding in found.values())
+
+
+def test_what_measures_an_engine_gives_it_the_batches_that_it_would_get(
+    served: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = []
+    run = Golden.run
+
+    def watched(golden: Golden, engine: Any, preprocessor: Any, budget: Budget) -> Deviation:
+        budgets.append(budget)
+        return run(golden, engine, preprocessor, budget)
+
+    monkeypatch.setattr(Golden, "run", watched)
+    verify_bundle(served.path, device="tensorrt")
+    with contextlib.ExitStack() as models:
+        (subject,) = open_variants(served, [], threads=1, device="tensorrt", models=models)
+        budgets.append(subject.model.budget)
+    assert budgets == [Budget.of("tensorrt")] * 3
 
 
 def test_an_engine_that_was_changed_is_not_loaded(served: Bundle, gpu: StandIn) -> None:
