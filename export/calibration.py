@@ -50,8 +50,8 @@ def weight_of(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
     Raises:
         ExportError: a Gemm that scales, or transposes its input, or a weight that holds NaN or infinity.
     """
-    check_gemm("int8-static", node)
-    content = content_of("int8-static", node, weight)
+    check_gemm("calibration", node)
+    content = content_of("calibration", node, weight)
     return content.T if node.attributes.get_int("transB", False) else content
 
 
@@ -177,5 +177,5 @@ def _seen_by(
             continue
         modules = tuple(dict.fromkeys(module_of(node) for node, _ in layers))
         if not (np.isfinite(some.largest).all() and np.isfinite(some.rows).all()):
-            raise ExportError(f"int8-static: {modules[0]}: reads NaN or infinity on a calibration item")
+            raise ExportError(f"calibration: {modules[0]}: reads NaN or infinity on an item")
         yield str(x.name), some, np.concatenate([weight_of(*layer) for layer in layers], axis=1), modules

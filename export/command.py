@@ -83,8 +83,8 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="For int8-static and int4-half: training data, on whose queries and documents their scales are found; "
-    "default: those of --eval.",
+    help="For int8-static and int4-half: training data, on whose queries and documents scales and factors of what "
+    "layers read are found; default: those of --eval.",
 )
 @click.option(
     "--calibrator",

@@ -137,12 +137,12 @@ class ExportOptions:
             if self.calibration is None and self.evalset is None:
                 needs = "queries and documents to find its scales on: training data (--calibration), or --eval"
                 raise UsageError(f"{calibrated[0]}: needs {needs}")
-        elif self.scales != CalibrationOptions() or (
-            self.calibration is not None and not any(map(learns_from_items, self.variants))
-        ):
-            given = "calibrator, migration" if self.calibration is None else "calibration"
-            others = "" if self.calibration is None else ", and int4-half factors"
-            raise UsageError(f"{given}: none of {', '.join(self.variants)} has scales to find; int8-static has{others}")
+        elif self.scales != CalibrationOptions():
+            names = ", ".join(self.variants)
+            raise UsageError(f"calibrator, migration: none of {names} has scales of what layers read; int8-static has")
+        elif self.calibration is not None and not any(map(learns_from_items, self.variants)):
+            names = ", ".join(self.variants)
+            raise UsageError(f"calibration: none of {names} learns from items; int8-static and int4-half do")
 
 
 @dataclass(frozen=True)
@@ -338,14 +338,12 @@ def _make_variants(
                 threads=options.threads,
             )
         except (ExportError, EngineError) as broken:
-            uncalibrated = str(broken).removeprefix("int8-static: ")
-            if "int4-half" in options.variants:
-                notify(f"int4-half: no factors are used, as calibration failed: {uncalibrated}")
+            uncalibrated = str(broken)
     judge = functools.partial(_judge, gate, plain, folder, options.threads)
     for name in dict.fromkeys(options.variants):
         if name in verdicts:
             continue
-        if is_calibrated(name) and uncalibrated:
+        if learns_from_items(name) and uncalibrated:
             verdicts[name] = gate.refuse(name, precision_of(name, images=images), uncalibrated)
             continue
         notify(f"{name}: deriving and judging")

@@ -246,13 +246,15 @@ def test_a_model_that_cannot_be_calibrated_is_exported_without(
     tiny_checkpoint: Callable[..., Path], evalset: EvalSet, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def refuse(*_: Any) -> Any:
-        raise ExportError("int8-static: some.layer: a Gemm that scales")
+        raise ExportError("calibration: some.layer: a Gemm that scales")
 
     monkeypatch.setattr("rtx.export.calibration.weight_of", refuse)
-    options = ExportOptions(variants=("fp32", "int8-static"), evalset=evalset, threads=1)
+    # int4-half, too: without the factors that were asked for it would be another model.
+    options = ExportOptions(variants=("fp32", "int8-static", "int4-half"), evalset=evalset, threads=1)
     outcome = export_bundle(str(tiny_checkpoint("bert")), tmp_path / "x.rtx", options)
     assert [*outcome.manifest.variants] == ["fp32"]
-    assert outcome.verdicts["int8-static"].failures == ("some.layer: a Gemm that scales",)
+    for name in ("int8-static", "int4-half"):
+        assert outcome.verdicts[name].failures == ("calibration: some.layer: a Gemm that scales",)
 
 
 def test_numbers_that_are_not_finite(exported: Callable[..., Any], tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_numbers_that_are_not_finite(exported: Callable[..., Any], tmp_path: Pat
         if "word_embeddings" in name:
             value.const_value = ir.tensor(np.full_like(value.const_value.numpy(), np.nan), name=name)
     with pytest.raises(
-        ExportError, match=r"int8-static: backbone\.encoder\.layer\.0\.attention\.self\.query: reads NaN or"
+        ExportError, match=r"calibration: backbone\.encoder\.layer\.0\.attention\.self\.query: reads NaN or"
     ):
         calibrated(Graphs(graph), model, tmp_path, encoded(model, TEXTS))
 
@@ -311,7 +313,7 @@ def test_from_the_command_line(
 def test_what_is_asked_for_must_fit(tiny_checkpoint: Callable[..., Path], pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int8-static: needs queries and documents to find its scales on"):
         ExportOptions(variants=("int8-static",))
-    with pytest.raises(UsageError, match="calibration: none of fp32 has scales to find; int8-static has"):
+    with pytest.raises(UsageError, match="calibration: none of fp32 learns from items; int8-static and int4-half do"):
         ExportOptions(variants=("fp32",), calibration=pairs)
     for name in ("-", "x.txt", "x.png"):
         (tmp_path / "x.txt").write_text("a")
@@ -320,8 +322,9 @@ def test_what_is_asked_for_must_fit(tiny_checkpoint: Callable[..., Path], pairs:
         options = ExportOptions(variants=("int8-static",), calibration=path)
         with pytest.raises(UsageError, match=r"expected training data, as jsonl, csv, tsv or parquet"):
             export_bundle("no/such/checkpoint", tmp_path / "x.rtx", options)  # before anything is loaded
-    with pytest.raises(UsageError, match="calibrator, migration: none of int8 has scales to find"):
-        ExportOptions(variants=("int8",), scales=CalibrationOptions(migration=0.5))
+    for name, given in (("int8", None), ("int4-half", pairs)):
+        with pytest.raises(UsageError, match=f"calibrator, migration: none of {name} has scales of what layers read"):
+            ExportOptions(variants=(name,), calibration=given, scales=CalibrationOptions(migration=0.5))
     pairs.write_text('{"query": "a", "positive": ""}\n{"query": 3}\n')
     options = ExportOptions(variants=("int8-static",), calibration=pairs)
     with pytest.raises(DataError, match=r"pairs.jsonl: 2 problems"):
