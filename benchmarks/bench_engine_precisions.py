@@ -103,7 +103,7 @@ def main(exported: bool) -> None:
             judge(name, rounded(found))
         for form in EXPORTED:
             judge(f"{form}, as exported", emulate(derive(form, plain.tokens, (), best.scales, best.factors)))
-        judge("int4-half, without factors", emulate(derive("int4-half", plain.tokens)))
+        judge("int4-half, without items", emulate(derive("int4-half", plain.tokens)))
     scales = sorted(best.scales.values(), key=lambda scale: -scale.error)
     show(scales)
     machine = dataclasses.asdict(describe_machine())

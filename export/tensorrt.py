@@ -173,6 +173,7 @@ def build_engine(
 
     Raises:
         UsageError: the capabilities are not those that it builds for.
+        EngineError: the driver does not tell which GPU classic TensorRT builds for.
         ExportError: TensorRT is not there, does not take the graph, reads it otherwise than it is, or cannot build it.
     """
     trt = load_tensorrt(target)

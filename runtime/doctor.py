@@ -133,7 +133,7 @@ def _engines(cuda: dict[int, str | None], no_gpu: str | None) -> dict[str, dict[
     for target, command in INSTALL.items():
         version = installed_tensorrt(target)
         problem = None if version else f"missing: {command}"
-        found[target] = {"runs": "builds of engines", "version": version, "problem": problem}
+        found[target] = {"runs": "engines, on GPUs", "version": version, "problem": problem}
     return found
 
 

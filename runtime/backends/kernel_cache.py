@@ -42,13 +42,21 @@ class KernelCache:
 
     def save(self) -> None:
         """Write what is new."""
+        self.write(self.take())
+
+    def take(self) -> bytes:
+        """What is compiled, if that is new and kept; while nothing else is asked of the engine."""
         if self._file is None or self.problem is not None:
-            return
+            return b""
         try:
             content = bytes(self._cache.serialize())
         except (RuntimeError, TypeError) as broken:  # of TensorRT's bindings
             self.problem = f"{self._file}: TensorRT does not give its kernels: {broken}"
-            return
-        if content != self._written:
+            return b""
+        return b"" if content == self._written else content
+
+    def write(self, content: bytes) -> None:
+        """Keep what `take` gave."""
+        if self._file is not None and content:
             self.problem = write_cache(self._file, content)
             self._written = content

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from rtx.runtime.text import Batch, Encoded
 # MiniLM's batches, and fragments what is left.
 _LONG_TOKENS = 2048
 _CUDA = "CUDAExecutionProvider"
+# What ONNX Runtime prints of a library of the system that it cannot load.
+_NOT_FOUND = re.compile(r"Failed to load [^/\\]+?: ")
 
 
 class Watch(NamedTuple):
@@ -186,10 +189,13 @@ def _providers(ort: Any, gpu: int | None, purpose: str) -> list[tuple[str, dict[
 @functools.cache
 def _load_cuda(ort: Any) -> str:
     """Load CUDA and cuDNN from packages of Python, which the provider does not find by itself; what was not found."""
+    if (preload := getattr(ort, "preload_dlls", None)) is None:  # before 1.21
+        return ""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        ort.preload_dlls()
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
+        preload()
+    # It looks in packages, by path, and for what it did not get there wherever the system looks, by name.
+    lines = [line for line in said.getvalue().splitlines() if _NOT_FOUND.match(line)]
     return f" ({'; '.join(lines)})" if lines else ""
 
 

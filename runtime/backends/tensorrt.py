@@ -2,13 +2,14 @@
 
     batch ─► pinned buffer ─► GPU      a slot's own stream
                                │
-                              run      the stream of all runs, in a CUDA graph where shapes come again
+                              run      the stream of all runs
                                │
     vectors ◄─ pinned buffer ◄─        the slot's stream again
 
-Two slots: while one caller's batch runs, another's is copied. Everything that a run needs is allocated when the engine
-is opened, for the largest batch of its profiles. Nothing here has run on a GPU: tests have a stand-in for the driver
-and for TensorRT, which holds back all work until it is waited for.
+Two slots: while one caller's batch runs, another's is copied. Buffers, and what TensorRT computes in, are allocated
+when the engine is opened, for the largest batch of its profiles. CUDA graphs are captured here with classic TensorRT,
+and by TensorRT-RTX itself; what they take, and the kernels that TensorRT-RTX compiles, comes on top. Nothing here has
+run on a GPU: tests have a stand-in for the driver and for TensorRT, which holds back all work until it is waited for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import queue
 import threading
 import traceback
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,12 @@ _MODULES: dict[Target, tuple[str, ...]] = {
 }
 _PACKAGES: dict[Target, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),  # the last alone does not say for which CUDA
 }
 _SLOTS = 2
+# Runs of a profile after which what TensorRT-RTX has compiled is kept: a first batch compiles what takes any shape, and
+# what is made for one follows in the background. Many a process is killed, not closed.
+_KEPT_AFTER = (1, 16, 256, 4096)
 # Each keeps a context of TensorRT on the host, and what the driver needs of a graph on the GPU.
 _MAX_GRAPHS = 32
 _TYPES = {"FLOAT": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
@@ -220,7 +224,7 @@ class TensorRtEngine:
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self.graph_problem: str | None = None
         self.kernels: KernelCache | None = None
-        self._served: set[int] = set()
+        self._served: Counter[int] = Counter()
         self.metadata: dict[str, str] = {}
         self._closed = False
         try:
@@ -318,11 +322,13 @@ class TensorRtEngine:
             self._cuda.synchronize(slot.stream)
 
     def _keep_kernels(self, profile: int) -> None:
-        """Write what the first batch of a profile made TensorRT-RTX compile: many a process is killed, not closed."""
-        if self.kernels is not None and profile not in self._served:
-            with self._computing:
-                self._served.add(profile)
-                self.kernels.save()
+        """Write what batches of a profile made TensorRT-RTX compile."""
+        if self.kernels is None:
+            return
+        with self._computing:
+            self._served[profile] += 1
+            new = self.kernels.take() if self._served[profile] in _KEPT_AFTER else b""
+        self.kernels.write(new)
 
     def _open(self, content: bytes, entry: EngineEntry, kernels: Path | None) -> None:
         cuda = self._cuda

@@ -48,13 +48,16 @@ def test_a_provider_that_falls_back_to_the_cpu(
 ) -> None:
     """As with the package for GPUs on a machine without a driver: ONNX Runtime opens the graph, on the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    monkeypatch.setattr(
-        ort, "preload_dlls", lambda: print("Failed to load libcudart.so.12: no such file\nPlease read on")
+    said = (
+        "Failed to load /packages/nvidia/libcublas.so.12: wrong ELF class",  # and then found elsewhere
+        "Failed to load libcudart.so.12: /lib/libcudart.so.12: no such file",
+        "Please read on",
     )
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("\n".join(said)))
     onnx._load_cuda.cache_clear()
     told = (
         r"toy\.rtx:fp32: .* cannot use cuda, and would have gone on with the CPU.* "
-        r"was built for \(Failed to load libcudart\.so\.12: no such file\)$"
+        r"was built for \(Failed to load libcudart\.so\.12: /lib/libcudart\.so\.12: no such file\)$"
     )
     with pytest.raises(EngineError, match=told):
         Embedder.open(toy_bundle, device="cuda")
@@ -62,6 +65,12 @@ def test_a_provider_that_falls_back_to_the_cpu(
     checks = verify_bundle(toy_bundle, device="cuda")
     failed = {found.check: found.problems for found in checks if not found.ok}
     assert "would have gone on with the CPU" in failed["fp32 graph"][0]
+
+
+def test_a_version_that_loads_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ort, "preload_dlls")
+    onnx._load_cuda.cache_clear()
+    assert onnx._load_cuda(ort) == ""
 
 
 def test_what_onnx_runtime_is_told(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_an_engine_that_cannot_run_says_what_would_bring_it(monkeypatch: pytest.
     assert "onnx bundles, on the CPU missing: pip install 'rtx-retrieval[cpu]'" in lines
     assert "torch checkpoints missing: pip install 'rtx-retrieval[train]'" in lines
     assert "onnx, cuda bundles, on GPUs missing: pip install 'rtx-retrieval[gpu]'" in lines
-    assert "tensorrt builds of engines missing: pip install tensorrt 'cuda-bindings>=12.9.1,<14'" in lines
+    assert "tensorrt engines, on GPUs missing: pip install tensorrt 'cuda-bindings>=12.9.1,<14'" in lines
     installed(monkeypatch, {"rtx-retrieval": "0.1.0", "onnxruntime-gpu": "1.20.1"})
     assert "onnx bundles, on the CPU 1.20.1 yes" in lines_of()
 

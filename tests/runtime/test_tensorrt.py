@@ -220,6 +220,20 @@ def test_what_was_compiled_is_there_at_the_next_start(gpu: StandIn, tmp_path: Pa
     assert file.stat().st_mtime_ns == written
 
 
+def test_what_is_compiled_in_the_background_is_kept_too(gpu: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "kernels"
+    engine = gpu.open(kernels=file)
+    same(engine, batch(2, 8))
+    assert engine.kernels is not None
+    engine.kernels._cache.compiled.append("for [2, 8]")
+    for seed in range(2, 16):
+        same(engine, batch(2, 8, seed))
+    assert "for [2, 8]" not in file.read_text()
+    same(engine, batch(2, 8))  # the 16th
+    assert "for [2, 8]" in file.read_text()
+    engine.close()
+
+
 def test_kernels_that_do_not_fit_are_compiled_anew(gpu: StandIn, tmp_path: Path) -> None:
     file = tmp_path / "kernels"
     file.write_bytes(b"of another GPU")
@@ -387,6 +401,23 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(gpu: StandIn, chan
     with pytest.raises(EngineError, match=f"toy: {message}"):
         gpu.open(entry=dataclasses.replace(ENTRY, **changes))
     assert gpu.trt.loaded == 0
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"),
+    [
+        (("tensorrt", "tensorrt-cu12"), "tensorrt-cu12"),
+        (("tensorrt", "tensorrt-cu13"), "tensorrt-cu13"),
+        (("tensorrt",), "tensorrt"),
+        ((), None),
+    ],
+)
+def test_the_package_tells_which_cuda_it_is_for(
+    installed: tuple[str, ...], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install tensorrt` brings one for a CUDA as well."""
+    monkeypatch.setattr(tensorrt, "installed_version", lambda name: "10.14" if name in installed else None)
+    assert tensorrt.tensorrt_package("tensorrt") == found
 
 
 def test_classic_engines_are_of_no_known_capability() -> None:
