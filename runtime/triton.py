@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ bundle's engine if it runs that."""
 TEXT, PROMPT, EMBEDDING = "text", "prompt", "embedding"
 QUERY, DOCUMENT, FIRST_STAGE, SCORE = "query", "document", "first_stage", "score"
 """Names of inputs and outputs."""
+
+A = TypeVar("A")
 
 IMAGES = {TEXT: "image", QUERY: "query_image", DOCUMENT: "document_image"}
 """What an image beside each text is called."""
@@ -159,13 +161,14 @@ class TritonPythonModel:
                 asked.rows = self._items(request, TEXT)
                 asked.prompt = _one(self._texts(request, PROMPT, optional=True))
             else:
-                asked.rows = [*zip(self._items(request, QUERY), self._items(request, DOCUMENT), strict=True)]
+                queries, documents = self._items(request, QUERY), self._items(request, DOCUMENT)
+                asked.rows = [*zip(queries, _as_many(DOCUMENT, documents, queries, QUERY), strict=True)]
                 if self._model.needs_first_stage:
                     scores = self._tensor(request, FIRST_STAGE).astype(np.float64).ravel()
                     if len(scores) != len(asked.rows) or not np.isfinite(scores).all():
                         raise ValueError(f"{FIRST_STAGE}: expected a finite number for each row")
                     asked.first_stage = scores.tolist()
-        except (UnicodeDecodeError, ValueError) as wrong:
+        except ValueError as wrong:
             asked.error = str(wrong)
         return asked
 
@@ -174,14 +177,19 @@ class TritonPythonModel:
         if not self._model.contract.takes_images:
             return [*self._texts(request, name)]
         beside = IMAGES[name]
-        images = [] if self._server.get_input_tensor_by_name(request, beside) is None else self._images(request, beside)
-        texts = self._texts(request, name, optional=bool(images))
+        texts, images = self._texts(request, name, optional=True), self._images(request, beside)
+        if not texts and not images:
+            raise ValueError(f"input '{name}' or '{beside}' is missing")
+        texts = texts or [""] * len(images)
+        images = _as_many(beside, images, texts, name) if images else [b""] * len(texts)
         return [
             ({"text": text, "image": image} if text else image) if image else text
-            for text, image in zip(texts or [""] * len(images), images or [b""] * len(texts), strict=True)
+            for text, image in zip(texts, images, strict=True)
         ]
 
     def _images(self, request: Any, name: str) -> list[bytes]:
+        if self._server.get_input_tensor_by_name(request, name) is None:
+            return []
         return [
             image if isinstance(image, bytes) else str(image).encode() for image in self._tensor(request, name).ravel()
         ]
@@ -191,7 +199,13 @@ class TritonPythonModel:
         if tensor is None and optional:
             return []
         found = self._tensor(request, name).ravel()
-        return [text.decode() if isinstance(text, bytes) else str(text) for text in found]
+        texts = []
+        for row, text in enumerate(found):
+            try:
+                texts.append(text.decode() if isinstance(text, bytes) else str(text))
+            except UnicodeDecodeError as wrong:
+                raise ValueError(f"row {row}: {name}: expected UTF-8, got {wrong}") from wrong
+        return texts
 
     def _tensor(self, request: Any, name: str) -> NDArray[Any]:
         tensor = self._server.get_input_tensor_by_name(request, name)
@@ -243,6 +257,13 @@ def _not_empty(array: NDArray[Any]) -> NDArray[Any]:
     if array.size:
         return array
     return np.zeros([max(1, size) for size in array.shape], dtype=array.dtype)
+
+
+def _as_many(name: str, rows: list[A], others: Sequence[Any], of: str) -> list[A]:
+    """The rows of an input, of which there are as many as of another."""
+    if len(rows) != len(others):
+        raise ValueError(f"{name}: expected {len(others)} rows, as {of} has, got {len(rows)}")
+    return rows
 
 
 def _one(prompts: Sequence[str]) -> str | None:
