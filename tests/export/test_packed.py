@@ -162,11 +162,12 @@ def test_padding_on_either_side(exported: Exported) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("packed") / "tiny.rtx"
-    variants: Any = ("fp32", "int8", "int8-packed")
-    export_bundle(str(tiny_checkpoint("bert")), target, ExportOptions(variants=variants, threads=1))
-    return target
+def bundle(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Path:
+    def export(folder: Path) -> None:
+        variants: Any = ("fp32", "int8", "int8-packed")
+        export_bundle(str(tiny_checkpoint("bert")), folder / "tiny.rtx", ExportOptions(variants=variants, threads=1))
+
+    return once("packed-bundle", export) / "tiny.rtx"
 
 
 def test_a_bundle_says_which_variants_need_operators(bundle: Path) -> None:

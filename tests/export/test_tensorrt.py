@@ -279,14 +279,19 @@ def test_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def exporting(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def exporting(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> tuple[Path, str]:
     """A bundle, and what the command said that wrote it."""
-    folder = tmp_path_factory.mktemp("engines") / "tiny.rtx"
     options = ["--target", "tensorrt-rtx", "--sm", "80,86,89,120", "--lengths", "16", "--precision", "fp32"]
     options += ["--precision", "fp16", "--min-cosine", "0.9"]
-    result = CliRunner().invoke(main, ["export", str(tiny_checkpoint("bert")), "-o", str(folder), *options])
-    assert result.exit_code == 0, result.output
-    return folder, result.output
+
+    def export(folder: Path) -> None:
+        command = ["export", str(tiny_checkpoint("bert")), "-o", str(folder / "tiny.rtx"), *options]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        (folder / "said").write_text(result.output)
+
+    folder = once("engines", export)
+    return folder / "tiny.rtx", (folder / "said").read_text()
 
 
 @pytest.fixture(scope="module")

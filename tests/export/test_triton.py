@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from google.protobuf import json_format, text_format
 from PIL import Image
 
+from rtx.export.graphs import Graphs
 from rtx.export.pipeline import ExportOptions, export_bundle
 from rtx.export.triton import item_config, model_name, to_text, write_repository
 from rtx.runtime.backends.onnx import OnnxEngine
@@ -183,18 +184,21 @@ def column(texts: list[str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def embedder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("triton") / "my models!.rtx"
-    checkpoint = str(tiny_checkpoint("bert", prompts={"query": "find: ", "document": ""}))
-    export_bundle(checkpoint, folder, ExportOptions(variants=("fp32",), threads=1))
-    return folder
+def embedder(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Path:
+    def export(folder: Path) -> None:
+        checkpoint = str(tiny_checkpoint("bert", prompts={"query": "find: ", "document": ""}))
+        export_bundle(checkpoint, folder / "my models!.rtx", ExportOptions(variants=("fp32",), threads=1))
+
+    return once("triton-embedder", export) / "my models!.rtx"
 
 
 @pytest.fixture(scope="module")
-def reranker(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("triton") / "judge.rtx"
-    export_bundle(str(tiny_checkpoint("bert", "rerank")), folder, ExportOptions(variants=("fp32",), threads=1))
-    return folder
+def reranker(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Path:
+    def export(folder: Path) -> None:
+        options = ExportOptions(variants=("fp32",), threads=1)
+        export_bundle(str(tiny_checkpoint("bert", "rerank")), folder / "judge.rtx", options)
+
+    return once("triton-reranker", export) / "judge.rtx"
 
 
 def test_an_embedder(embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,19 +336,19 @@ def test_the_warm_up_is_a_batch_that_the_graph_takes(embedder: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def with_images(
-    image_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    once: Callable[..., Path], image_checkpoint: Callable[[str], Path], image_graphs: Callable[[str], Graphs]
 ) -> Callable[[str], Path]:
     """`with_images(kind)` gives the bundle of a model of `image_checkpoint`."""
-    folder = tmp_path_factory.mktemp("images")
 
-    def export(kind: str) -> Path:
-        if not (folder / f"{kind}.rtx").exists():
-            task: Any = "rerank" if "reranker" in kind else None
-            options = ExportOptions(variants=("fp32",), threads=1, task=task)
+    def export(kind: str, folder: Path) -> None:
+        task: Any = "rerank" if "reranker" in kind else None
+        options = ExportOptions(variants=("fp32",), threads=1, task=task)
+        with pytest.MonkeyPatch.context() as patch:
+            # Other tests take the same graphs, and exporting them is most of the time.
+            patch.setattr("rtx.export.pipeline.export_graphs", lambda _: image_graphs(kind))
             export_bundle(str(image_checkpoint(kind)), folder / f"{kind}.rtx", options)
-        return folder / f"{kind}.rtx"
 
-    return export
+    return lambda kind: once(f"triton-{kind}", lambda folder: export(kind, folder)) / f"{kind}.rtx"
 
 
 def png(width: int, height: int, seed: int) -> bytes:
