@@ -28,13 +28,14 @@ import onnx_ir as ir
 
 from rtx.export.calibration import calibrate
 from rtx.export.calibrators import CALIBRATORS
+from rtx.export.derive import derive, save
 from rtx.export.emulation import emulate
 from rtx.export.gate import Gate
 from rtx.export.graphs import Graphs, export_graphs
 from rtx.export.int8_static import insert_pairs
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.served import Served
-from rtx.export.variants import Form, derive, save
+from rtx.export.variants import Form
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.evalset import load_evalset
 from rtx.runtime.machine import describe_machine

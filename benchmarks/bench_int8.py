@@ -28,10 +28,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from rtx.export.derive import derive as derive_form
 from rtx.export.graph import export_graph, strip_notes
 from rtx.export.int8 import quantize_int8
 from rtx.export.packed import export_packed
-from rtx.export.variants import derive as derive_form
 from rtx.kernels.library import Isa
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.engine import Budget, run_items

@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from rtx.export.derive import derive
 from rtx.export.graph import strip_notes
 from rtx.export.packed import export_packed
-from rtx.export.variants import derive
 from rtx.kernels.library import Isa, library_file
 from rtx.trainer.model import RetrievalModel
 

@@ -430,9 +430,10 @@ def timed(engine: Any, batches: Iterable[Mapping[str, NDArray[Any]]]) -> tuple[N
 def export(options: argparse.Namespace) -> None:
     """The plain graphs, and the files of all variants."""
     model = load_model(options)
+    from rtx.export.derive import map_weights, write_variant
     from rtx.export.graphs import export_graphs
     from rtx.export.pipeline import release_weights
-    from rtx.export.variants import external_files, files_of, map_weights, write_variant
+    from rtx.export.variants import external_files, files_of
 
     with step("graphs"):
         plain = export_graphs(model)

@@ -11,10 +11,11 @@ from typing import cast
 import click
 
 from rtx.export.calibrators import CALIBRATORS, Calibrator
-from rtx.export.engines import BUILDABLE, EngineOptions
+from rtx.export.engines import BUILDABLE, EngineOptions, describe_engine
 from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
+from rtx.export.options import capabilities_option, lengths_option
 from rtx.export.pipeline import ExportOptions, Outcome, bundle_name, check_target, export_bundle
 from rtx.export.ranges import overflowing
 from rtx.export.scales import CalibrationOptions, Scale
@@ -26,16 +27,9 @@ from rtx.runtime.candidates import read_candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
-from rtx.runtime.manifest import EngineEntry, Target
+from rtx.runtime.manifest import Target
 
 _AUTO, _BEST = "auto", "best"
-
-
-def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in (given or "").split(",") if number.strip())
-    except ValueError:
-        raise click.BadParameter(f"expected whole numbers with commas between them, got '{given}'") from None
 
 
 @click.command()
@@ -108,18 +102,8 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, given: str | 
     help=f"Also build engines of {', '.join(BUILDABLE)}: tensorrt-rtx ahead of time, without a GPU; tensorrt for "
     "the GPU of this machine.",
 )
-@click.option(
-    "--sm",
-    "capabilities",
-    callback=_numbers,
-    help="For tensorrt-rtx: compute capabilities to build for, as 80,86,89,120.",
-)
-@click.option(
-    "--lengths",
-    callback=_numbers,
-    help="Ends of the buckets of lengths that engines are tuned for, in tokens, as 32,128,512; default: those that "
-    "fit the texts of --calibration or --eval best.",
-)
+@capabilities_option
+@lengths_option("those that fit the texts of --calibration or --eval best")
 @click.option(
     "--triton-repo",
     type=click.Path(path_type=Path),
@@ -248,7 +232,7 @@ def _print(outcome: Outcome, output: Path) -> None:
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
     for file, engine in outcome.manifest.engines.items():
-        click.echo(f"{file}: {_engine(engine)}, {outcome.manifest.files[file].bytes / 1e6:,.1f} MB")
+        click.echo(f"{file}: {describe_engine(engine)}, {outcome.manifest.files[file].bytes / 1e6:,.1f} MB")
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")
 
 
@@ -264,14 +248,6 @@ def _mixed(mixed: Mixed) -> str:
 def _scales(scales: Sequence[Scale]) -> str:
     """How far results of layers are off; the report has each."""
     return f"results of layers are off by {scales[len(scales) // 2].error:.3f} (median), {scales[0].error:.3f} (most)"
-
-
-def _engine(engine: EngineEntry) -> str:
-    """An engine in one line."""
-    capabilities = f", sm {' '.join(map(str, engine.capabilities))}" if engine.capabilities else ""
-    ends = [str(profile["tokens"][2]) for profile in engine.profiles if "tokens" in profile]
-    buckets = f", up to {' '.join(ends)} tokens" if ends else ""
-    return f"{engine.target} {engine.version}{capabilities}{buckets}"
 
 
 def _speed(name: VariantName, outcome: Outcome) -> str:

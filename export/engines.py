@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class EngineOptions:
     capabilities: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
 
-    def check(self, variants: Iterable[VariantName], max_tokens: int) -> None:
+    def check(self, variants: Iterable[str], max_tokens: int) -> None:
         """Before any work is done.
 
         Raises:
@@ -52,7 +52,7 @@ class EngineOptions:
 
 def build_engines(
     folder: Path,
-    files: Mapping[VariantName, Files],
+    files: Iterable[Files],
     contract: Contract,
     options: EngineOptions,
     lengths: Sequence[int] = (),
@@ -63,7 +63,7 @@ def build_engines(
 
     Args:
         folder: of the bundle.
-        files: the graphs of each variant.
+        files: the graphs of each variant; of those that several have in common one engine is built.
         contract: of the model.
         options: what to build.
         lengths: tokens of texts as they are served, for buckets that fit them.
@@ -77,14 +77,14 @@ def build_engines(
     """
     ends, capabilities = _ends(contract, options, lengths), tuple(dict.fromkeys(options.capabilities))
     plan: dict[str, list[Profile]] = {}
-    for pair in files.values():
+    for pair in files:
         plan[pair.tokens] = token_profiles(contract, ends)
         if pair.image is not None:
             plan[pair.image] = image_profiles(contract)
     (folder / "engines").mkdir(exist_ok=True)
     found: dict[str, EngineEntry] = {}
     for graph, profiles in plan.items():
-        file = f"engines/{Path(graph).stem}.{options.target}.engine"
+        file = engine_file(graph, options.target)
         notify(f"{file}: building, {len(profiles)} profile{'s' * (len(profiles) > 1)}")
         built = build_engine(folder / graph, profiles, target=options.target, capabilities=capabilities)
         (folder / file).write_bytes(built.content)
@@ -101,6 +101,19 @@ def build_engines(
             layers=built.network.layers,
         )
     return found
+
+
+def engine_file(graph: str, target: Target) -> str:
+    """Where a bundle has the engine of a graph."""
+    return f"engines/{Path(graph).stem}.{target}.engine"
+
+
+def describe_engine(engine: EngineEntry) -> str:
+    """An engine in one line."""
+    capabilities = f", sm {' '.join(map(str, engine.capabilities))}" if engine.capabilities else ""
+    ends = [str(profile["tokens"][2]) for profile in engine.profiles if "tokens" in profile]
+    buckets = f", up to {' '.join(ends)} tokens" if ends else ""
+    return f"{engine.target} {engine.version}{capabilities}{buckets}"
 
 
 def token_profiles(contract: Contract, ends: Sequence[int]) -> list[Profile]:

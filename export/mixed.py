@@ -29,12 +29,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from rtx.export.derive import derive, write_variant
 from rtx.export.gate import Gate, Verdict
 from rtx.export.graph import module_of, strip_notes
 from rtx.export.graphs import Graphs
 from rtx.export.int8 import quantizable
 from rtx.export.int8_static import insert_pairs
-from rtx.export.variants import Form, VariantName, derive, files_of, form_of, kept_in, write_variant
+from rtx.export.variants import Form, VariantName, files_of, form_of, kept_in
 from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.engine import Budget, run_items
 from rtx.runtime.errors import EngineError, ExportError

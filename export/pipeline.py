@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rtx.export.calibration import calibrate
+from rtx.export.derive import map_weights, remove_unused, write_variant
 from rtx.export.emulation import emulated
 from rtx.export.engines import EngineOptions, build_engines
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
@@ -44,12 +45,9 @@ from rtx.export.variants import (
     is_calibrated,
     is_packed,
     learns_from_items,
-    map_weights,
     precision_of,
-    remove_unused,
     runs_on_cpu,
     variants_of,
-    write_variant,
 )
 from rtx.export.write import write_bundle
 from rtx.kernels.library import NOT_BUILT, library_file
@@ -217,7 +215,7 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         if options.engines is not None:
             count = _LENGTHS_OF_PAGES if model.contract.takes_images else _LENGTHS
             lengths = [] if served is None else lengths_of(served.encode(gate.preprocessor, count))
-            engines = build_engines(folder, files, model.contract, options.engines, lengths, notify=notify)
+            engines = build_engines(folder, files.values(), model.contract, options.engines, lengths, notify=notify)
         manifest = write_bundle(
             folder,
             model,

@@ -79,7 +79,7 @@ class Bundle:
             if is_tensorrt(device):
                 if not self.runs(found, device):
                     others = ", ".join(n for n, one in self.manifest.variants.items() if self.runs(one, device))
-                    hint = f"these have one: {others}" if others else "`rtx export --target` builds them"
+                    hint = f"these have one: {others}" if others else "`rtx build --target` builds them"
                     raise UsageError(f"{self.path}: variant '{name}' has no engine of TensorRT; {hint}")
             elif on_gpu and not runs_on_gpu(found):
                 others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_gpu(one))
@@ -209,7 +209,8 @@ class Bundle:
                     content = self.read(file, verify=verify)
                     return TensorRtEngine(content, entry, output=output, gpu=gpu, name=name, kernels=kernels)
                 problems.append(f"{file}: {problem}")
-            raise EngineError(f"{name}: no engine can run on {device}: {'; '.join(problems)}")
+            reasons = "; ".join(problems)
+            raise EngineError(f"{name}: no engine can run on {device}: {reasons}. `rtx build --target` builds others")
 
         return open_graph
 

@@ -45,7 +45,7 @@ def _why_not(found: Mapping[str, Any], device: str, gpu: int | None) -> str | No
             return str(problem)
         if (there := found["bundle"]["devices"].get(f"{TENSORRT}:{gpu}")) is None and found["bundle"]["engines"]:
             return f"there is no such GPU; {len(found['gpu']['devices'])} found"
-        return "the bundle has no engines; `rtx export --target` builds them" if there is None else there["problem"]
+        return "the bundle has no engines; `rtx build --target` builds them" if there is None else there["problem"]
     engine = found["engines"]["onnx" if gpu is None else "onnx, cuda"]
     if problem := engine["problem"]:
         return str(problem)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from rtx.export import pipeline
+from rtx.export.derive import derive
 from rtx.export.graphs import Graphs, check_exportable
 from rtx.export.pipeline import ExportOptions, export_bundle
-from rtx.export.variants import derive
 from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.bench import BenchOptions, Judgements, Texts, bench
 from rtx.runtime.bench_page import result_rows

@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from rtx.export.derive import derive
 from rtx.export.graph import constant_matrix, is_scoring
 from rtx.export.int4 import quantize_int4
 from rtx.export.int8 import quantize_int8
-from rtx.export.variants import derive
 from rtx.kernels.int4_linear import int4_linear, quantize_weight
 from rtx.kernels.int8_linear import quantize_rows
 from rtx.runtime.backends.onnx import OnnxEngine

@@ -14,13 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 from rtx.export import pipeline, variants
+from rtx.export.derive import derive
 from rtx.export.gate import Verdict, judge, limits
 from rtx.export.graph import constant_matrix, module_of
 from rtx.export.graphs import Graphs
 from rtx.export.int8 import quantizable
 from rtx.export.mixed import fails_on_quality, in_words, least_kept, rank, units_of
 from rtx.export.pipeline import ExportOptions, export_bundle
-from rtx.export.variants import VariantName, derive
+from rtx.export.variants import VariantName
 from rtx.kernels import library
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.bundle import Bundle

@@ -13,11 +13,11 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from rtx.export.derive import derive
 from rtx.export.graph import module_of
 from rtx.export.int8_fused import quantize_int8_fused
 from rtx.export.packed import export_packed
 from rtx.export.pipeline import ExportOptions, export_bundle
-from rtx.export.variants import derive
 from rtx.kernels import library
 from rtx.runtime import bundle as bundle_module
 from rtx.runtime.backends.onnx import OnnxEngine

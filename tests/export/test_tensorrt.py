@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from rtx.export import tensorrt
 from rtx.export.calibration import activations, calibrate
+from rtx.export.derive import derive, save
 from rtx.export.engines import EngineOptions, image_profiles, token_profiles
 from rtx.export.graphs import Graphs
 from rtx.export.scales import CalibrationOptions, Scales
@@ -32,7 +33,6 @@ from rtx.export.tensorrt import (
     shapes_of,
     use_timings,
 )
-from rtx.export.variants import derive, save
 from rtx.runtime.backends.tensorrt import quiet_logger
 from rtx.runtime.backends.visual import DEFAULT_BATCH_PATCHES, MAX_BATCH_IMAGES
 from rtx.runtime.batching import plan_batches

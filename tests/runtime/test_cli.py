@@ -75,7 +75,7 @@ def test_an_unknown_command_names_the_nearest():
     result = CliRunner().invoke(main, ["verfy", "x"])
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, compose, data, doctor, "
+        "error: command 'verfy' does not exist (did you mean 'verify'? known: bench, build, compose, data, doctor, "
         "embed, eval, export, finetune, info, mine, rerank, verify)\n"
     )
 

@@ -296,4 +296,4 @@ def test_engines_that_are_not_there(monkeypatch: pytest.MonkeyPatch, toy_bundle:
     assert result.exit_code == UsageError.exit_code
     assert "--device tensorrt: an engine belongs to a bundle; expected one" in result.stderr
     result = run(toy_bundle, "--device", "tensorrt")
-    assert "error: tensorrt: the bundle has no engines; `rtx export --target` builds them" in result.stderr
+    assert "error: tensorrt: the bundle has no engines; `rtx build --target` builds them" in result.stderr

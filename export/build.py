@@ -1,0 +1,104 @@
+"""Engines for a bundle that is there: its graphs passed the gate when it was written, and stay as they are.
+
+    bundle ─► its graphs, by their hashes ─► engines ─► the bundle with these, in the place of the old one
+
+An engine runs with one version of TensorRT and, of the classic one, on one kind of GPU: this builds for another,
+without the checkpoint, PyTorch or a second export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rtx.export.engines import BUILDABLE, EngineOptions, build_engines, engine_file
+from rtx.export.variants import Files
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.errors import BundleError, UsageError
+from rtx.runtime.folder import replace_folder
+from rtx.runtime.hashing import sha256_of
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, Variant
+
+
+def build_for(
+    path: Path, options: EngineOptions, variants: Sequence[str] = (), *, notify: Callable[[str], None]
+) -> dict[str, EngineEntry]:
+    """Build engines of a bundle's graphs and put them into it. Those that it has of the same graphs and the same
+    TensorRT are replaced, all others stay.
+
+    Args:
+        path: of the bundle.
+        options: what to build. Without lengths, the buckets are those of engines that are there, or else spread over
+            the model's limit.
+        variants: whose graphs; none for all that engines are built of.
+        notify: told of each graph.
+
+    Returns:
+        What is noted of each new engine, by its file.
+
+    Raises:
+        BundleError: the folder is no bundle, or a graph was changed after it was written.
+        UsageError: no engine can be built of a variant, or not for these capabilities or lengths.
+        ExportError: this TensorRT is not there, or does not build one of them.
+        ArtifactError: there is no room for them.
+    """
+    folder = path.resolve()  # what a link leads to is replaced, not the link
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    if unknown := [name for name in variants if name not in manifest.variants]:
+        bundle.variant(unknown[0])  # says what there is
+    chosen = {name: one for name, one in manifest.variants.items() if name in (variants or BUILDABLE)}
+    if not chosen:
+        there = ", ".join(manifest.variants)
+        raise UsageError(f"{path}: engines are built of {', '.join(BUILDABLE)}; this bundle has {there}")
+    options.check(chosen, manifest.contract.max_tokens)
+    if not options.lengths:
+        options = dataclasses.replace(options, lengths=_ends_of(manifest, options, chosen))
+    for file in dict.fromkeys(file for one in chosen.values() for file in (*one.graphs, *one.external)):
+        if problem := bundle.check(file):
+            raise BundleError(f"{path}: {problem}")
+    replaced = {engine_file(graph, options.target) for one in chosen.values() for graph in one.graphs}
+    with replace_folder(folder, marker=MANIFEST_FILE) as written:
+        _link_all(folder, written, {MANIFEST_FILE, *replaced})
+        files = [Files(one.file, one.image_file) for one in chosen.values()]
+        built = build_engines(written, files, manifest.contract, options, notify=notify)
+        entries = {file: _entry(written / file) for file in built}
+        renewed = dataclasses.replace(
+            manifest, files={**manifest.files, **entries}, engines={**manifest.engines, **built}
+        )
+        (written / MANIFEST_FILE).write_bytes(renewed.to_bytes())
+    return built
+
+
+def _ends_of(manifest: Manifest, options: EngineOptions, chosen: dict[str, Variant]) -> tuple[int, ...]:
+    """Ends of the buckets of the engines that a bundle has, of this TensorRT or else of the other one."""
+    graphs = {one.file for one in chosen.values()}
+    there = sorted(
+        manifest.engines.values(), key=lambda entry: (entry.target != options.target, entry.graph not in graphs)
+    )
+    ends = (tuple(profile["tokens"][2] for profile in one.profiles if "tokens" in profile) for one in there)
+    return next(filter(None, ends), ())
+
+
+def _link_all(source: Path, target: Path, left_out: set[str]) -> None:
+    """Everything of a folder in another one, without a copy where the file system can do without."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        if place.as_posix() in left_out:
+            continue
+        if path.is_symlink():
+            (target / place).symlink_to(path.readlink())
+        elif path.is_dir():
+            (target / place).mkdir()
+        else:
+            try:
+                os.link(path, target / place)
+            except OSError:
+                shutil.copy2(path, target / place)
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)

@@ -1,0 +1,176 @@
+"""`rtx build`: engines for a bundle that is there, by TensorRT-RTX itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rtx.export import build
+from rtx.export.build import build_for
+from rtx.export.engines import EngineOptions
+from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.export.tensorrt import load_tensorrt
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.cli import main
+from rtx.runtime.errors import BundleError, ExportError, RtxError, UsageError
+from rtx.runtime.manifest import MANIFEST_FILE
+
+try:
+    load_tensorrt("tensorrt-rtx")
+    why_not = ""
+except ExportError as missing:
+    why_not = str(missing)
+pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not)
+
+FP32, FP16 = "engines/model.tensorrt-rtx.engine", "engines/model_fp16.tensorrt-rtx.engine"
+
+
+@pytest.fixture
+def bundle(once: Callable[..., Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """Without engines, and the test's own to change."""
+
+    def export(folder: Path) -> None:
+        options = ExportOptions(variants=("fp32", "fp16"), min_cosine=0.9, threads=1)
+        export_bundle(str(tiny_checkpoint("bert")), folder / "tiny.rtx", options)
+
+    shutil.copytree(once("bundle-to-build", export) / "tiny.rtx", tmp_path / "tiny.rtx")
+    return tmp_path / "tiny.rtx"
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["build", *map(str, arguments), "--target", "tensorrt-rtx"])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_engines_come_into_a_bundle_and_nothing_else_changes(bundle: Path) -> None:
+    (bundle / "notes").mkdir()
+    (bundle / "notes" / "mine.txt").write_text("what no manifest lists")
+    (bundle / "current").symlink_to("notes/mine.txt")
+    before, was = content(bundle), Bundle.open(bundle).manifest
+    result = run(bundle, "--sm", "89", "--lengths", "16")
+    assert result.exit_code == 0, result.output
+    assert f"{FP16}: tensorrt-rtx" in result.stdout
+    assert "sm 89, up to 16 64 tokens" in result.stdout
+    after, found = content(bundle), Bundle.open(bundle)
+    assert {*after} - {*before} == {FP32, FP16}
+    assert [file for file in before if before[file] != after[file]] == [MANIFEST_FILE]
+    assert found.damaged() == {}
+    assert (bundle / "current").is_symlink()
+    assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
+    assert {*found.manifest.engines} == {FP32, FP16}
+    engine = found.manifest.engines[FP16]
+    assert engine.sources == {"onnx/model_fp16.onnx": was.files["onnx/model_fp16.onnx"].sha256}
+    assert engine.capabilities == (89,)
+    files = {file: entry for file, entry in found.manifest.files.items() if file not in (FP32, FP16)}
+    assert dataclasses.replace(found.manifest, engines={}, files=files) == was
+
+
+def test_another_version_takes_the_place_of_one_and_keeps_its_buckets(bundle: Path) -> None:
+    assert run(bundle, "--sm", "89", "--lengths", "16,32").exit_code == 0
+    first = Bundle.open(bundle).manifest
+    # As an earlier TensorRT would have left them, one of which is open in a service meanwhile.
+    engines = {file: dataclasses.replace(entry, version="1.6.0") for file, entry in first.engines.items()}
+    (bundle / MANIFEST_FILE).write_bytes(dataclasses.replace(first, engines=engines).to_bytes())
+    other = (bundle / FP32).read_bytes()
+    with (bundle / FP16).open("rb") as opened:
+        assert run(bundle, "--sm", "80", "--variant", "fp16").exit_code == 0
+        assert hashlib.sha256(opened.read()).hexdigest() == first.files[FP16].sha256
+    found = Bundle.open(bundle)
+    assert found.damaged() == {}
+    assert (bundle / FP32).read_bytes() == other
+    assert found.manifest.engines[FP32].version == "1.6.0"
+    new = found.manifest.engines[FP16]
+    assert (new.version, new.capabilities) == (first.engines[FP16].version, (80,))
+    assert [profile["tokens"][2] for profile in new.profiles] == [16, 32, 64]
+
+
+def test_a_link_to_a_bundle_stays_one(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "served.rtx").symlink_to("tiny.rtx")
+    assert run(tmp_path / "served.rtx", "--sm", "89", "--variant", "fp32").exit_code == 0
+    assert (tmp_path / "served.rtx").is_symlink()
+    assert {*Bundle.open(bundle).manifest.engines} == {FP32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("--sm", "89", "--variant", "fp8"), UsageError, "has no variant 'fp8'"),
+        ((), UsageError, "--sm: expected some of 75, 80, 86, 89, 120, 121, got none"),
+        (("--sm", "90"), UsageError, "--sm: expected some of 75, 80, 86, 89, 120, 121, got 90"),
+        (
+            ("--sm", "89", "--lengths", "999"),
+            UsageError,
+            "lengths: expected rising numbers from 2",
+        ),
+    ],
+)
+def test_what_cannot_be_built(bundle: Path, arguments: tuple[str, ...], error: type[RtxError], message: str) -> None:
+    before = content(bundle)
+    result = run(bundle, *arguments)
+    assert result.exit_code == error.exit_code
+    assert message in result.output
+    assert content(bundle) == before
+
+
+def test_a_bundle_without_anything_to_build_of(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    variants = {"int8": manifest.variants["fp32"]}
+    (bundle / MANIFEST_FILE).write_bytes(
+        dataclasses.replace(manifest, variants=variants, default_variant="int8").to_bytes()
+    )
+    result = run(bundle, "--sm", "89")
+    assert "engines are built of fp32, fp16, bf16, int8-static, int4-half; this bundle has int8" in result.output
+    assert result.exit_code == UsageError.exit_code
+
+
+def test_a_damaged_graph_gets_no_engine(bundle: Path) -> None:
+    with (bundle / "onnx" / "model_fp16.onnx").open("ab") as graph:
+        graph.write(b"x")
+    with pytest.raises(BundleError, match=r"model_fp16\.onnx has \d+ bytes instead of"):
+        build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
+    assert not (bundle / "engines").exists()
+
+
+def test_an_engine_that_cannot_be_built_leaves_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, *_: Any, **__: Any) -> Any:
+        (folder / "engines").mkdir()
+        raise ExportError("tensorrt-rtx: could not build main_graph")
+
+    before = content(bundle)
+    monkeypatch.setattr(build, "build_engines", fail)
+    with pytest.raises(ExportError):
+        build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
+    assert content(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
+
+
+def test_where_links_cannot_be_made_files_are_copied(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(build.os, "link", refuse)
+    assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
+    assert Bundle.open(bundle).damaged() == {}
+
+
+def test_without_torch(bundle: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, onnxruntime=None); "
+        "from rtx.runtime.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "build", str(bundle), "--target", "tensorrt-rtx", "--sm", "89"]
+    done = subprocess.run([*command, "--variant", "fp32"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {*Bundle.open(bundle).manifest.engines} == {FP32}
