@@ -45,9 +45,8 @@ def build_for(
         ExportError: this TensorRT is not there, or does not build one of them.
         ArtifactError: there is no room for them.
     """
-    folder = path.resolve()  # what a link leads to is replaced, not the link
-    bundle = Bundle.open(folder)
-    manifest = bundle.manifest
+    bundle = Bundle.open(path)
+    manifest, folder = bundle.manifest, path.resolve()  # what a link leads to is replaced, not the link
     if unknown := [name for name in variants if name not in manifest.variants]:
         bundle.variant(unknown[0])  # says what there is
     chosen = {name: one for name, one in manifest.variants.items() if name in (variants or BUILDABLE)}

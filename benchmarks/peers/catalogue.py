@@ -70,10 +70,11 @@ PEERS = (
     Peer(OURS, OWN, "int8-packed", _ALL, OWN),
 )
 OURS_ON_GPU = "rtx, fp16 engines"
-# vLLM asks for a PyTorch of its own, and Text Embeddings Inference comes as a container: neither is here.
 GPU_PEERS = (
     # Its attention is PyTorch's, which on a GPU is flash attention in half precision.
     Peer(BASELINE, "sentence_transformers", "torch-fp16-cuda", _ALL),
+    Peer("vLLM", "vllm", "fp16", _ALL),
+    Peer("Text Embeddings Inference", "text_embeddings_inference", "fp16", _ALL),
     Peer("rtx, fp16", OWN, "fp16@cuda", _ALL, OWN),
     Peer(OURS_ON_GPU, OWN, "fp16@tensorrt", _ALL, OWN),
 )

@@ -22,7 +22,8 @@ OWN = "rtx"
 def ensure_environment(name: str, folder: Path = CHECKOUT / ".venvs" / "peers") -> tuple[Path, str]:
     """Python of an environment with the packages of requirements/NAME.txt, made anew when these change.
 
-    Packages of requirements/NAME.no_deps.txt come without what they ask for.
+    Packages of requirements/NAME.no_deps.txt come without what they ask for, and NAME.constraints.txt takes the place of
+    the common constraints.
 
     Returns:
         The interpreter, and what it is known by: as long as that is the same, what was made in it can be kept.
@@ -34,7 +35,8 @@ def ensure_environment(name: str, folder: Path = CHECKOUT / ".venvs" / "peers") 
         commit = describe_machine().commit
         # What this project exports changes with its code.
         return Path(sys.executable), commit if commit and not commit.endswith("+") else str(time.time())
-    constraints, listed = REQUIREMENTS / "constraints.txt", REQUIREMENTS / f"{name}.txt"
+    listed, own = REQUIREMENTS / f"{name}.txt", REQUIREMENTS / f"{name}.constraints.txt"
+    constraints = own if own.exists() else REQUIREMENTS / "constraints.txt"
     alone = REQUIREMENTS / f"{name}.no_deps.txt"
     wanted = "".join(file.read_text(encoding="utf-8") for file in (constraints, listed, alone) if file.exists())
     place = folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -41,6 +42,7 @@ from benchmarks.peers.quality import Agreement, Quality, compare_rankings, compa
 from benchmarks.peers.report import Figure, Result, figure, figures, tables
 from benchmarks.peers.stage import HERE, Load, Stage, Subject
 from benchmarks.peers.tokens import in_batches, mean_pooled, padded
+from benchmarks.peers.worker import Source
 from benchmarks.peers.workloads import Amounts, Cutter, Judged, Workloads, log_uniform, make_workloads
 from rtx.runtime.errors import EngineError
 
@@ -518,6 +520,9 @@ def test_an_environment_is_made_anew_when_its_requirements_change(
     (tmp_path / "peer.txt").write_text("thing==2\n")
     ensure_environment("peer", tmp_path / "venvs")
     assert len(calls) == 4
+    (tmp_path / "peer.constraints.txt").write_text("torch==2\n")
+    assert ensure_environment("peer", tmp_path / "venvs")[1] == "torch==2\nthing==2\nother==1\n"
+    assert calls[4] == ["-c", "peer.constraints.txt", "-r", "peer.txt"]
 
 
 def test_what_pip_cannot_find_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,6 +585,125 @@ def test_from_peers_to_tables(script: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(model["figures"]["natural mix"][OURS]["per_s"]["rounds"]) == 2
     assert model["figures"]["start and memory"][OURS]["cold_start_s"]["ratio"] > 0
     assert model["versions"][OURS] == {"numpy": np.__version__}
+
+
+ROUTER = """#!{python}
+import argparse, json, os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+given = argparse.ArgumentParser()
+for name in ("model-id", "dtype", "max-client-batch-size", "hostname", "port"):
+    given.add_argument(f"--{{name}}", required=True)
+given = given.parse_args()
+(Path(given.model_id) / "pid").write_text(str(os.getpid()))
+assert given.dtype == "float16"
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(200, None)
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        inputs = asked["inputs"]
+        assert asked["truncate"]
+        if "too long" in inputs:
+            self.answer(413, {{"error": "Batch size error"}})
+        elif self.path == "/embed" and asked["normalize"]:
+            self.answer(200, [[len(text), len(inputs)] for text in inputs])
+        elif self.path == "/predict" and asked["raw_scores"]:
+            self.answer(200, [[{{"score": len(two) - len(one), "label": "LABEL_0"}}] for one, two in inputs])
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer((given.hostname, int(given.port)), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("task", ["embed", "rerank"])
+def test_a_server_is_started_asked_and_ended(task: str, tmp_path: Path) -> None:
+    router = tmp_path / "bin" / "text-embeddings-router"
+    router.parent.mkdir()
+    router.write_text(ROUTER.format(python=sys.executable))
+    router.chmod(0o755)
+    peer = next(peer for peer in GPU_PEERS if peer.environment == "text_embeddings_inference")
+    command = [sys.executable, "-P", str(HERE / peer.script)]
+    environment = {**os.environ, "PATH": f"{router.parent}:{os.environ['PATH']}"}
+    load = {**LOAD, "checkpoint": str(tmp_path), "task": task}
+    out = tmp_path / "out.npy"
+    worker = Worker("server", command, environment=environment, log=tmp_path / "log")
+    try:
+        worker.ask(load, timeout_s=60)
+        pid = int((tmp_path / "pid").read_text())
+        items = [["a", "b"], ["abc", "de"], ["a", "defg"]] if task == "rerank" else ["a", "bcd", "ef"]
+        worker.ask({**RUN, "items": items, "batch_size": 2, "out": str(out)}, timeout_s=30)
+        assert state_of(pid) == "T"  # it stands still with the worker
+        if task == "embed":
+            assert np.load(out).tolist() == [[1, 2], [3, 2], [2, 1]]
+            with pytest.raises(EngineError, match=r"run: RuntimeError: 413: .*Batch size error"):
+                worker.ask({**RUN, "items": ["too long"]}, timeout_s=30)
+        else:
+            assert np.load(out).tolist() == [0, -1, 3]
+    finally:
+        worker.close()
+    deadline = time.monotonic() + 10
+    while state_of(pid) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state_of(pid) in ("", "Z")
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(HERE / script_of("text_embeddings_inference"))]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    worker = Worker("server", command, environment=environment, log=tmp_path / "log")
+    try:
+        with pytest.raises(EngineError, match="load: FileNotFoundError: text-embeddings-router is not on the PATH"):
+            worker.ask(LOAD, timeout_s=60)
+        (tmp_path / "text-embeddings-router").symlink_to("/bin/false")
+        with pytest.raises(EngineError, match="load: RuntimeError: text-embeddings-router ended with 1"):
+            worker.ask(LOAD, timeout_s=60)
+    finally:
+        worker.close()
+
+
+def test_what_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        def __init__(self, **options: object) -> None:
+            assert options == {
+                "model": "/c",
+                "runner": "pooling",
+                "dtype": "float16",
+                "gpu_memory_utilization": 0.3,
+                "enable_prefix_caching": False,
+            }
+
+        def embed(self, prompts: list[str], *, use_tqdm: bool) -> list[SimpleNamespace]:
+            assert not use_tqdm
+            return [SimpleNamespace(outputs=SimpleNamespace(embedding=[len(text), 1.0])) for text in prompts]
+
+        def score(
+            self, queries: list[str], passages: list[str], *, pooling_params: SimpleNamespace, use_tqdm: bool
+        ) -> list[SimpleNamespace]:
+            assert not use_tqdm
+            assert not pooling_params.use_activation
+            pairs = zip(queries, passages, strict=True)
+            return [SimpleNamespace(outputs=SimpleNamespace(score=len(p) - len(q))) for q, p in pairs]
+
+    for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "1")  # as the script does, and for this test alone
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, PoolingParams=SimpleNamespace))
+    module = importlib.import_module("benchmarks.peers.with_vllm")
+    embed = module.load(Source(Path("/c"), Path("/a"), "embed"), "fp16", 1)
+    assert embed(["a", "bcd"], 8).tolist() == [[1, 1], [3, 1]]
+    score = module.load(Source(Path("/c"), Path("/a"), "rerank"), "fp16", 1)
+    found = score([["a", "bcd"], ["ab", "c"]], 8)
+    assert (found.tolist(), found.dtype) == ([2, -1], np.float32)
 
 
 def test_models_are_named() -> None:
