@@ -22,7 +22,7 @@ OWN = "rtx"
 def ensure_environment(name: str, folder: Path = CHECKOUT / ".venvs" / "peers") -> tuple[Path, str]:
     """Python of an environment with the packages of requirements/NAME.txt, made anew when these change.
 
-    Packages of requirements/NAME.no_deps.txt come without what they ask for, and NAME.constraints.txt takes the place of
+    Packages of NAME.no_deps.txt come without what they ask for, and NAME.constraints.txt takes the place of
     the common constraints.
 
     Returns:
