@@ -99,6 +99,7 @@ def build_engines(
             capabilities=capabilities,
             profiles=tuple(dict(profile) for profile in profiles),
             layers=built.network.layers,
+            workspace_bytes=built.workspace_bytes,
         )
     return found
 

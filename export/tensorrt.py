@@ -39,6 +39,8 @@ _TYPES = {
 }
 # What an axis is called that is so many times another one: "4*image_tokens".
 _MULTIPLE = re.compile(r"(?:(\d+)\s*\*\s*)?(\w+)")
+# What TensorRT tells while it builds, once for each profile. Only an engine on a GPU can be asked for it.
+_WORKSPACE = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,19 @@ class Network:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialised engine, and what is known of it."""
+    """A serialised engine, and what is known of it.
+
+    Attributes:
+        content: the engine.
+        network: that it was built of.
+        version: of TensorRT.
+        workspace_bytes: by profile, what TensorRT plans to compute in; empty where it does not say.
+    """
 
     content: bytes
     network: Network
     version: str
+    workspace_bytes: tuple[int, ...]
 
 
 def load_tensorrt(target: Target) -> Any:
@@ -179,7 +189,8 @@ def build_engine(
     trt = load_tensorrt(target)
     check_capabilities(trt, target, capabilities)
     model = ir.load(graph)
-    logger = tensorrt.quiet_logger(trt)
+    told: list[int] = []
+    logger = tensorrt.quiet_logger(trt, lambda line: told.extend(map(int, _WORKSPACE.findall(line))))
     builder, network, _parser = read_network(trt, graph, logger, target=target)
     described = describe_network(network)
     check_network(described, model)
@@ -207,7 +218,8 @@ def build_engine(
         raise ExportError(f"{target}: could not build {graph.name}: {logger.last or 'it does not say why'}")
     if timing is not None:
         keep_timings(config, timing)
-    return Built(bytes(content), described, str(trt.__version__))
+    workspaces = tuple(told) if len(told) == len(profiles) else ()
+    return Built(bytes(content), described, str(trt.__version__), workspaces)
 
 
 def use_timings(config: Any, file: Path) -> None:

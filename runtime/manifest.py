@@ -97,6 +97,8 @@ class EngineEntry:
             the GPU at hand.
         profiles: of each bucket of sizes, the least, best and largest size of the graph's axes by their names.
         layers: how many there are of each kind and type of what they give, "SOFTMAX FLOAT".
+        workspace_bytes: of each profile, what TensorRT planned to compute in when it built the engine; empty where it
+            did not say. Weights and a batch's inputs and outputs come on top.
     """
 
     target: Target
@@ -106,6 +108,7 @@ class EngineEntry:
     capabilities: tuple[int, ...]
     profiles: tuple[dict[str, tuple[int, ...]], ...]
     layers: dict[str, int]
+    workspace_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

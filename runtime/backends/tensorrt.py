@@ -93,8 +93,8 @@ def tensorrt_package(target: Target) -> str | None:
     return next((package for package in _PACKAGES[target] if installed_version(package)), None)
 
 
-def quiet_logger(trt: Any) -> Any:
-    """A logger of TensorRT that is silent and keeps the last error in `last`."""
+def quiet_logger(trt: Any, tell: Callable[[str], None] = lambda _: None) -> Any:
+    """A logger of TensorRT that is silent and keeps the last error in `last`; `tell` is told all that is no error."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -104,6 +104,8 @@ def quiet_logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.last = message.strip()
+            else:
+                tell(message)
 
     return Logger()
 

@@ -179,11 +179,12 @@ def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{engine['target']} {engine['version']}",
                 " ".join(map(str, engine["capabilities"])) or "the builder's GPU",
                 in_bytes(engine["bytes"]),
+                in_bytes(max(engine["workspace_bytes"])) if engine["workspace_bytes"] else "not known",
                 _axes(engine["profiles"]),
                 ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),
             )
         )
-    print_table("Engines", ("engine", "built with", "sm", "size", "buckets", "layers by type"), rows)
+    print_table("Engines", ("engine", "built with", "sm", "size", "workspace", "buckets", "layers by type"), rows)
 
 
 def _axes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:

@@ -67,6 +67,9 @@ def build(
     built = build_engine(file, profiles, target="tensorrt-rtx", capabilities=sm or every)
     assert built.version == load_tensorrt("tensorrt-rtx").__version__
     assert len(built.content) > 10_000
+    # As TensorRT says it while it builds.
+    assert len(built.workspace_bytes) == len(profiles)
+    assert min(built.workspace_bytes) > 0
     return built
 
 
@@ -336,8 +339,15 @@ def test_info_shows_engines(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["info", str(bundle)], env={"COLUMNS": "200"}, catch_exceptions=False)
     for shown in ("model_fp16.tensorrt-rtx.engine", "80 86 89 120", "tokens 16 64", " half"):
         assert shown in result.output
+    assert "workspace" in result.output
+    assert "not known" not in result.output
     found = json.loads(CliRunner().invoke(main, ["info", str(bundle), "--json"]).output)
-    assert found["engines"]["engines/model.tensorrt-rtx.engine"]["bytes"] > 10_000
+    engine = found["engines"]["engines/model.tensorrt-rtx.engine"]
+    assert engine["bytes"] > 10_000
+    assert len(engine["workspace_bytes"]) == 2
+    # Hidden states of 256 rows of 16 tokens, and of 256 of 64, 32 numbers in float32 each.
+    for workspace, tokens in zip(engine["workspace_bytes"], (16, 64), strict=True):
+        assert workspace > 256 * tokens * 32 * 4
 
 
 @builds
