@@ -36,6 +36,8 @@ _LOWEST, _HIGHEST = -8, 7
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # What strengths are tried on: of a large layer a part says enough.
 _TRIED_ROWS, _TRIED_COLUMNS = 512, 1024
+# Of an activation times its factor, which is in half precision: other items than those of calibration come higher.
+_MOST = float(np.finfo(np.float16).max) / 2
 # Of a channel: what was 0 in calibration need not be so for ever.
 _LEAST_SHARE, _LEAST_MAGNITUDE = 1e-2, 1e-5
 
@@ -141,6 +143,8 @@ def choose_factor(seen: Seen, weight: NDArray[np.float32], *, modules: tuple[str
     found = [Factor(modules, 0.0, None, plain_error, plain_error)]
     for strength in STRENGTHS:
         values = _factor(magnitude, strength)
+        if values is not None and float((seen.largest * values).max()) > _MOST:
+            continue
         moved, factor = (tried, np.float32(1)) if values is None else (tried / values[:, np.newaxis], values)
         moments = _moments(seen.rows * factor, block)
         found.append(Factor(modules, strength, values, error(moved, rows * factor, moments), plain_error, moments))

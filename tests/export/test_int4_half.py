@@ -111,6 +111,24 @@ def test_a_factor_spares_what_outliers_are_multiplied_by() -> None:
     }
 
 
+def test_a_factor_leaves_room_in_half_precision() -> None:
+    """A channel that is small but for a spike would have the largest factor."""
+    random = np.random.default_rng(0)
+    rows, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((300, 128), (128, 40)))
+    rows[:, 7] *= 40
+    rows[:, 9] *= 1e-3
+    seen = seen_of(rows)
+    without = choose_factor(seen, weight)
+    assert without is not None
+    assert without.values is not None
+    seen.largest[9] = 20_000
+    assert (seen.largest * without.values).max() > 65_504
+    found = choose_factor(seen, weight)
+    assert found is not None
+    factor = np.float32(1) if found.values is None else found.values
+    assert (seen.largest * factor).max() <= 65_504 / 2
+
+
 def test_blocks_are_clipped_by_what_that_does_to_results() -> None:
     """Of each block and column the clip of least error is taken, where channels depend on each other."""
     random = np.random.default_rng(0)
