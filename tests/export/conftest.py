@@ -18,7 +18,9 @@ from filelock import FileLock
 from rtx.export.graph import export_graph
 from rtx.export.graphs import Graphs, export_graphs
 from rtx.export.packed import export_packed
+from rtx.export.tensorrt import load_tensorrt
 from rtx.runtime.backends.onnx import OnnxEngine
+from rtx.runtime.errors import ExportError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.golden import Deviation, deviation
 from rtx.runtime.text import Batch
@@ -106,6 +108,15 @@ def exported(
             return Exported(models[key], ir.load(file))
 
     return export
+
+
+@pytest.fixture(scope="session")
+def tensorrt_rtx() -> None:
+    """TensorRT-RTX is there."""
+    try:
+        load_tensorrt("tensorrt-rtx")
+    except ExportError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

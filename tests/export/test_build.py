@@ -18,18 +18,12 @@ from rtx.export import build
 from rtx.export.build import build_for
 from rtx.export.engines import EngineOptions
 from rtx.export.pipeline import ExportOptions, export_bundle
-from rtx.export.tensorrt import load_tensorrt
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, RtxError, UsageError
 from rtx.runtime.manifest import MANIFEST_FILE
 
-try:
-    load_tensorrt("tensorrt-rtx")
-    why_not = ""
-except ExportError as missing:
-    why_not = str(missing)
-pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not)
+pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
 
 FP32, FP16 = "engines/model.tensorrt-rtx.engine", "engines/model_fp16.tensorrt-rtx.engine"
 

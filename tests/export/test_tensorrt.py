@@ -48,12 +48,7 @@ SM = (80, 86, 89, 120)
 # Inputs by type, as TensorRT calls it.
 INT64, FLOAT, HALF = "INT64", "FLOAT", "HALF"
 
-try:
-    load_tensorrt("tensorrt-rtx")
-    why_not = ""
-except ExportError as missing:
-    why_not = str(missing)
-builds = pytest.mark.skipif(bool(why_not), reason=why_not)
+builds = pytest.mark.usefixtures("tensorrt_rtx")
 
 
 def build(
