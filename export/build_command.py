@@ -1,4 +1,4 @@
-"""`rtx build`: TensorRT engines for a bundle that is there."""
+"""`rtx build`: what servers on GPUs need of a bundle that is there."""
 
 from __future__ import annotations
 
@@ -8,32 +8,60 @@ import click
 
 from rtx.export.build import build_for
 from rtx.export.engines import BUILDABLE, EngineOptions, describe_engine
-from rtx.export.options import capabilities_option, lengths_option
+from rtx.export.options import capabilities_option, lengths_option, triton_option
 from rtx.export.tensorrt import TARGETS
+from rtx.export.triton import check_repository, write_repository
+from rtx.runtime.bundle import Bundle
+from rtx.runtime.errors import UsageError
 from rtx.runtime.manifest import Target
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
-    required=True,
-    help="tensorrt-rtx ahead of time, without a GPU; tensorrt for the GPU of this machine.",
+    help="Build engines and put them into the bundle: tensorrt-rtx ahead of time, without a GPU; tensorrt for the GPU "
+    "of this machine.",
 )
 @capabilities_option
 @lengths_option("those of the engines that are there, or else spread over the model's limit")
-@click.option("--variant", "variants", multiple=True, help=f"Of {', '.join(BUILDABLE)}; default: all that are there.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    help=f"Whose engines, of {', '.join(BUILDABLE)}; default: of all that are there.",
+)
+@triton_option
+@click.option("--overwrite", is_flag=True, help="Replace models that are there in --triton-repo.")
 def build(
-    bundle: Path, target: Target, capabilities: tuple[int, ...], lengths: tuple[int, ...], variants: tuple[str, ...]
+    path: Path,
+    target: Target | None,
+    capabilities: tuple[int, ...],
+    lengths: tuple[int, ...],
+    variants: tuple[str, ...],
+    triton_repo: Path | None,
+    overwrite: bool,
 ) -> None:
-    """Build TensorRT engines of a bundle's graphs, and put them into it.
+    """Build TensorRT engines of a bundle's graphs, or write models for Triton Inference Server of it.
 
     Neither the checkpoint nor PyTorch is needed. The graphs are those that passed the gate; engines that the bundle has
     of them with the same TensorRT are replaced.
     """
-    options = EngineOptions(target=target, capabilities=capabilities, lengths=lengths)
-    built = build_for(bundle, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
-    for file, engine in built.items():
-        click.echo(f"{file}: {describe_engine(engine)}, {(bundle / file).stat().st_size / 1e6:,.1f} MB")
-    click.echo(f"wrote {bundle}  (next: rtx doctor {bundle} --device tensorrt, and rtx verify)")
+    if target is None and triton_repo is None:
+        raise UsageError("expected --target, --triton-repo, or both")
+    if target is None and (capabilities or lengths or variants):
+        raise UsageError("--sm, --lengths and --variant: are of engines, which --target asks for")
+    bundle = Bundle.open(path)
+    if triton_repo is not None:
+        check_repository(triton_repo, bundle.manifest.name, overwrite=overwrite)
+    if target is not None:
+        options = EngineOptions(target=target, capabilities=capabilities, lengths=lengths)
+        built = build_for(path, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
+        for file, engine in built.items():
+            click.echo(f"{file}: {describe_engine(engine)}, {(path / file).stat().st_size / 1e6:,.1f} MB")
+        click.echo(f"wrote {path}  (next: rtx doctor {path} --device tensorrt, and rtx verify)")
+        bundle = Bundle.open(path)
+    if triton_repo is not None:
+        names = write_repository(bundle, triton_repo, overwrite=overwrite)
+        click.echo(f"wrote {triton_repo}: the models {', '.join(names)}")

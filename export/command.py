@@ -15,7 +15,7 @@ from rtx.export.engines import BUILDABLE, EngineOptions, describe_engine
 from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
 from rtx.export.mixed import Mixed, in_words
-from rtx.export.options import capabilities_option, lengths_option
+from rtx.export.options import capabilities_option, lengths_option, triton_option
 from rtx.export.pipeline import ExportOptions, Outcome, bundle_name, check_target, export_bundle
 from rtx.export.ranges import overflowing
 from rtx.export.scales import CalibrationOptions, Scale
@@ -104,11 +104,7 @@ _AUTO, _BEST = "auto", "best"
 )
 @capabilities_option
 @lengths_option("those that fit the texts of --calibration or --eval best")
-@click.option(
-    "--triton-repo",
-    type=click.Path(path_type=Path),
-    help="Also write models for Triton Inference Server into this model repository.",
-)
+@triton_option
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there, and models in --triton-repo.")
 def export(
     checkpoint: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -22,6 +23,13 @@ capabilities_option = click.option(
     "capabilities",
     callback=_numbers,
     help="For tensorrt-rtx: compute capabilities to build for, as 80,86,89,120.",
+)
+
+
+triton_option = click.option(
+    "--triton-repo",
+    type=click.Path(path_type=Path),
+    help="Also write models for Triton Inference Server into this model repository.",
 )
 
 

@@ -34,7 +34,9 @@ _COMMANDS = {
     "compose": _Command("rtx.trainer.compose_command:compose", "Put a text and a vision model together.", "train"),
     "finetune": _Command("rtx.trainer.command:finetune", "Finetune an embedder or a reranker.", "train"),
     "export": _Command("rtx.export.command:export", "Turn a checkpoint into a bundle, through the gate.", "export"),
-    "build": _Command("rtx.export.build_command:build", "Build TensorRT engines for a bundle that is there.", "build"),
+    "build": _Command(
+        "rtx.export.build_command:build", "TensorRT engines, or models for Triton, of a bundle.", "build"
+    ),
     "verify": _Command("rtx.runtime.commands.verify:verify", "Check a bundle: hashes, contract, golden vectors."),
     "info": _Command("rtx.runtime.commands.info:info", "Show what is in a bundle or a checkpoint."),
     "doctor": _Command("rtx.runtime.commands.doctor:doctor", "Show what this machine can run, and what is missing."),

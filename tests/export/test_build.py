@@ -97,6 +97,32 @@ def test_a_link_to_a_bundle_stays_one(bundle: Path, tmp_path: Path) -> None:
     assert {*Bundle.open(bundle).manifest.engines} == {FP32}
 
 
+def test_models_for_triton_of_a_bundle_that_is_there(bundle: Path, tmp_path: Path) -> None:
+    command = ["build", str(bundle), "--triton-repo", str(tmp_path / "models")]
+    before = content(bundle)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {tmp_path / 'models'}: the models tiny, tiny_graph" in result.stdout
+    assert (tmp_path / "models" / "tiny_graph" / "1" / "model.onnx").read_bytes() == before["onnx/model_fp16.onnx"]
+    again = CliRunner().invoke(main, [*command, "--target", "tensorrt-rtx", "--sm", "89"])
+    assert "there is a model already; --overwrite replaces it" in again.output
+    assert content(bundle) == before  # before anything was built
+    assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected --target, --triton-repo, or both"),
+        (("--triton-repo", "models", "--sm", "89"), "--sm, --lengths and --variant: are of engines"),
+    ],
+)
+def test_what_is_asked_for_makes_sense(bundle: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(main, ["build", str(bundle), *arguments])
+    assert result.exit_code == UsageError.exit_code
+    assert message in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
