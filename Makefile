@@ -52,8 +52,9 @@ bench: $(READY) $(OPERATORS)   ## every benchmark of benchmarks/ that fits into 
 peers: $(READY) $(OPERATORS)   ## rtx beside its peers on this CPU, each in a venv of its own
 	$(BIN)/python benchmarks/peers/run.py
 
-interop: $(READY)   ## open a bundle with FastEmbed, optimum-onnx and sentence-transformers, each in a venv of its own
+interop: $(READY)   ## a bundle in FastEmbed, optimum-onnx and sentence-transformers; the names of classic TensorRT
 	$(BIN)/python tests/interop/run.py
+	$(BIN)/python tests/interop/classic_tensorrt.py
 
 clean:           ## remove what was built, the environments too
 	rm -rf $(VENV) .venvs build dist demo demo-pages *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,6 +40,7 @@ from rtx.runtime.verification import verify_bundle
 
 sys.path.append(str(Path(__file__).parent))
 
+from called import called
 from stand_in_gpu import Context, DataType, Driver, Model, TensorRt
 
 ENTRY = EngineEntry(
@@ -522,17 +523,6 @@ def test_a_copy_that_fails(gpu: StandIn) -> None:
     gpu.driver.refused = {}
     same(engine, batch(2, 5))
     engine.close()
-
-
-def called(module: Any, owner: str) -> set[str]:
-    """Names of what a module reads of something that it calls so: `owner.name`."""
-    nodes = ast.walk(ast.parse(inspect.getsource(module)))
-    return {
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute)
-        and (node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")) == owner
-    }
 
 
 def test_the_real_driver_has_what_is_called() -> None:
