@@ -20,12 +20,12 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.errors import BundleError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.hashing import sha256_of
-from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, Variant
+from rtx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, Variant
 
 
 def build_for(
     path: Path, options: EngineOptions, variants: Sequence[str] = (), *, notify: Callable[[str], None]
-) -> dict[str, EngineEntry]:
+) -> Bundle:
     """Build engines of a bundle's graphs and put them into it. Those that it has of the same graphs and the same
     TensorRT are replaced, all others stay.
 
@@ -37,10 +37,11 @@ def build_for(
         notify: told of each graph.
 
     Returns:
-        What is noted of each new engine, by its file.
+        The bundle as it is then.
 
     Raises:
-        BundleError: the folder is no bundle, or a graph was changed after it was written.
+        BundleError: the folder is no bundle, a graph was changed after it was written, or the bundle was changed by
+            something else meanwhile.
         UsageError: no engine can be built of a variant, or not for these capabilities or lengths.
         ExportError: this TensorRT is not there, or does not build one of them.
         ArtifactError: there is no room for them.
@@ -69,7 +70,9 @@ def build_for(
             manifest, files={**manifest.files, **entries}, engines={**manifest.engines, **built}
         )
         (written / MANIFEST_FILE).write_bytes(renewed.to_bytes())
-    return built
+        if Bundle.open(folder).manifest != manifest:
+            raise BundleError(f"{path}: was changed while engines were built for it; nothing was written")
+    return Bundle.open(path)
 
 
 def _ends_of(manifest: Manifest, options: EngineOptions, chosen: dict[str, Variant]) -> tuple[int, ...]:

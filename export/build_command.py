@@ -57,11 +57,10 @@ def build(
         check_repository(triton_repo, bundle.manifest.name, overwrite=overwrite)
     if target is not None:
         options = EngineOptions(target=target, capabilities=capabilities, lengths=lengths)
-        built = build_for(path, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
-        for file, engine in built.items():
-            click.echo(f"{file}: {describe_engine(engine)}, {(path / file).stat().st_size / 1e6:,.1f} MB")
+        bundle = build_for(path, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
+        for file, engine in bundle.manifest.engines.items():
+            click.echo(f"{file}: {describe_engine(engine)}, {bundle.manifest.files[file].bytes / 1e6:,.1f} MB")
         click.echo(f"wrote {path}  (next: rtx doctor {path} --device tensorrt, and rtx verify)")
-        bundle = Bundle.open(path)
     if triton_repo is not None:
         names = write_repository(bundle, triton_repo, overwrite=overwrite)
         click.echo(f"wrote {triton_repo}: the models {', '.join(names)}")

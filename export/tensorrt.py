@@ -9,9 +9,12 @@ never built when a request comes.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -188,6 +191,14 @@ def build_engine(
     """
     trt = load_tensorrt(target)
     check_capabilities(trt, target, capabilities)
+    with _signals_wait() as came:
+        return _build(trt, graph, profiles, target, capabilities, came)
+
+
+def _build(
+    trt: Any, graph: Path, profiles: Sequence[Profile], target: Target, capabilities: Sequence[int], came: Sequence[int]
+) -> Built:
+    """As `build_engine`, until a signal has come."""
     model = ir.load(graph)
     told: list[int] = []
     logger = tensorrt.quiet_logger(trt, lambda line: told.extend(map(int, _WORKSPACE.findall(line))))
@@ -213,6 +224,7 @@ def build_engine(
     if target == "tensorrt":
         timing = cache_file("timing", str(trt.__version__), find_gpu(0).name)
         use_timings(config, timing)
+    config.progress_monitor = _monitor(trt, came)
     content = builder.build_serialized_network(network, config)
     if content is None:
         raise ExportError(f"{target}: could not build {graph.name}: {logger.last or 'it does not say why'}")
@@ -220,6 +232,45 @@ def build_engine(
         keep_timings(config, timing)
     workspaces = tuple(told) if len(told) == len(profiles) else ()
     return Built(bytes(content), described, str(trt.__version__), workspaces)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM take effect when the block ends: TensorRT swallows what its callbacks raise, and goes on.
+
+    Gives a list that has those in it which came. What the block raises because of them is not what is told.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda found, _: came.append(found))
+    try:
+        yield came
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _monitor(trt: Any, came: Sequence[int]) -> Any:
+    """Ends a build when a signal came."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, *_: Any) -> None:
+            pass
+
+        def phase_finish(self, *_: Any) -> None:
+            pass
+
+        def step_complete(self, *_: Any) -> bool:
+            return not came
+
+    return Monitor()
 
 
 def use_timings(config: Any, file: Path) -> None:

@@ -24,10 +24,13 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
         marker: file that a folder of this kind has; a folder that is neither empty nor has it is left alone.
 
     Raises:
-        UsageError: something else is in the way.
+        UsageError: something else is in the way, or this process is in the folder.
         ArtifactError: there is no room for it.
     """
     target = target.absolute()
+    if Path.cwd().is_relative_to(target.resolve()):
+        # Whoever is in it would be left in what has no name any more.
+        raise UsageError(f"{target}: is the folder that this runs in, and would be replaced; run it from another one")
     if target.exists() and not _may_replace(target, marker):
         raise UsageError(
             f"{target}: is in the way: neither an empty folder nor one with a {marker}; nothing was written"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from rtx.export import build
+from rtx.export import build, tensorrt
 from rtx.export.build import build_for
 from rtx.export.engines import EngineOptions
 from rtx.export.pipeline import ExportOptions, export_bundle
@@ -174,6 +175,62 @@ def test_an_engine_that_cannot_be_built_leaves_the_bundle(bundle: Path, monkeypa
         build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
     assert content(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_a_build(
+    bundle: Path, number: signal.Signals, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT would swallow what its callbacks raise."""
+    real, steps = tensorrt._monitor, []
+
+    def monitor(trt: Any, came: Any) -> Any:
+        found = real(trt, came)
+
+        class Sending(type(found)):  # type: ignore[misc]
+            def step_complete(self, *arguments: Any) -> bool:
+                if not steps:
+                    signal.raise_signal(number)
+                steps.append(arguments)
+                goes_on: bool = found.step_complete(*arguments)
+                return goes_on
+
+        return Sending()
+
+    before = content(bundle)
+    monkeypatch.setattr(tensorrt, "_monitor", monitor)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error):
+        build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(steps) <= 2  # it ends where it was
+    assert content(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
+
+
+def test_what_changed_meanwhile_is_not_lost(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = build.build_engines
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(build, "build_engines", real)
+        assert run(bundle, "--sm", "80", "--variant", "fp32").exit_code == 0
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(build, "build_engines", meanwhile)
+    result = run(bundle, "--sm", "89", "--variant", "fp16")
+    assert f"{bundle}: was changed while engines were built for it; nothing was written" in result.output
+    assert {*Bundle.open(bundle).manifest.engines} == {FP32}
+    assert Bundle.open(bundle).damaged() == {}
+
+
+def test_from_within_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (bundle, bundle / "onnx"):
+        monkeypatch.chdir(folder)
+        before = content(bundle)
+        result = run("." if folder == bundle else "..", "--sm", "89", "--variant", "fp16")
+        assert "is the folder that this runs in, and would be replaced; run it from another one" in result.output
+        assert result.exit_code == UsageError.exit_code
+        assert content(bundle) == before
 
 
 def test_where_links_cannot_be_made_files_are_copied(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
