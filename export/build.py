@@ -40,7 +40,7 @@ def build_for(
         The bundle as it is then.
 
     Raises:
-        BundleError: the folder is no bundle, a graph was changed after it was written, or the bundle was changed by
+        BundleError: the folder is no bundle, a file was changed after it was written, or the bundle was changed by
             something else meanwhile.
         UsageError: no engine can be built of a variant, or not for these capabilities or lengths.
         ExportError: this TensorRT is not there, or does not build one of them.
@@ -57,10 +57,10 @@ def build_for(
     options.check(chosen, manifest.contract.max_tokens)
     if not options.lengths:
         options = dataclasses.replace(options, lengths=_ends_of(manifest, options, chosen))
-    for file in dict.fromkeys(file for one in chosen.values() for file in (*one.graphs, *one.external)):
-        if problem := bundle.check(file):
-            raise BundleError(f"{path}: {problem}")
     replaced = {engine_file(graph, options.target) for one in chosen.values() for graph in one.graphs}
+    # All of it: what is written as a whole bundle has to be one.
+    if problems := [problem for file, problem in bundle.damaged().items() if file not in replaced]:
+        raise BundleError(f"{path}: {'; '.join(problems)}")
     with replace_folder(folder, marker=MANIFEST_FILE) as written:
         _link_all(folder, written, {MANIFEST_FILE, *replaced})
         files = [Files(one.file, one.image_file) for one in chosen.values()]

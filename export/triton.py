@@ -108,6 +108,8 @@ def check_repository(repository: Path, name: str, *, overwrite: bool) -> None:
     """Raise UsageError if models cannot be written there, before any work is done."""
     if repository.exists() and not repository.is_dir():
         raise UsageError(f"{repository}: is a file; expected the folder of a model repository")
+    if (repository / MANIFEST_FILE).is_file():
+        raise UsageError(f"{repository}: is a bundle; expected the folder of a model repository")
     for model in (f"{model_name(name)}{ending}" for ending in ("", *_GRAPHS)):
         if not (target := repository / model).exists() or (target.is_dir() and not any(target.iterdir())):
             continue

@@ -109,6 +109,9 @@ def test_models_for_triton_of_a_bundle_that_is_there(bundle: Path, tmp_path: Pat
     assert "there is a model already; --overwrite replaces it" in again.output
     assert content(bundle) == before  # before anything was built
     assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
+    into = CliRunner().invoke(main, ["build", str(bundle), "--triton-repo", str(bundle)])
+    assert f"{bundle}: is a bundle; expected the folder of a model repository" in into.output
+    assert content(bundle) == before
 
 
 @pytest.mark.parametrize(
@@ -156,12 +159,18 @@ def test_a_bundle_without_anything_to_build_of(bundle: Path) -> None:
     assert result.exit_code == UsageError.exit_code
 
 
-def test_a_damaged_graph_gets_no_engine(bundle: Path) -> None:
+def test_a_damaged_bundle_gets_no_engine_but_for_a_damaged_one(bundle: Path) -> None:
+    assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
+    (bundle / FP32).write_bytes(b"")
+    assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
+    assert Bundle.open(bundle).damaged() == {}
     with (bundle / "onnx" / "model_fp16.onnx").open("ab") as graph:
         graph.write(b"x")
-    with pytest.raises(BundleError, match=r"model_fp16\.onnx has \d+ bytes instead of"):
-        build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
-    assert not (bundle / "engines").exists()
+    (bundle / "tokenizer.json").unlink()
+    told = r"model_fp16\.onnx has \d+ bytes instead of \d+; tokenizer\.json cannot be read"
+    with pytest.raises(BundleError, match=told):
+        build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), ["fp32"], notify=print)
+    assert [*Bundle.open(bundle).manifest.engines] == [FP32]
 
 
 def test_an_engine_that_cannot_be_built_leaves_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
