@@ -20,12 +20,12 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.errors import BundleError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.hashing import sha256_of
-from rtx.runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, Variant
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, Variant
 
 
 def build_for(
     path: Path, options: EngineOptions, variants: Sequence[str] = (), *, notify: Callable[[str], None]
-) -> Bundle:
+) -> dict[str, EngineEntry]:
     """Build engines of a bundle's graphs and put them into it. Those that it has of the same graphs and the same
     TensorRT are replaced, all others stay.
 
@@ -37,7 +37,7 @@ def build_for(
         notify: told of each graph.
 
     Returns:
-        The bundle as it is then.
+        What is noted of each new engine, by its file.
 
     Raises:
         BundleError: the folder is no bundle, a file was changed after it was written, or the bundle was changed by
@@ -72,7 +72,7 @@ def build_for(
         (written / MANIFEST_FILE).write_bytes(renewed.to_bytes())
         if Bundle.open(folder).manifest != manifest:
             raise BundleError(f"{path}: was changed while engines were built for it; nothing was written")
-    return Bundle.open(path)
+    return built
 
 
 def _ends_of(manifest: Manifest, options: EngineOptions, chosen: dict[str, Variant]) -> tuple[int, ...]:

@@ -57,8 +57,9 @@ def build(
         check_repository(triton_repo, bundle.manifest.name, overwrite=overwrite)
     if target is not None:
         options = EngineOptions(target=target, capabilities=capabilities, lengths=lengths)
-        bundle = build_for(path, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
-        for file, engine in bundle.manifest.engines.items():
+        built = build_for(path, options, variants, notify=lambda message: click.echo(f"· {message}", err=True))
+        bundle = Bundle.open(path)
+        for file, engine in built.items():
             click.echo(f"{file}: {describe_engine(engine)}, {bundle.manifest.files[file].bytes / 1e6:,.1f} MB")
         click.echo(f"wrote {path}  (next: rtx doctor {path} --device tensorrt, and rtx verify)")
     if triton_repo is not None:
