@@ -20,7 +20,7 @@ from rtx.runtime.bundle import Bundle
 from rtx.runtime.errors import BundleError, UsageError
 from rtx.runtime.folder import replace_folder
 from rtx.runtime.hashing import sha256_of
-from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Manifest, Variant
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, FileEntry, Target
 
 
 def build_for(
@@ -31,8 +31,8 @@ def build_for(
 
     Args:
         path: of the bundle.
-        options: what to build. Without lengths, the buckets are those of engines that are there, or else spread over
-            the model's limit.
+        options: what to build. Without lengths, a graph's buckets are those of an engine that it has, or else of one
+            that another has, or else spread over the model's limit.
         variants: whose graphs; none for all that engines are built of.
         notify: told of each graph.
 
@@ -55,32 +55,35 @@ def build_for(
         there = ", ".join(manifest.variants)
         raise UsageError(f"{path}: engines are built of {', '.join(BUILDABLE)}; this bundle has {there}")
     options.check(chosen, manifest.contract.max_tokens)
-    if not options.lengths:
-        options = dataclasses.replace(options, lengths=_ends_of(manifest, options, chosen))
     replaced = {engine_file(graph, options.target) for one in chosen.values() for graph in one.graphs}
     # All of it: what is written as a whole bundle has to be one.
     if problems := [problem for file, problem in bundle.damaged().items() if file not in replaced]:
         raise BundleError(f"{path}: {'; '.join(problems)}")
-    with replace_folder(folder, marker=MANIFEST_FILE) as written:
+
+    def check_unchanged() -> None:
+        if Bundle.open(folder).manifest != manifest:
+            raise BundleError(f"{path}: was changed while engines were built for it; nothing was written")
+
+    with replace_folder(folder, marker=MANIFEST_FILE, check=check_unchanged) as written:
         _link_all(folder, written, {MANIFEST_FILE, *replaced})
         files = [Files(one.file, one.image_file) for one in chosen.values()]
-        built = build_engines(written, files, manifest.contract, options, notify=notify)
+        kept = {} if options.lengths else {one.tokens: _ends_of(bundle, one.tokens, options.target) for one in files}
+        built = build_engines(written, files, manifest.contract, options, kept=kept, notify=notify)
         entries = {file: _entry(written / file) for file in built}
         renewed = dataclasses.replace(
             manifest, files={**manifest.files, **entries}, engines={**manifest.engines, **built}
         )
         (written / MANIFEST_FILE).write_bytes(renewed.to_bytes())
-        if Bundle.open(folder).manifest != manifest:
-            raise BundleError(f"{path}: was changed while engines were built for it; nothing was written")
     return built
 
 
-def _ends_of(manifest: Manifest, options: EngineOptions, chosen: dict[str, Variant]) -> tuple[int, ...]:
-    """Ends of the buckets of the engines that a bundle has, of this TensorRT or else of the other one."""
-    graphs = {one.file for one in chosen.values()}
-    there = sorted(
-        manifest.engines.values(), key=lambda entry: (entry.target != options.target, entry.graph not in graphs)
-    )
+def _ends_of(bundle: Bundle, graph: str, target: Target) -> tuple[int, ...]:
+    """Ends of the buckets that engines of a bundle have: of this graph, of this TensorRT, or else of others."""
+
+    def distance(entry: EngineEntry) -> tuple[bool, bool]:
+        return entry.graph != graph, entry.target != target
+
+    there = sorted(bundle.manifest.engines.values(), key=distance)
     ends = (tuple(profile["tokens"][2] for profile in one.profiles if "tokens" in profile) for one in there)
     return next(filter(None, ends), ())
 

@@ -30,7 +30,8 @@ from rtx.runtime.manifest import Target
     "--variant",
     "variants",
     multiple=True,
-    help=f"Whose engines, of {', '.join(BUILDABLE)}; default: of all that are there.",
+    help=f"Whose engines, of {', '.join(BUILDABLE)}, and whose graph Triton serves; default: all that are there, and "
+    "what --triton-repo of rtx export takes.",
 )
 @triton_option
 @click.option("--overwrite", is_flag=True, help="Replace models that are there in --triton-repo.")
@@ -50,8 +51,12 @@ def build(
     """
     if target is None and triton_repo is None:
         raise UsageError("expected --target, --triton-repo, or both")
-    if target is None and (capabilities or lengths or variants):
-        raise UsageError("--sm, --lengths and --variant: are of engines, which --target asks for")
+    if target is None and (capabilities or lengths):
+        raise UsageError("--sm and --lengths: are of engines, which --target asks for")
+    if triton_repo is None and overwrite:
+        raise UsageError("--overwrite: is of models in --triton-repo; engines are replaced as it is")
+    if triton_repo is not None and len(variants) > 1:
+        raise UsageError(f"--variant: Triton serves one, got {', '.join(variants)}")
     bundle = Bundle.open(path)
     if triton_repo is not None:
         check_repository(triton_repo, bundle.manifest.name, overwrite=overwrite)
@@ -63,5 +68,6 @@ def build(
             click.echo(f"{file}: {describe_engine(engine)}, {bundle.manifest.files[file].bytes / 1e6:,.1f} MB")
         click.echo(f"wrote {path}  (next: rtx doctor {path} --device tensorrt, and rtx verify)")
     if triton_repo is not None:
-        names = write_repository(bundle, triton_repo, overwrite=overwrite)
+        served = variants[0] if variants else None
+        names = write_repository(bundle, triton_repo, variant=served, overwrite=overwrite)
         click.echo(f"wrote {triton_repo}: the models {', '.join(names)}")

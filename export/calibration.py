@@ -44,14 +44,14 @@ def activations(graph: ir.Graph) -> dict[ir.Value, list[tuple[ir.Node, ir.Value]
     return found
 
 
-def weight_of(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
-    """The matrix [in, out] that a MatMul or Gemm multiplies by.
+def weight_of(node: ir.Node, weight: ir.Value, name: str = "calibration") -> NDArray[np.float32]:
+    """The matrix [in, out] that a MatMul or Gemm multiplies by; `name` is in errors.
 
     Raises:
         ExportError: a Gemm that scales, or transposes its input, or a weight that holds NaN or infinity.
     """
-    check_gemm("calibration", node)
-    content = content_of("calibration", node, weight)
+    check_gemm(name, node)
+    content = content_of(name, node, weight)
     return content.T if node.attributes.get_int("transB", False) else content
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rtx.export.buckets import check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
@@ -57,6 +58,7 @@ def build_engines(
     options: EngineOptions,
     lengths: Sequence[int] = (),
     *,
+    kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
     notify: Callable[[str], None],
 ) -> dict[str, EngineEntry]:
     """Build an engine of each graph and write it into the bundle's folder.
@@ -67,6 +69,7 @@ def build_engines(
         contract: of the model.
         options: what to build.
         lengths: tokens of texts as they are served, for buckets that fit them.
+        kept: by graph for what has tokens, ends of its buckets in the place of these, if there are any.
         notify: told of each graph.
 
     Returns:
@@ -78,7 +81,7 @@ def build_engines(
     ends, capabilities = _ends(contract, options, lengths), tuple(dict.fromkeys(options.capabilities))
     plan: dict[str, list[Profile]] = {}
     for pair in files:
-        plan[pair.tokens] = token_profiles(contract, ends)
+        plan[pair.tokens] = token_profiles(contract, kept.get(pair.tokens) or ends)
         if pair.image is not None:
             plan[pair.image] = image_profiles(contract)
     (folder / "engines").mkdir(exist_ok=True)

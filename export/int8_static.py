@@ -102,7 +102,7 @@ def _weight(
     transposed = bool(node.attributes.get_int("transB", False))
     of = "" if scale.migrated is None else x
     if (weight, transposed, of) not in known:
-        content = weight_of(node, weight)
+        content = weight_of(node, weight, "int8-static")
         values, steps = quantize_columns(content if scale.migrated is None else content / scale.migrated[:, np.newaxis])
         name = f"{weight.name}{'_transposed' * transposed}{'_for_' * bool(of)}{of}"
         known[weight, transposed, of] = _Weight(

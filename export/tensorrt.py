@@ -152,15 +152,15 @@ def describe_network(network: Any) -> Network:
     )
 
 
-def check_network(network: Network, graph: ir.Model) -> None:
+def check_network(described: Network, graph: ir.Model) -> None:
     """Hold what TensorRT has read against the graph: names, types and fixed sizes of all inputs and outputs.
 
     Raises:
         ExportError: something is another.
     """
     for kind, found, wanted in (
-        ("input", network.inputs, graph.graph.inputs),
-        ("output", network.outputs, graph.graph.outputs),
+        ("input", described.inputs, graph.graph.inputs),
+        ("output", described.outputs, graph.graph.outputs),
     ):
         expected = {str(value.name): (_type_of(value), _sizes(value)) for value in wanted}
         if found != expected:
@@ -244,7 +244,9 @@ def _signals_wait() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda found, _: came.append(found))
+            # What is ignored stays so, and what is not Python's cannot be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, lambda found, _: came.append(found))
     try:
         yield came
     finally:

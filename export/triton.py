@@ -99,7 +99,13 @@ def write_repository(
             _copy(bundle, file, folder / _VERSION / file)
         output = "vectors" if contract.task == "embed" else "scores"
         (folder / _VERSION / "model.py").write_text(_MODEL.format(output=output), encoding="utf-8")
-        config = item_config(name, graphs, contract, on_gpu=on_gpu, engine=plan[0] if plan is not None else None)
+        config = item_config(
+            name,
+            graphs,
+            contract,
+            on_gpu=on_gpu or plan is not None,
+            engine=plan[0] if plan is not None else None,
+        )
         (folder / _CONFIG).write_text(to_text(config), encoding="utf-8")
     return name, *graphs
 

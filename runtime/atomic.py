@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import BinaryIO
 
 from rtx.runtime.errors import ArtifactError, UsageError
 
+# Threads may write to the same path at once.
+_NUMBERS = itertools.count()
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """No space, a file larger than is allowed, a quota: libraries that write tell of them without the file's name."""
 
@@ -41,7 +44,7 @@ def check_target(path: str | os.PathLike[str], *, source: str | None = None) -> 
 def atomic_file(path: str | os.PathLike[str], *, workspace: Path | None = None) -> Iterator[BinaryIO]:
     """A new file for writing, which takes the place of `path` when the block ends well and vanishes when it does not.
 
-    A process that is killed in the block leaves `path` as it was, and an unfinished file `<name>.<pid>.tmp`.
+    A process that is killed in the block leaves `path` as it was, and an unfinished file `<name>.<pid>-<number>.tmp`.
 
     Args:
         path: the file.
@@ -51,7 +54,7 @@ def atomic_file(path: str | os.PathLike[str], *, workspace: Path | None = None) 
         ArtifactError: the file cannot be written.
     """
     target = Path(path)
-    temporary = (workspace or target.parent) / f"{target.name}.{os.getpid()}.tmp"
+    temporary = (workspace or target.parent) / f"{target.name}.{os.getpid()}-{next(_NUMBERS)}.tmp"
     try:
         with temporary.open("wb") as stream:
             yield stream

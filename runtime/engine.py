@@ -6,7 +6,7 @@ nothing of ONNX Runtime, TensorRT or PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,7 +80,7 @@ class Engine(Protocol):
         """
 
     def max_rows(self, longest: Encoded) -> int | None:
-        """How many rows a batch may have whose longest is this item: None for any, 0 where `run` would take none."""
+        """How many rows a batch may have in which this item has most tokens: None for any, 0 if `run` takes none."""
 
     def close(self) -> None:
         """Give back what the engine holds. Calling it twice is allowed; running afterwards is not."""
@@ -152,12 +152,12 @@ def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encode
     Raises:
         EngineError: the engine failed, or what it gave is not what the contract says.
     """
-    most = engine.max_rows(max(items, key=_length))
+    most = engine.max_rows(max(items, key=_tokens))
     if most is None or len(items) <= most:
         return _run_whole(engine, preprocessor, items)
     results = np.empty(preprocessor.contract.output_shape(len(items)), dtype=np.float32)
     # The longest first, so that the rest, which are shorter, may have more rows.
-    left = sorted(range(len(items)), key=lambda place: -items[place].length)
+    left = sorted(range(len(items)), key=lambda place: -_tokens(items[place]))
     while left:
         most = engine.max_rows(items[left[0]])
         rows, left = left[: most or 1], left[most or 1 :]
@@ -165,8 +165,26 @@ def run_batch(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encode
     return results
 
 
-def _length(item: Encoded) -> int:
-    return item.length
+def _tokens(item: Encoded) -> int:
+    """What a batch is padded to; not `length`, which counts what an image costs besides."""
+    return len(item.ids)
+
+
+def rows_taken(profiles: Sequence[Mapping[str, Sequence[int]]], longest: Encoded) -> int:
+    """`Engine.max_rows` of an engine that was built for some sizes.
+
+    Args:
+        profiles: as `EngineEntry` has them: of batches of tokens, or of images that become vectors by themselves.
+        longest: of a batch.
+    """
+    if not longest.ids:
+        return max(one["images"][2] for one in profiles)
+    tokens = len(longest.ids)
+    # Where rows have a fixed length, profiles have no range of it.
+    fits = (
+        one["batch"][2] for one in profiles if "tokens" not in one or one["tokens"][0] <= tokens <= one["tokens"][2]
+    )
+    return max(fits, default=0)
 
 
 def _run_whole(engine: Engine, preprocessor: Preprocessor, items: Sequence[Encoded]) -> NDArray[np.float32]:

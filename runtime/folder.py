@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rtx.runtime.atomic import FULL, sync
@@ -16,11 +16,14 @@ from rtx.runtime.errors import ArtifactError, UsageError
 
 
 @contextlib.contextmanager
-def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Path]:
+def replace_folder(
+    target: Path, *, marker: str = "config.json", check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Fill a temporary folder beside `target`, and put it in its place when the block ends without an error.
 
     Args:
         target: what is to be there afterwards. A folder of the same kind is replaced.
+        check: called last of all before it is, and may raise.
         marker: file that a folder of this kind has; a folder that is neither empty nor has it is left alone.
 
     Raises:
@@ -28,7 +31,7 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
         ArtifactError: there is no room for it.
     """
     target = target.absolute()
-    if Path.cwd().is_relative_to(target.resolve()):
+    if _is_within(target):
         # Whoever is in it would be left in what has no name any more.
         raise UsageError(f"{target}: is the folder that this runs in, and would be replaced; run it from another one")
     if target.exists() and not _may_replace(target, marker):
@@ -41,8 +44,9 @@ def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Pat
         with _ending_by_exception():
             yield written
         _share(written)
-        for path in (*written.rglob("*"), written):
+        for path in _own(written):
             sync(path)
+        check()
         _swap(written, target)
         sync(target.parent)
     except OSError as broken:
@@ -99,5 +103,20 @@ def _share(folder: Path) -> None:
     # There is no way of reading the mask but setting it.
     mask = os.umask(0o077)
     os.umask(mask)
-    for path in (*folder.rglob("*"), folder):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    for path in _own(folder):
+        if path.is_dir() or path.stat().st_nlink == 1:  # what has another name was there before
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _own(folder: Path) -> Iterator[Path]:
+    """A folder and all in it, but nothing that links lead to."""
+    yield from (path for path in folder.rglob("*") if not path.is_symlink())
+    yield folder
+
+
+def _is_within(target: Path) -> bool:
+    """Whether this process is in a folder."""
+    try:
+        return Path.cwd().is_relative_to(target.resolve())
+    except FileNotFoundError:  # it is where nothing is any more
+        return False

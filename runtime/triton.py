@@ -2,8 +2,8 @@
 
     request -> items -> rtx's preprocessing and batching -> requests to the graphs' models in the server -> response
 
-`rtx export --triton-repo` writes all of these models. The server brings the module `triton_python_backend_utils`, whose
-interface is documented in github.com/triton-inference-server/python_backend.
+`--triton-repo` of `rtx export` and `rtx build` writes all of these models. The server brings the module
+`triton_python_backend_utils`, whose interface is documented in github.com/triton-inference-server/python_backend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rtx.runtime.backends.graphs import open_graphs
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.contract import Contract
 from rtx.runtime.embedder import Embedder
-from rtx.runtime.engine import Budget
+from rtx.runtime.engine import Budget, rows_taken
 from rtx.runtime.errors import EngineError, InvalidItemsError, RtxError
 from rtx.runtime.images import ImageLimits
 from rtx.runtime.reranker import Reranker
@@ -70,12 +70,7 @@ class GraphModel:
 
     def max_rows(self, longest: Encoded) -> int | None:
         """As `rtx.runtime.engine.Engine` has it."""
-        if not self._profiles:
-            return None
-        tokens = len(longest.ids)
-        # Where every row has the same tokens, profiles have no range of them.
-        ranges = [(one["batch"], one.get("tokens", (tokens, tokens, tokens))) for one in self._profiles]
-        return max((rows[2] for rows, (least, _, most) in ranges if least <= tokens <= most), default=0)
+        return rows_taken(self._profiles, longest) if self._profiles else None
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `rtx.runtime.engine.Engine` has it."""

@@ -24,18 +24,23 @@ from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.peers.worker import Run, Source, serve
+from benchmarks.peers.worker import Run, Source, end_with_parent, serve
 
 PROGRAM = "text-embeddings-router"
-# More than any call has, and fewer than the server takes.
+# At once; the server takes 512.
 _MOST_REQUESTS = 256
 _START_S, _ANSWER_S = 300.0, 300.0
+# The server is on this machine, whatever proxies there are.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_VERSIONS: dict[str, str] = {}
 
 
 def load(source: Source, _form: str, _threads: int) -> Run:
     if shutil.which(PROGRAM) is None:
         raise FileNotFoundError(f"{PROGRAM} is not on the PATH: github.com/huggingface/text-embeddings-inference")
     url = f"http://127.0.0.1:{_start(source.checkpoint)}"
+    with _OPENER.open(f"{url}/info", timeout=_ANSWER_S) as answer:
+        _VERSIONS[PROGRAM] = str(json.load(answer)["version"])
     pool = ThreadPoolExecutor(_MOST_REQUESTS)
 
     def ask(items: Sequence[Any], batch_size: int, path: str, **options: object) -> list[Any]:
@@ -54,7 +59,7 @@ def load(source: Source, _form: str, _threads: int) -> Run:
 
 
 def _start(checkpoint: Path) -> int:
-    """Start the server, which ends with this process's group, and wait until it answers: its port.
+    """Start the server, which ends with this process, and wait until it answers: its port.
 
     Raises:
         RuntimeError: it ended, or did not answer in time.
@@ -65,15 +70,15 @@ def _start(checkpoint: Path) -> int:
     place = ["--hostname", "127.0.0.1", "--port", str(port)]
     # By default a request may have 32 items.
     command = [PROGRAM, "--model-id", str(checkpoint), "--dtype", "float16", "--max-client-batch-size", "1024", *place]
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
         if server.poll() is not None:
             raise RuntimeError(f"{PROGRAM} ended with {server.returncode}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            with _OPENER.open(f"http://127.0.0.1:{port}/health", timeout=5):
                 return port
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.1)
     server.kill()
     raise RuntimeError(f"{PROGRAM} did not answer within {_START_S:g} s")
@@ -82,7 +87,7 @@ def _start(checkpoint: Path) -> int:
 def _post(url: str, content: dict[str, Any]) -> list[Any]:
     request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+        with _OPENER.open(request, timeout=_ANSWER_S) as answer:
             found: list[Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as refused:
@@ -90,4 +95,4 @@ def _post(url: str, content: dict[str, Any]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    serve(load=load, packages=("numpy",))
+    serve(load=load, packages=(), versions=lambda: _VERSIONS)

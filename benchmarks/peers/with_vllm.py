@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+# In this process, which is what ends with the driver.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.peers.worker import Run, Source, serve

@@ -86,17 +86,24 @@ def attempt(form: str, failed: MutableMapping[str, str]) -> Iterator[None]:
         failed[form] = sentence(error)
 
 
-def serve(*, load: Load, packages: Sequence[str], prepare: Prepare = prepare_nothing) -> None:
+def serve(
+    *,
+    load: Load,
+    packages: Sequence[str],
+    prepare: Prepare = prepare_nothing,
+    versions: Callable[[], Mapping[str, str]] = dict,
+) -> None:
     """Answer until the input ends.
 
     Args:
         load: opens a form.
         packages: whose versions are told.
         prepare: makes the artifact.
+        versions: of what is no package, once a form is loaded.
     """
-    _end_with_parent()
+    end_with_parent()
     answers = _answers()
-    worker = _Worker(load, packages, prepare)
+    worker = _Worker(load, packages, prepare, versions)
     for line in sys.stdin:
         try:
             answer = worker.answer(json.loads(line))
@@ -108,8 +115,11 @@ def serve(*, load: Load, packages: Sequence[str], prepare: Prepare = prepare_not
 
 
 class _Worker:
-    def __init__(self, load: Load, packages: Sequence[str], prepare: Prepare) -> None:
+    def __init__(
+        self, load: Load, packages: Sequence[str], prepare: Prepare, versions: Callable[[], Mapping[str, str]]
+    ) -> None:
         self._load = load
+        self._versions = versions
         self._packages = packages
         self._prepare = prepare
         self._run: Run | None = None
@@ -123,7 +133,7 @@ class _Worker:
             return {"failed": dict(self._prepare(source, order))}
         if request["do"] == "load":
             self._run = self._load(source, request["form"], request["threads"])
-            return {"versions": {name: metadata.version(name) for name in self._packages}}
+            return {"versions": {**{name: metadata.version(name) for name in self._packages}, **self._versions()}}
         raise ValueError(f"do: expected prepare, load or run, got {request['do']!r}")
 
     def _timed(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,13 +173,26 @@ def has_vnni() -> bool:
 
 
 def peak_rss_bytes() -> int | None:
-    """Most resident memory of this process so far; None where the system does not tell."""
-    try:
-        # Not ru_maxrss: on Linux a process inherits the peak of the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return None
+    """Most resident memory of this process so far, and of those that it started; None where the system does not tell.
+
+    Peaks are added up: processes that had theirs at different times had less together.
+    """
+    peaks: dict[int, int] = {}
+    parents: dict[int, int] = {}
+    # Not ru_maxrss: on Linux a process inherits the peak of the one that started it.
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (folder / "status").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # it has ended
+            continue
+        found = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines) if rest.strip()}
+        if "VmHWM" in found:
+            parents[int(folder.name)] = int(found["PPid"])
+            peaks[int(folder.name)] = int(found["VmHWM"]) * 1024
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(peaks[pid] for pid in family) if family <= {*peaks} else None
 
 
 def _answers() -> TextIO:
@@ -179,7 +202,7 @@ def _answers() -> TextIO:
     return answers
 
 
-def _end_with_parent() -> None:
-    """A worker that stands still would outlive a driver that was killed."""
+def end_with_parent() -> None:
+    """A process that stands still would outlive what started it, where that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,10 +8,18 @@ alone knows when kernels change.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rtx.runtime.caching import read_cache, write_cache
+
+
+class Taken(NamedTuple):
+    """Compiled kernels, and how often some were taken before."""
+
+    number: int
+    content: bytes
 
 
 class KernelCache:
@@ -39,24 +47,30 @@ class KernelCache:
         self._written = kept if self.found else b""
         self.config.set_runtime_cache(self._cache)
         self.problem: str | None = None
+        self._writing = threading.Lock()
+        self._taken = self._kept = 0
 
     def save(self) -> None:
         """Write what is new."""
         self.write(self.take())
 
-    def take(self) -> bytes:
-        """What is compiled, if that is new and kept; while nothing else is asked of the engine."""
+    def take(self) -> Taken | None:
+        """What is compiled, where that is kept; by one thread at a time, while nothing else is asked of the engine."""
         if self._file is None or self.problem is not None:
-            return b""
+            return None
         try:
             content = bytes(self._cache.serialize())
         except (RuntimeError, TypeError) as broken:  # of TensorRT's bindings
             self.problem = f"{self._file}: TensorRT does not give its kernels: {broken}"
-            return b""
-        return b"" if content == self._written else content
+            return None
+        self._taken += 1
+        return Taken(self._taken, content)
 
-    def write(self, content: bytes) -> None:
-        """Keep what `take` gave."""
-        if self._file is not None and content:
-            self.problem = write_cache(self._file, content)
-            self._written = content
+    def write(self, taken: Taken | None) -> None:
+        """Keep what `take` gave, if it is new; by any threads at once."""
+        if self._file is None or taken is None:
+            return
+        with self._writing:
+            if taken.number > self._kept and taken.content != self._written:
+                self.problem = write_cache(self._file, taken.content)
+                self._kept, self._written = taken

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from rtx.runtime.backends.cuda import Cuda
 from rtx.runtime.backends.kernel_cache import KernelCache
+from rtx.runtime.engine import rows_taken
 from rtx.runtime.errors import EngineError, install_command
 from rtx.runtime.gpu import Gpu
 from rtx.runtime.machine import installed_version
@@ -213,7 +214,7 @@ class TensorRtEngine:
         trt = load_tensorrt(entry.target)
         if problem := mismatch(entry, str(trt.__version__), {gpu.capability}):
             raise EngineError(f"{name}: {problem}")
-        self._trt, self._output = trt, output
+        self._trt, self._output, self._profiles = trt, output, entry.profiles
         self._max_graphs = max_graphs if entry.target == "tensorrt" else 0
         self._logger = quiet_logger(trt)
         # CUDA does not work in a process that was forked off another one that uses it.
@@ -281,13 +282,7 @@ class TensorRtEngine:
             self._slots.put(slot)
 
     def max_rows(self, longest: Encoded) -> int | None:
-        if not longest.ids:  # images that become vectors by themselves, which all have one size
-            return max(most[0] for _, most in self._tensors[self.input_names[0]].limits)
-        limits = self._tensors["input_ids"].limits
-        tokens = len(longest.ids)
-        # Where both are equal, every row is padded to that many tokens.
-        takes = ((most[0], least[1] == most[1] or least[1] <= tokens <= most[1]) for least, most in limits)
-        return max((rows for rows, taken in takes if taken), default=0)
+        return rows_taken(self._profiles, longest)
 
     def close(self) -> None:
         if os.getpid() != self._process:
@@ -329,8 +324,9 @@ class TensorRtEngine:
             return
         with self._computing:
             self._served[profile] += 1
-            new = self.kernels.take() if self._served[profile] in _KEPT_AFTER else b""
-        self.kernels.write(new)
+            new = self.kernels.take() if self._served[profile] in _KEPT_AFTER else None
+        if new is not None:
+            self.kernels.write(new)
 
     def _open(self, content: bytes, entry: EngineEntry, kernels: Path | None) -> None:
         cuda = self._cuda

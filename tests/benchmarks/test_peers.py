@@ -601,7 +601,7 @@ assert given.dtype == "float16"
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(200, None)
+        self.answer(200, {{"version": "1.9.3"}} if self.path == "/info" else None)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -634,28 +634,43 @@ def test_a_server_is_started_asked_and_ended(task: str, tmp_path: Path) -> None:
     router.chmod(0o755)
     peer = next(peer for peer in GPU_PEERS if peer.environment == "text_embeddings_inference")
     command = [sys.executable, "-P", str(HERE / peer.script)]
-    environment = {**os.environ, "PATH": f"{router.parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{router.parent}:{os.environ['PATH']}", "http_proxy": "http://127.0.0.1:9"}
     load = {**LOAD, "checkpoint": str(tmp_path), "task": task}
     out = tmp_path / "out.npy"
     worker = Worker("server", command, environment=environment, log=tmp_path / "log")
     try:
-        worker.ask(load, timeout_s=60)
+        assert worker.ask(load, timeout_s=60) == {"versions": {"text-embeddings-router": "1.9.3"}}
         pid = int((tmp_path / "pid").read_text())
         items = [["a", "b"], ["abc", "de"], ["a", "defg"]] if task == "rerank" else ["a", "bcd", "ef"]
-        worker.ask({**RUN, "items": items, "batch_size": 2, "out": str(out)}, timeout_s=30)
-        assert state_of(pid) == "T"  # it stands still with the worker
+        answer = worker.ask({**RUN, "items": items, "batch_size": 2, "out": str(out)}, timeout_s=30)
+        wait_for(pid, "T")  # it stands still with the worker
+        # The server's memory is part of it.
+        assert answer["peak_rss_bytes"] > 2 * 8_000_000
+        assert answer["peak_rss_bytes"] > peak_of(worker.pid) + 0.9 * peak_of(pid)
         if task == "embed":
             assert np.load(out).tolist() == [[1, 2], [3, 2], [2, 1]]
             with pytest.raises(EngineError, match=r"run: RuntimeError: 413: .*Batch size error"):
                 worker.ask({**RUN, "items": ["too long"]}, timeout_s=30)
         else:
             assert np.load(out).tolist() == [0, -1, 3]
+        if task == "rerank":  # a driver that is killed ends its workers so, and cannot end what they started
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            wait_for(pid, "", "Z")
     finally:
         worker.close()
+    wait_for(pid, "", "Z")
+
+
+def wait_for(pid: int, *states: str) -> None:
     deadline = time.monotonic() + 10
-    while state_of(pid) not in ("", "Z") and time.monotonic() < deadline:
+    while state_of(pid) not in states and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert state_of(pid) in ("", "Z")
+    assert state_of(pid) in states
+
+
+def peak_of(pid: int | None) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -695,7 +710,7 @@ def test_what_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             pairs = zip(queries, passages, strict=True)
             return [SimpleNamespace(outputs=SimpleNamespace(score=len(p) - len(q))) for q, p in pairs]
 
-    for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
+    for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         monkeypatch.setenv(name, "1")  # as the script does, and for this test alone
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, PoolingParams=SimpleNamespace))
     module = importlib.import_module("benchmarks.peers.with_vllm")

@@ -24,7 +24,7 @@ from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, RtxError, UsageError
 from rtx.runtime.manifest import MANIFEST_FILE
 
-pytestmark = pytest.mark.usefixtures("tensorrt_rtx")
+builds = pytest.mark.usefixtures("tensorrt_rtx")
 
 FP32, FP16 = "engines/model.tensorrt-rtx.engine", "engines/model_fp16.tensorrt-rtx.engine"
 
@@ -49,10 +49,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@builds
 def test_engines_come_into_a_bundle_and_nothing_else_changes(bundle: Path) -> None:
     (bundle / "notes").mkdir()
     (bundle / "notes" / "mine.txt").write_text("what no manifest lists")
     (bundle / "current").symlink_to("notes/mine.txt")
+    (bundle / "nowhere").symlink_to("notes/none.txt")
+    outside = bundle.parent / "outside"
+    outside.touch(mode=0o600)
+    (bundle / "outside").symlink_to("../outside")
+    (bundle / "tokenizer.json").chmod(0o440)
     before, was = content(bundle), Bundle.open(bundle).manifest
     result = run(bundle, "--sm", "89", "--lengths", "16")
     assert result.exit_code == 0, result.output
@@ -63,7 +69,10 @@ def test_engines_come_into_a_bundle_and_nothing_else_changes(bundle: Path) -> No
     assert [file for file in before if before[file] != after[file]] == [MANIFEST_FILE]
     assert found.damaged() == {}
     assert (bundle / "current").is_symlink()
-    assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
+    assert (bundle / "nowhere").is_symlink()
+    assert outside.stat().st_mode & 0o777 == 0o600
+    assert (bundle / "tokenizer.json").stat().st_mode & 0o777 == 0o440
+    assert {path.name for path in bundle.parent.iterdir()} == {"tiny.rtx", "outside"}
     assert {*found.manifest.engines} == {FP32, FP16}
     engine = found.manifest.engines[FP16]
     assert engine.sources == {"onnx/model_fp16.onnx": was.files["onnx/model_fp16.onnx"].sha256}
@@ -72,6 +81,7 @@ def test_engines_come_into_a_bundle_and_nothing_else_changes(bundle: Path) -> No
     assert dataclasses.replace(found.manifest, engines={}, files=files) == was
 
 
+@builds
 def test_another_version_takes_the_place_of_one_and_keeps_its_buckets(bundle: Path) -> None:
     assert run(bundle, "--sm", "89", "--lengths", "16,32").exit_code == 0
     first = Bundle.open(bundle).manifest
@@ -91,6 +101,17 @@ def test_another_version_takes_the_place_of_one_and_keeps_its_buckets(bundle: Pa
     assert [profile["tokens"][2] for profile in new.profiles] == [16, 32, 64]
 
 
+@builds
+def test_each_graph_keeps_its_own_buckets(bundle: Path) -> None:
+    for variant, lengths in (("fp32", "16"), ("fp16", "32")):
+        assert run(bundle, "--sm", "89", "--variant", variant, "--lengths", lengths).exit_code == 0
+    assert run(bundle, "--sm", "89").exit_code == 0
+    engines = Bundle.open(bundle).manifest.engines
+    ends = {file: [profile["tokens"][2] for profile in entry.profiles] for file, entry in engines.items()}
+    assert ends == {FP32: [16, 64], FP16: [32, 64]}
+
+
+@builds
 def test_a_link_to_a_bundle_stays_one(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "served.rtx").symlink_to("tiny.rtx")
     assert run(tmp_path / "served.rtx", "--sm", "89", "--variant", "fp32").exit_code == 0
@@ -109,6 +130,8 @@ def test_models_for_triton_of_a_bundle_that_is_there(bundle: Path, tmp_path: Pat
     assert "there is a model already; --overwrite replaces it" in again.output
     assert content(bundle) == before  # before anything was built
     assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
+    assert CliRunner().invoke(main, [*command, "--overwrite", "--variant", "fp32"]).exit_code == 0
+    assert (tmp_path / "models" / "tiny_graph" / "1" / "model.onnx").read_bytes() == before["onnx/model.onnx"]
     into = CliRunner().invoke(main, ["build", str(bundle), "--triton-repo", str(bundle)])
     assert f"{bundle}: is a bundle; expected the folder of a model repository" in into.output
     assert content(bundle) == before
@@ -118,7 +141,12 @@ def test_models_for_triton_of_a_bundle_that_is_there(bundle: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         ((), "expected --target, --triton-repo, or both"),
-        (("--triton-repo", "models", "--sm", "89"), "--sm, --lengths and --variant: are of engines"),
+        (("--triton-repo", "models", "--sm", "89"), "--sm and --lengths: are of engines, which --target asks for"),
+        (("--target", "tensorrt-rtx", "--overwrite"), "--overwrite: is of models in --triton-repo"),
+        (
+            ("--triton-repo", "models", "--variant", "fp32", "--variant", "fp16"),
+            "--variant: Triton serves one, got fp32, fp16",
+        ),
     ],
 )
 def test_what_is_asked_for_makes_sense(bundle: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -127,6 +155,7 @@ def test_what_is_asked_for_makes_sense(bundle: Path, arguments: tuple[str, ...],
     assert message in result.output
 
 
+@builds
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -148,6 +177,7 @@ def test_what_cannot_be_built(bundle: Path, arguments: tuple[str, ...], error: t
     assert content(bundle) == before
 
 
+@builds
 def test_a_bundle_without_anything_to_build_of(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     variants = {"int8": manifest.variants["fp32"]}
@@ -159,6 +189,7 @@ def test_a_bundle_without_anything_to_build_of(bundle: Path) -> None:
     assert result.exit_code == UsageError.exit_code
 
 
+@builds
 def test_a_damaged_bundle_gets_no_engine_but_for_a_damaged_one(bundle: Path) -> None:
     assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
     (bundle / FP32).write_bytes(b"")
@@ -173,6 +204,7 @@ def test_a_damaged_bundle_gets_no_engine_but_for_a_damaged_one(bundle: Path) -> 
     assert [*Bundle.open(bundle).manifest.engines] == [FP32]
 
 
+@builds
 def test_an_engine_that_cannot_be_built_leaves_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path, *_: Any, **__: Any) -> Any:
         (folder / "engines").mkdir()
@@ -186,6 +218,7 @@ def test_an_engine_that_cannot_be_built_leaves_the_bundle(bundle: Path, monkeypa
     assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
 
 
+@builds
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_a_build(
     bundle: Path, number: signal.Signals, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -208,15 +241,28 @@ def test_a_signal_ends_a_build(
 
     before = content(bundle)
     monkeypatch.setattr(tensorrt, "_monitor", monitor)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with pytest.raises(error):
         build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), notify=print)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert len(steps) <= 2  # it ends where it was
     assert content(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["tiny.rtx"]
 
 
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As Ctrl-C is for what a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with tensorrt._signals_wait() as came:
+            signal.raise_signal(signal.SIGINT)
+        assert came == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@builds
 def test_what_changed_meanwhile_is_not_lost(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = build.build_engines
 
@@ -232,6 +278,7 @@ def test_what_changed_meanwhile_is_not_lost(bundle: Path, monkeypatch: pytest.Mo
     assert Bundle.open(bundle).damaged() == {}
 
 
+@builds
 def test_from_within_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (bundle, bundle / "onnx"):
         monkeypatch.chdir(folder)
@@ -242,6 +289,7 @@ def test_from_within_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -
         assert content(bundle) == before
 
 
+@builds
 def test_where_links_cannot_be_made_files_are_copied(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionError
@@ -251,6 +299,7 @@ def test_where_links_cannot_be_made_files_are_copied(bundle: Path, monkeypatch: 
     assert Bundle.open(bundle).damaged() == {}
 
 
+@builds
 def test_without_torch(bundle: Path) -> None:
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None, onnxruntime=None); "

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from rtx.export import pipeline, variants
+from rtx.export import pipeline
 from rtx.export.derive import derive
 from rtx.export.gate import Verdict, judge, limits
 from rtx.export.graph import constant_matrix, module_of
@@ -205,7 +205,7 @@ def test_half_of_the_layers_are_the_most(
 ) -> None:
     """Also where weights lie beside their graphs."""
     if external:
-        monkeypatch.setattr(variants, "_EXTERNAL_FROM_BYTES", 10_000)
+        monkeypatch.setattr("rtx.export.derive._EXTERNAL_FROM_BYTES", 10_000)
     names: tuple[VariantName, ...] = ("int8", "int8-packed") if BUILT else ("int8",)
     options = ExportOptions(variants=names, mixed=True, min_cosine=0.999999, threads=1)
     said: list[str] = []

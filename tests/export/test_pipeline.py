@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rtx.export import pipeline, variants, write
+from rtx.export import derive, pipeline, write
 from rtx.export.edit import Editor
 from rtx.export.graphs import Graphs
 from rtx.export.pipeline import ExportOptions, choose_default, export_bundle
@@ -304,7 +304,7 @@ def test_overwriting_keeps_the_old_bundle_until_the_new_one_has_passed(export, t
 
 
 def test_weights_beyond_what_a_graph_can_hold_lie_beside_it(export, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "_EXTERNAL_FROM_BYTES", 10_000)
+    monkeypatch.setattr(derive, "_EXTERNAL_FROM_BYTES", 10_000)
     outcome = export(tmp_path / "x.rtx", variants=("int8", "fp16"), min_cosine=0.9, threads=1)
     folder = tmp_path / "x.rtx"
     assert sorted(path.name for path in (folder / "onnx").iterdir()) == [
@@ -330,7 +330,7 @@ def test_weights_beyond_what_a_graph_can_hold_lie_beside_it(export, checkpoint, 
 def test_a_small_variant_of_a_large_graph_holds_its_own_weights(export, plain, tmp_path, monkeypatch):
     """The plain graph lies beside its weights; an int8 one is below the limit, and must not point to that file."""
     weights = sum(value.const_value.nbytes for value in plain.graph.initializers.values())
-    monkeypatch.setattr(variants, "_EXTERNAL_FROM_BYTES", weights - 1)
+    monkeypatch.setattr(derive, "_EXTERNAL_FROM_BYTES", weights - 1)
     outcome = export(tmp_path / "x.rtx", variants=("fp32", "int8"), threads=1)
     assert {name: found.external for name, found in outcome.manifest.variants.items()} == {
         "fp32": ("onnx/model.onnx.data",),

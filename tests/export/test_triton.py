@@ -482,6 +482,8 @@ def test_an_engine_of_tensorrt_is_a_plan(embedder: Path, tmp_path: Path, monkeyp
     assert [path.name for path in (graph / "1").iterdir()] == ["model.plan"]
     config = parsed(graph)
     assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    tokens = parsed(tmp_path / "models" / name).parameters["max_batch_tokens"].string_value
+    assert int(tokens) == Budget.of("tensorrt").max_batch_tokens
     assert [*config.instance_group[0].profile] == ["0", "1"]
     assert not config.optimization.execution_accelerators.gpu_execution_accelerator
     shutil.copyfile(embedder / "onnx" / "model.onnx", graph / "1" / "model.onnx")

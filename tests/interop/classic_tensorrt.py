@@ -78,6 +78,10 @@ def check(folder: str) -> int:
             "config": trt.IBuilderConfig,
             "parser": trt.OnnxParser,
             "profile": trt.IOptimizationProfile,
+            "network": trt.INetworkDefinition,
+            "layer": trt.ILayer,
+            "tensor": trt.ITensor,
+            "timings": trt.ITimingCache,
             "BuilderFlag": trt.BuilderFlag,
             "NetworkDefinitionCreationFlag": trt.NetworkDefinitionCreationFlag,
             "trt": trt,
@@ -89,7 +93,12 @@ def check(folder: str) -> int:
         for owner, kind in kinds.items()
         for name in called(module, owner)
     }
-    asked |= {("USER_MANAGED", trt.ExecutionContextAllocationStrategy), ("num_layers", trt.INetworkDefinition)}
+    asked.add(("USER_MANAGED", trt.ExecutionContextAllocationStrategy))
+    # What a name was given to that is called otherwise by now would not be looked at.
+    empty = [owner for module, kinds in owners.items() for owner in kinds if not called(module, owner)]
+    if empty:
+        print(f"FAIL nothing is asked of {', '.join(empty)} any more")
+        return 1
     missing = sorted(name for name, kind in asked if name not in OF_RTX and not hasattr(kind, name))
     found = f"has no {', '.join(missing)}" if missing else f"has the {len(asked)} names that rtx asks for"
     print(f"{'FAIL' if missing else 'ok  '} TensorRT {trt.__version__} {found}", flush=True)

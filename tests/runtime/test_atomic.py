@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,9 +41,24 @@ def test_the_unfinished_file_lies_in_the_workspace(tmp_path: Path) -> None:
     workspace = tmp_path / "work"
     workspace.mkdir()
     with atomic_file(tmp_path / "out", workspace=workspace):
-        assert [file.name for file in workspace.iterdir()] == [f"out.{os.getpid()}.tmp"]
+        (unfinished,) = workspace.iterdir()
+        assert re.fullmatch(rf"out\.{os.getpid()}-\d+\.tmp", unfinished.name)
     assert list(workspace.iterdir()) == []
     assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_threads_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            with atomic_file(tmp_path / "out") as stream:
+                stream.write(content)
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(write, contents))
+    assert (tmp_path / "out").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

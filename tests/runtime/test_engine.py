@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rtx.runtime.contract import Contract
-from rtx.runtime.engine import Budget, run_batch, run_items
+from rtx.runtime.engine import Budget, rows_taken, run_batch, run_items
 from rtx.runtime.errors import EngineError, UsageError
 from rtx.runtime.preprocessor import Preprocessor
 from rtx.runtime.text import Batch, Encoded
@@ -65,10 +65,29 @@ def test_a_batch_of_more_rows_than_the_engine_takes_is_run_in_parts(preprocessor
     results = run_batch(engine, preprocessor, items(3, 3, 3, 3, 9))
     assert results[:, 0].tolist() == [1, 2, 3, 4, 5]
     assert engine.shapes == [(2, 9), (3, 3)]
-    engine.shapes.clear()  # what no engine takes is run all the same, a row at a time: each gets its own error
+    engine.shapes.clear()  # what it does not take is run all the same, for its own words on that
     engine.max_rows = lambda longest: 0 if longest.length > 3 else 3
     run_batch(engine, preprocessor, items(9, 3, 9, 3))
     assert engine.shapes == [(1, 9), (1, 9), (2, 3)]
+
+
+def test_what_a_batch_is_padded_to_is_tokens_and_not_what_images_cost(preprocessor: Preprocessor):
+    """With images among tokens, an item of few tokens may cost the most."""
+    engine = CountingEngine()
+    engine.max_rows = lambda longest: 2 if len(longest.ids) > 3 else 4
+    mixed = [item._replace(image_tokens=50 * (len(item.ids) < 4)) for item in items(3, 9, 3, 3)]
+    results = run_batch(engine, preprocessor, mixed)
+    assert results[:, 1].tolist() == [3, 9, 3, 3]
+    assert engine.shapes == [(2, 9), (2, 3)]
+
+
+def test_rows_that_an_engine_was_built_for():
+    buckets = [{"batch": (1, 4, 16), "tokens": (1, 8, 8)}, {"batch": (1, 1, 4), "tokens": (9, 9, 9)}]
+    buckets.append({"batch": (1, 1, 2), "tokens": (10, 32, 32)})
+    found = [rows_taken(buckets, item) for item in items(1, 8, 9, 10, 32, 33)]
+    assert found == [16, 16, 4, 2, 2, 0]
+    assert [rows_taken([{"batch": (1, 4, 16)}], item) for item in items(1, 99)] == [16, 16]
+    assert rows_taken([{"images": (1, 2, 5)}], Encoded([], [], image_tokens=50)) == 5
 
 
 def test_an_engine_that_packs_is_given_items_in_their_order(preprocessor: Preprocessor):

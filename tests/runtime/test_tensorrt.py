@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,48 @@ def test_what_is_compiled_in_the_background_is_kept_too(gpu: StandIn, tmp_path: 
     same(engine, batch(2, 8))  # the 16th
     assert "for [2, 8]" in file.read_text()
     engine.close()
+
+
+def test_kernels_of_two_threads_are_kept_in_order(tmp_path: Path) -> None:
+    cache = kernel_cache.KernelCache(Kernels.module, Kernels(), tmp_path / "kernels")
+    older, newer = cache.take(), cache.take()
+    cache.write(newer)
+    cache.write(older)  # of a thread that was slower
+    assert (tmp_path / "kernels").read_bytes() == b"2"
+    assert cache.problem is None
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(50):
+            list(pool.map(cache.write, [cache.take(), cache.take()]))
+    assert cache.problem is None
+    assert (tmp_path / "kernels").read_bytes() == b"102"
+
+
+class Kernels:
+    """A `IRuntimeCache` that counts, and all that leads to it."""
+
+    module = SimpleNamespace(
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=0),
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=0),
+    )
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def create_runtime_config(self) -> Kernels:
+        return self
+
+    def create_runtime_cache(self) -> Kernels:
+        return self
+
+    def set_execution_context_allocation_strategy(self, _: int) -> None:
+        pass
+
+    def set_runtime_cache(self, _: Kernels) -> None:
+        pass
+
+    def serialize(self) -> bytes:
+        self.taken += 1
+        return b"%d" % self.taken
 
 
 def test_kernels_that_do_not_fit_are_compiled_anew(gpu: StandIn, tmp_path: Path) -> None:
@@ -625,7 +668,8 @@ def test_more_rows_than_a_profile_takes_are_several_batches(served: Bundle, gpu:
     profiles = [dict.fromkeys(model.inputs, box) for box in boxes]
     gpu.trt.models[b"an engine"] = dataclasses.replace(model, profiles=profiles)
     ((file, entry),) = served.manifest.engines.items()
-    engines = {file: dataclasses.replace(entry, profiles=ENTRY.profiles)}
+    sizes = ({"batch": (1, 2, 16), "tokens": (1, 8, 8)}, {"batch": (1, 2, 4), "tokens": (9, 64, 64)})
+    engines = {file: dataclasses.replace(entry, profiles=sizes)}
     (served.path / MANIFEST_FILE).write_bytes(dataclasses.replace(served.manifest, engines=engines).to_bytes())
     texts = [f"text {number}" for number in range(40)] + [f"a text of {'words ' * 9}{number}" for number in range(9)]
     with Embedder.open(served.path) as graph:

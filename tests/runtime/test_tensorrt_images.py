@@ -32,7 +32,7 @@ ENTRY = EngineEntry(
     graph="onnx/model.onnx",
     sources={},
     capabilities=(89,),
-    profiles=({},),
+    profiles=({"batch": (1, 4, 6), "tokens": (1, 8, 8), "images": (1, 2, 4)},),
     layers={},
 )
 L4 = Gpu(index=0, name="NVIDIA L4", capability=89, memory_bytes=24 << 30)
