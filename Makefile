@@ -30,7 +30,7 @@ test-fast: $(READY) $(OPERATORS)   ## all but the slow tests
 # The two packages of ONNX Runtime exclude each other: where there is a GPU, that for GPUs takes the other's place in .venv.
 test-gpu: $(READY)   ## what needs an NVIDIA GPU, and says why it is skipped where there is none
 	if command -v nvidia-smi > /dev/null; then \
-		$(BIN)/python -m pip uninstall -qq -y onnxruntime; $(BIN)/python -m pip install -qq onnxruntime-gpu; fi
+		$(BIN)/python -m pip uninstall -qq -y onnxruntime; $(BIN)/python -m pip install -qq 'onnxruntime-gpu[cuda,cudnn]'; fi
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: $(READY) build/typing/rtx   ## ruff, mypy and clang-format

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
 from rtx.export.build import build_for
-from rtx.export.engines import BUILDABLE, EngineOptions, describe_engine
+from rtx.export.engines import EngineOptions, describe_engine
 from rtx.export.options import capabilities_option, lengths_option, triton_option
 from rtx.export.tensorrt import TARGETS
 from rtx.export.triton import check_repository, write_repository
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.errors import UsageError
-from rtx.runtime.manifest import Target
+from rtx.runtime.manifest import BUILDABLE, Target
 
 
 @click.command()
@@ -66,7 +67,7 @@ def build(
         bundle = Bundle.open(path)
         for file, engine in built.items():
             click.echo(f"{file}: {describe_engine(engine)}, {bundle.manifest.files[file].bytes / 1e6:,.1f} MB")
-        click.echo(f"wrote {path}  (next: rtx doctor {path} --device tensorrt, and rtx verify)")
+        click.echo(f"wrote {path}  (next, where it runs: rtx verify {shlex.quote(str(path))} --device tensorrt)")
     if triton_repo is not None:
         served = variants[0] if variants else None
         names = write_repository(bundle, triton_repo, variant=served, overwrite=overwrite)

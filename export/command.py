@@ -11,23 +11,23 @@ from typing import cast
 import click
 
 from rtx.export.calibrators import CALIBRATORS, Calibrator
-from rtx.export.engines import BUILDABLE, EngineOptions, describe_engine
+from rtx.export.engines import EngineOptions, describe_engine
 from rtx.export.fp16 import LARGEST
 from rtx.export.gate import MAX_NDCG_DROP, Verdict
-from rtx.export.mixed import Mixed, in_words
+from rtx.export.mixed import Mixed, fails_on_quality, in_words
 from rtx.export.options import capabilities_option, lengths_option, triton_option
 from rtx.export.pipeline import ExportOptions, Outcome, bundle_name, check_target, export_bundle
 from rtx.export.ranges import overflowing
 from rtx.export.scales import CalibrationOptions, Scale
 from rtx.export.tensorrt import TARGETS
-from rtx.export.triton import check_repository, write_repository
-from rtx.export.variants import ON_CPU, VARIANTS, VariantName
+from rtx.export.triton import OPERATORS, check_repository, write_repository
+from rtx.export.variants import ON_CPU, VARIANTS, VariantName, can_be_mixed, is_packed
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.candidates import read_candidates
 from rtx.runtime.contract import Task
 from rtx.runtime.errors import UsageError
 from rtx.runtime.evalset import load_evalset
-from rtx.runtime.manifest import Target
+from rtx.runtime.manifest import BUILDABLE, Target
 
 _AUTO, _BEST = "auto", "best"
 
@@ -137,6 +137,8 @@ def export(
     check_target(output, overwrite=overwrite)
     if triton_repo is not None:
         check_repository(triton_repo, bundle_name(output), overwrite=overwrite)
+        if all(map(is_packed, _expanded(variants))):
+            raise UsageError(f"--triton-repo: {OPERATORS}; export fp16 or fp32 too")
     if candidates is not None and eval_dir is None:
         raise UsageError("--candidates: needs --eval, the evaluation set that they belong to")
     if target is None and (capabilities or lengths):
@@ -162,7 +164,7 @@ def export(
         command=shlex.join(["rtx", *_without_folders(sys.argv[1:])]),
     )
     outcome = export_bundle(checkpoint, output, options, notify=lambda message: click.echo(f"· {message}", err=True))
-    _print(outcome, output)
+    _print(outcome, output, mixed=options.mixed)
     if triton_repo is not None:
         names = write_repository(Bundle.open(output), triton_repo, overwrite=overwrite)
         click.echo(f"wrote {triton_repo}: the models {', '.join(names)}")
@@ -186,7 +188,7 @@ def _without_folders(arguments: Sequence[str]) -> list[str]:
     return recorded
 
 
-def _print(outcome: Outcome, output: Path) -> None:
+def _print(outcome: Outcome, output: Path, *, mixed: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -218,8 +220,8 @@ def _print(outcome: Outcome, output: Path) -> None:
             cells += ["–"] * 4
         table.add_row(name, *cells, _speed(name, outcome), _gate(name, outcome))
     Console().print(table)
-    for name, mixed in outcome.mixed.items():
-        click.echo(f"{name}: {_mixed(mixed)}")
+    for name, found in outcome.mixed.items():
+        click.echo(f"{name}: {_mixed(found)}")
     if outcome.ranges and not overflowing(outcome.ranges):
         click.echo(f"half precision: numbers reach {outcome.ranges[0].largest:,.4g}, of {LARGEST:,.0f}")
     if outcome.scales:
@@ -227,6 +229,8 @@ def _print(outcome: Outcome, output: Path) -> None:
     for name, verdict in outcome.verdicts.items():
         for failure in verdict.failures:
             click.echo(f"left out: {name} {failure}", err=True)
+        if not mixed and can_be_mixed(name) and fails_on_quality(verdict):
+            click.echo(f"{name}: --mixed keeps the layers that cost most as they were", err=True)
     for file, engine in outcome.manifest.engines.items():
         click.echo(f"{file}: {describe_engine(engine)}, {outcome.manifest.files[file].bytes / 1e6:,.1f} MB")
     click.echo(f"wrote {output}  (report: {output / 'report.html'})")

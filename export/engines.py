@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from rtx.export.buckets import check_lengths, fit_lengths, length_ranges, row_range, spread_lengths
 from rtx.export.tensorrt import Profile, build_engine, check_capabilities, load_tensorrt
-from rtx.export.variants import Files, VariantName, external_files
+from rtx.export.variants import Files, external_files
 from rtx.runtime.backends.visual import MAX_BATCH_IMAGES
 from rtx.runtime.contract import Contract
 from rtx.runtime.errors import UsageError
 from rtx.runtime.hashing import sha256_of
-from rtx.runtime.manifest import EngineEntry, Target
+from rtx.runtime.manifest import BUILDABLE, EngineEntry, Target
 
-BUILDABLE: tuple[VariantName, ...] = ("fp32", "fp16", "bf16", "int8-static", "int4-half")
-"""Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
 # Images that become visual tokens together, and how many the engine is tuned for.
 _IMAGES = (1, 8, MAX_BATCH_IMAGES)
 
@@ -60,8 +58,8 @@ def build_engines(
     *,
     kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
     notify: Callable[[str], None],
-) -> dict[str, EngineEntry]:
-    """Build an engine of each graph and write it into the bundle's folder.
+) -> Iterator[tuple[EngineEntry, bytes]]:
+    """Build an engine of each graph of a bundle.
 
     Args:
         folder: of the bundle.
@@ -73,7 +71,7 @@ def build_engines(
         notify: told of each graph.
 
     Returns:
-        What is noted of each engine, by its file.
+        What is noted of each engine, and the engine, one after the other.
 
     Raises:
         ExportError: an engine cannot be built.
@@ -84,14 +82,10 @@ def build_engines(
         plan[pair.tokens] = token_profiles(contract, kept.get(pair.tokens) or ends)
         if pair.image is not None:
             plan[pair.image] = image_profiles(contract)
-    (folder / "engines").mkdir(exist_ok=True)
-    found: dict[str, EngineEntry] = {}
     for graph, profiles in plan.items():
-        file = engine_file(graph, options.target)
-        notify(f"{file}: building, {len(profiles)} profile{'s' * (len(profiles) > 1)}")
+        notify(f"{graph}: building its engine, {len(profiles)} profile{'s' * (len(profiles) > 1)}")
         built = build_engine(folder / graph, profiles, target=options.target, capabilities=capabilities)
-        (folder / file).write_bytes(built.content)
-        found[file] = EngineEntry(
+        entry = EngineEntry(
             target=options.target,
             version=built.version,
             graph=graph,
@@ -104,12 +98,12 @@ def build_engines(
             layers=built.network.layers,
             workspace_bytes=built.workspace_bytes,
         )
-    return found
+        yield entry, built.content
 
 
-def engine_file(graph: str, target: Target) -> str:
-    """Where a bundle has the engine of a graph."""
-    return f"engines/{Path(graph).stem}.{target}.engine"
+def engine_file(entry: EngineEntry) -> str:
+    """Where a bundle has an engine, unless something else is there."""
+    return f"engines/{Path(entry.graph).stem}.{entry.target}.engine"
 
 
 def describe_engine(engine: EngineEntry) -> str:

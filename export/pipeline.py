@@ -25,7 +25,7 @@ import onnx_ir as ir
 from rtx.export.calibration import calibrate
 from rtx.export.derive import map_weights, remove_unused, write_variant
 from rtx.export.emulation import emulated
-from rtx.export.engines import EngineOptions, build_engines
+from rtx.export.engines import EngineOptions, build_engines, engine_file
 from rtx.export.gate import MAX_NDCG_DROP, Gate, Verdict
 from rtx.export.graphs import Graphs, check_exportable, export_graphs
 from rtx.export.int4_blocks import Factor
@@ -59,7 +59,7 @@ from rtx.runtime.errors import EngineError, ExportError, GateError, UsageError
 from rtx.runtime.evalset import EvalSet
 from rtx.runtime.evaluation import Evaluation
 from rtx.runtime.folder import replace_folder
-from rtx.runtime.manifest import MANIFEST_FILE, Manifest
+from rtx.runtime.manifest import MANIFEST_FILE, EngineEntry, Manifest
 from rtx.runtime.text import Encoded
 from rtx.trainer.model import RetrievalModel
 
@@ -211,11 +211,16 @@ def export_bundle(source: str, target: Path, options: ExportOptions, *, notify: 
         notify("comparing speed")
         on_cpu = {name: pair for name, pair in files.items() if runs_on_cpu(name)}
         seconds = _measure_speed(gate, folder, on_cpu, options.threads)
-        engines = {}
+        engines: dict[str, EngineEntry] = {}
         if options.engines is not None:
             count = _LENGTHS_OF_PAGES if model.contract.takes_images else _LENGTHS
             lengths = [] if served is None else lengths_of(served.encode(gate.preprocessor, count))
-            engines = build_engines(folder, files.values(), model.contract, options.engines, lengths, notify=notify)
+            (folder / "engines").mkdir()
+            for entry, content in build_engines(
+                folder, files.values(), model.contract, options.engines, lengths, notify=notify
+            ):
+                (folder / engine_file(entry)).write_bytes(content)
+                engines[engine_file(entry)] = entry
         manifest = write_bundle(
             folder,
             model,

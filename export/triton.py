@@ -44,7 +44,7 @@ _WARM: Profile = {
     for name, size in {"batch": 1, "tokens": _WARM_TOKENS, "visual_tokens": 1, "images": 1, "image_tokens": 4}.items()
 }
 _TYPES = {ir.DataType.INT64: "TYPE_INT64", ir.DataType.FLOAT: "TYPE_FP32"}
-_OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
+OPERATORS = "packed variants have operators of rtx, which Triton's ONNX Runtime lacks"
 _MODEL = '''"""Texts in, {output} out: see rtx.runtime.triton."""
 
 from rtx.runtime.triton import TritonPythonModel
@@ -81,6 +81,9 @@ def write_repository(
     plan = next((one for one in bundle.engines_of(chosen.file).items() if one[1].target == "tensorrt"), None)
     if contract.takes_images:  # an engine of each graph, or of none
         plan = None
+    needed = (*chosen.graphs, *chosen.external, TOKENIZER_FILE, *([] if plan is None else [plan[0]]))
+    if problems := [problem for file in needed if (problem := bundle.check(file)) is not None]:
+        raise BundleError(f"{bundle.path}: {'; '.join(problems)}")
     graphs = [f"{name}{ending}" for ending, _ in zip(_GRAPHS, chosen.graphs, strict=False)]
     for graph, file in zip(graphs, chosen.graphs, strict=True):
         with replace_folder(repository / graph, marker=_CONFIG) as folder:
@@ -114,8 +117,12 @@ def check_repository(repository: Path, name: str, *, overwrite: bool) -> None:
     """Raise UsageError if models cannot be written there, before any work is done."""
     if repository.exists() and not repository.is_dir():
         raise UsageError(f"{repository}: is a file; expected the folder of a model repository")
-    if (repository / MANIFEST_FILE).is_file():
-        raise UsageError(f"{repository}: is a bundle; expected the folder of a model repository")
+    if repository.is_symlink() and not repository.exists():
+        raise UsageError(f"{repository}: is a link to nothing; expected the folder of a model repository")
+    folder = repository.resolve()
+    if bundle := next((one for one in (folder, *folder.parents) if (one / MANIFEST_FILE).is_file()), None):
+        where = "is a bundle" if bundle == folder else f"is in the bundle {bundle}"
+        raise UsageError(f"{repository}: {where}; expected the folder of a model repository")
     for model in (f"{model_name(name)}{ending}" for ending in ("", *_GRAPHS)):
         if not (target := repository / model).exists() or (target.is_dir() and not any(target.iterdir())):
             continue
@@ -262,16 +269,14 @@ def _choose(bundle: Bundle, variant: str | None) -> tuple[Variant, bool]:
         on_gpu = [name for name, one in variants.items() if runs_on_gpu(one)]
         on_cpu = [name for name, one in variants.items() if runs_on_cpu(one) and not one.operators]
         if not on_gpu and not on_cpu:
-            raise UsageError(f"{bundle.path}: {_OPERATORS}; export fp16 or fp32 too")
+            raise UsageError(f"{bundle.path}: {OPERATORS}; export fp16 or fp32 too")
         variant = bundle.variant(device="cuda")[0] if on_gpu else on_cpu[0]
     chosen = variants.get(variant) or bundle.variant(variant)[1]
     if chosen.operators:
-        raise UsageError(f"{bundle.path}: variant '{variant}': {_OPERATORS}; export fp16 or fp32 too")
+        raise UsageError(f"{bundle.path}: variant '{variant}': {OPERATORS}; export fp16 or fp32 too")
     return chosen, runs_on_gpu(chosen)
 
 
 def _copy(bundle: Bundle, file: str, target: Path) -> None:
-    if file != MANIFEST_FILE and (problem := bundle.check(file)) is not None:
-        raise BundleError(f"{bundle.path}: {problem}")
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(bundle.path / file, target)

@@ -18,7 +18,15 @@ from rtx.runtime.gpu import find_gpu
 from rtx.runtime.hashing import sha256_of
 from rtx.runtime.image_cache import DEFAULT_CACHE_BYTES
 from rtx.runtime.images import ImageLimits
-from rtx.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, EngineEntry, Manifest, Variant
+from rtx.runtime.manifest import (
+    BUILDABLE,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    EngineEntry,
+    Manifest,
+    Variant,
+)
 from rtx.runtime.preprocessor import Preprocessor
 
 
@@ -79,7 +87,7 @@ class Bundle:
             if is_tensorrt(device):
                 if not self.runs(found, device):
                     others = ", ".join(n for n, one in self.manifest.variants.items() if self.runs(one, device))
-                    hint = f"these have one: {others}" if others else "`rtx build --target` builds them"
+                    hint = f"these have one: {others}" if others else _no_engines(self.manifest)
                     raise UsageError(f"{self.path}: variant '{name}' has no engine of TensorRT; {hint}")
             elif on_gpu and not runs_on_gpu(found):
                 others = ", ".join(other for other, one in self.manifest.variants.items() if runs_on_gpu(one))
@@ -249,6 +257,13 @@ class Bundle:
         known = {*self.manifest.files, MANIFEST_FILE}
         files = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if not path.is_dir())
         return sorted(file for file in files if file not in known)
+
+
+def _no_engines(manifest: Manifest) -> str:
+    """What brings engines of TensorRT to a bundle that has none."""
+    if found := [name for name in manifest.variants if name in BUILDABLE]:
+        return f"`rtx build --target` builds them of {', '.join(found)}"
+    return "export fp16 too, with --target"
 
 
 def runs_on_gpu(variant: Variant) -> bool:

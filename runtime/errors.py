@@ -107,9 +107,9 @@ class MissingExtraError(RtxError):
         self.module = module
         self.extra = extra
         self.purpose = purpose
-        super().__init__(
-            f"{purpose} needs the package '{module}', which is not installed. Install it with: {install_command(extra)}"
-        )
+        # The two packages of ONNX Runtime own the same files.
+        command = ("pip uninstall onnxruntime; " if extra == "gpu" else "") + install_command(extra)
+        super().__init__(f"{purpose} needs the package '{module}', which is not installed. Install it with: {command}")
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
         return type(self), (self.module, self.extra, self.purpose)

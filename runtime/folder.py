@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from rtx.runtime.atomic import FULL, sync
@@ -16,14 +16,11 @@ from rtx.runtime.errors import ArtifactError, UsageError
 
 
 @contextlib.contextmanager
-def replace_folder(
-    target: Path, *, marker: str = "config.json", check: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
+def replace_folder(target: Path, *, marker: str = "config.json") -> Iterator[Path]:
     """Fill a temporary folder beside `target`, and put it in its place when the block ends without an error.
 
     Args:
         target: what is to be there afterwards. A folder of the same kind is replaced.
-        check: called last of all before it is, and may raise.
         marker: file that a folder of this kind has; a folder that is neither empty nor has it is left alone.
 
     Raises:
@@ -39,26 +36,26 @@ def replace_folder(
             f"{target}: is in the way: neither an empty folder nor one with a {marker}; nothing was written"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with _ending_by_exception():
+    with ending_by_exception():
+        written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
             yield written
-        _share(written)
-        for path in _own(written):
-            sync(path)
-        check()
-        _swap(written, target)
-        sync(target.parent)
-    except OSError as broken:
-        if broken.errno not in FULL:
-            raise
-        raise ArtifactError(f"{target}: cannot be written: {broken.strerror}; nothing was changed there") from broken
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+            _share(written)
+            for path in (*written.rglob("*"), written):
+                sync(path)
+            _swap(written, target)
+            sync(target.parent)
+        except OSError as broken:
+            if broken.errno not in FULL:
+                raise
+            reason = f"cannot be written: {broken.strerror}; nothing was changed there"
+            raise ArtifactError(f"{target}: {reason}") from broken
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _ending_by_exception() -> Iterator[None]:
+def ending_by_exception() -> Iterator[None]:
     """Let SIGTERM, with which a container is stopped, end the block as Ctrl-C does: what was begun is removed."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # whoever handles it does so
@@ -98,25 +95,18 @@ def _swap(written: Path, target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
-    """Give everything the rights that a new file has: mkdtemp and safetensors make theirs for the owner alone."""
-    # There is no way of reading the mask but setting it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    for path in _own(folder):
-        if path.is_dir() or path.stat().st_nlink == 1:  # what has another name was there before
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _own(folder: Path) -> Iterator[Path]:
-    """A folder and all in it, but nothing that links lead to."""
-    yield from (path for path in folder.rglob("*") if not path.is_symlink())
-    yield folder
-
-
 def _is_within(target: Path) -> bool:
     """Whether this process is in a folder."""
     try:
         return Path.cwd().is_relative_to(target.resolve())
     except FileNotFoundError:  # it is where nothing is any more
         return False
+
+
+def _share(folder: Path) -> None:
+    """Give everything the rights that a new file has: mkdtemp and safetensors make theirs for the owner alone."""
+    # There is no way of reading the mask but setting it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

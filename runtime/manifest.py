@@ -49,6 +49,8 @@ class Tolerance:
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Target = Literal["tensorrt-rtx", "tensorrt"]
 """What engines are built with."""
+BUILDABLE = ("fp32", "fp16", "bf16", "int8-static", "int4-half")
+"""Variants that engines are built of: the others' operators are ONNX Runtime's, or rtx's own for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

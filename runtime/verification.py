@@ -17,6 +17,7 @@ from rtx.runtime.contract import Contract
 from rtx.runtime.engine import Budget, gpu_index, is_tensorrt
 from rtx.runtime.errors import BundleError, EngineError, ItemError, UsageError
 from rtx.runtime.golden import Golden
+from rtx.runtime.gpu import find_gpu
 from rtx.runtime.items import describe
 from rtx.runtime.manifest import CONTRACT_KEY, GOLDEN_FILE, MANIFEST_FILE, TOKENIZER_FILE, Tolerance
 from rtx.runtime.preprocessor import Preprocessor
@@ -67,8 +68,11 @@ def verify_bundle(
     Raises:
         UsageError: there is no such variant, or it does not run on that device.
         MissingExtraError: onnxruntime is not installed, or not the one that the device needs.
+        EngineError: there is no such GPU for engines.
     """
-    gpu_index(device)  # before anything is read
+    gpu = gpu_index(device)  # before anything is read
+    if gpu is not None and is_tensorrt(device):
+        find_gpu(gpu)  # what is missing here is no fault of the bundle
     try:
         bundle = Bundle.open(path)
     except BundleError as broken:

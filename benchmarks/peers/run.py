@@ -61,7 +61,11 @@ def words_of(given: str) -> tuple[str, ...]:
 @click.option("--peers", default="", help="Words of the names of peers, separated by commas.  [default: all]")
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 5, of larger models 3]")
 @click.option("--threads", type=click.IntRange(min=1), default=usable_cores, show_default="usable cores")
-@click.option("--gpu", is_flag=True, help="On the first NVIDIA GPU: PyTorch in fp16, and rtx's graphs and engines.")
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="On the first NVIDIA GPU, in fp16, with vLLM and the like.",
+)
 @click.option("--brief", is_flag=True, help="MiniLM, few texts, two rounds.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=CHECKOUT / "build" / "peers.json")
 @click.option(

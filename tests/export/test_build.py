@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from rtx.export import build, tensorrt
 from rtx.export.build import build_for
 from rtx.export.engines import EngineOptions
 from rtx.export.pipeline import ExportOptions, export_bundle
+from rtx.runtime import atomic
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, RtxError, UsageError
@@ -90,13 +93,17 @@ def test_another_version_takes_the_place_of_one_and_keeps_its_buckets(bundle: Pa
     (bundle / MANIFEST_FILE).write_bytes(dataclasses.replace(first, engines=engines).to_bytes())
     other = (bundle / FP32).read_bytes()
     with (bundle / FP16).open("rb") as opened:
-        assert run(bundle, "--sm", "80", "--variant", "fp16").exit_code == 0
+        again = run(bundle, "--sm", "80", "--variant", "fp16")
+        assert f"{FP16} was also for sm 89, which --sm does not name" in again.stderr
         assert hashlib.sha256(opened.read()).hexdigest() == first.files[FP16].sha256
     found = Bundle.open(bundle)
     assert found.damaged() == {}
     assert (bundle / FP32).read_bytes() == other
     assert found.manifest.engines[FP32].version == "1.6.0"
-    new = found.manifest.engines[FP16]
+    (file,) = {*found.manifest.engines} - {FP32}
+    assert {path.name for path in (bundle / "engines").iterdir()} == {Path(FP32).name, Path(file).name}
+    assert file in again.stdout
+    new = found.manifest.engines[file]
     assert (new.version, new.capabilities) == (first.engines[FP16].version, (80,))
     assert [profile["tokens"][2] for profile in new.profiles] == [16, 32, 64]
 
@@ -107,8 +114,8 @@ def test_each_graph_keeps_its_own_buckets(bundle: Path) -> None:
         assert run(bundle, "--sm", "89", "--variant", variant, "--lengths", lengths).exit_code == 0
     assert run(bundle, "--sm", "89").exit_code == 0
     engines = Bundle.open(bundle).manifest.engines
-    ends = {file: [profile["tokens"][2] for profile in entry.profiles] for file, entry in engines.items()}
-    assert ends == {FP32: [16, 64], FP16: [32, 64]}
+    ends = {entry.graph: [profile["tokens"][2] for profile in entry.profiles] for entry in engines.values()}
+    assert ends == {"onnx/model.onnx": [16, 64], "onnx/model_fp16.onnx": [32, 64]}
 
 
 @builds
@@ -132,8 +139,14 @@ def test_models_for_triton_of_a_bundle_that_is_there(bundle: Path, tmp_path: Pat
     assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
     assert CliRunner().invoke(main, [*command, "--overwrite", "--variant", "fp32"]).exit_code == 0
     assert (tmp_path / "models" / "tiny_graph" / "1" / "model.onnx").read_bytes() == before["onnx/model.onnx"]
-    into = CliRunner().invoke(main, ["build", str(bundle), "--triton-repo", str(bundle)])
-    assert f"{bundle}: is a bundle; expected the folder of a model repository" in into.output
+    (tmp_path / "link").symlink_to("nowhere")
+    for place, why in (
+        (bundle, "is a bundle"),
+        (bundle / "models", f"is in the bundle {bundle}"),
+        (tmp_path / "link", "is a link to nothing"),
+    ):
+        into = CliRunner().invoke(main, ["build", str(bundle), "--triton-repo", str(place)])
+        assert f"{place}: {why}; expected the folder of a model repository" in into.output
     assert content(bundle) == before
 
 
@@ -201,7 +214,7 @@ def test_a_damaged_bundle_gets_no_engine_but_for_a_damaged_one(bundle: Path) -> 
     told = r"model_fp16\.onnx has \d+ bytes instead of \d+; tokenizer\.json cannot be read"
     with pytest.raises(BundleError, match=told):
         build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), ["fp32"], notify=print)
-    assert [*Bundle.open(bundle).manifest.engines] == [FP32]
+    assert [one.graph for one in Bundle.open(bundle).manifest.engines.values()] == ["onnx/model.onnx"]
 
 
 @builds
@@ -267,36 +280,79 @@ def test_what_changed_meanwhile_is_not_lost(bundle: Path, monkeypatch: pytest.Mo
     real = build.build_engines
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(build, "build_engines", real)
-        assert run(bundle, "--sm", "80", "--variant", "fp32").exit_code == 0
+        other = dataclasses.replace(Bundle.open(bundle).manifest, name="another export")
+        (bundle / MANIFEST_FILE).write_bytes(other.to_bytes())
         return real(*arguments, **options)
 
     monkeypatch.setattr(build, "build_engines", meanwhile)
     result = run(bundle, "--sm", "89", "--variant", "fp16")
-    assert f"{bundle}: was changed while engines were built for it; nothing was written" in result.output
-    assert {*Bundle.open(bundle).manifest.engines} == {FP32}
-    assert Bundle.open(bundle).damaged() == {}
+    assert f"{bundle}: was changed while engines were built for it; they are not put into it" in result.output
+    found = Bundle.open(bundle)
+    assert (found.manifest.name, found.manifest.engines, found.unlisted()) == ("another export", {}, [])
 
 
 @builds
 def test_from_within_the_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (bundle, bundle / "onnx"):
-        monkeypatch.chdir(folder)
-        before = content(bundle)
-        result = run("." if folder == bundle else "..", "--sm", "89", "--variant", "fp16")
-        assert "is the folder that this runs in, and would be replaced; run it from another one" in result.output
-        assert result.exit_code == UsageError.exit_code
+    monkeypatch.chdir(bundle / "onnx")
+    assert run("..", "--sm", "89", "--variant", "fp16").exit_code == 0
+    assert Path("model_fp16.onnx").exists()
+    assert Bundle.open(bundle).damaged() == {}
+
+
+@builds
+def test_two_builds_at_once(bundle: Path) -> None:
+    with build._alone(bundle):
+        result = run(bundle, "--sm", "89", "--variant", "fp32")
+    assert f"{bundle}: another process is building engines for it; wait until it has ended" in result.output
+    assert result.exit_code == UsageError.exit_code
+    assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
+
+
+@builds
+@pytest.mark.parametrize("file", [MANIFEST_FILE, FP32])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_ends_a_build_finds_the_old_bundle_or_the_new_one(
+    bundle: Path, file: str, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right before and right after each file takes its place."""
+    assert run(bundle, "--sm", "80", "--variant", "fp32").exit_code == 0
+    before, real = content(bundle), os.replace
+
+    def ending(source: Any, target: Any) -> None:
+        ends = Path(target).parent.name == Path(file).parent.name if file == FP32 else Path(target).name == file
+        if ends and moment == "before":
+            raise KeyboardInterrupt
+        real(source, target)
+        if ends:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", ending)
+        with pytest.raises(KeyboardInterrupt):
+            build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), ["fp32"], notify=print)
+    found = Bundle.open(bundle)
+    assert found.damaged() == {}
+    assert found.unlisted() == []
+    if (file, moment) == (MANIFEST_FILE, "after"):
+        assert [one.capabilities for one in found.manifest.engines.values()] == [(89,)]
+    else:
         assert content(bundle) == before
 
 
 @builds
-def test_where_links_cannot_be_made_files_are_copied(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(build.os, "link", refuse)
+def test_what_is_in_the_way_of_an_engine_stays(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "engines").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / Path(FP32).name).write_text("the user's own")
     assert run(bundle, "--sm", "89", "--variant", "fp32").exit_code == 0
+    (file,) = Bundle.open(bundle).manifest.engines
+    assert re.fullmatch(r"engines/model\.tensorrt-rtx-[0-9a-f]{12}\.engine", file)
+    assert (bundle / FP32).read_text() == "the user's own"
     assert Bundle.open(bundle).damaged() == {}
+    (bundle / "engines").unlink()
+    (bundle / "engines").touch()
+    result = run(bundle, "--sm", "89", "--variant", "fp16")
+    assert f"{bundle}: {file} cannot be read: Not a directory" in result.output
 
 
 @builds

@@ -525,6 +525,13 @@ def test_a_damaged_bundle(embedder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shared_graph")
+def test_packed_variants_alone_are_refused_before_any_work(tmp_path: Path) -> None:
+    command = ["export", "no/such/checkpoint", "-o", str(tmp_path / "x.rtx"), "--precision", "int8-packed"]
+    result = CliRunner().invoke(main, [*command, "--triton-repo", str(tmp_path / "models")])
+    assert "--triton-repo: packed variants have operators of rtx, which Triton's ONNX Runtime lacks" in result.output
+    assert result.exit_code == UsageError.exit_code
+
+
 def test_from_the_command_line(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     command = ["export", str(tiny_checkpoint("bert")), "--threads", "1", "--triton-repo", str(tmp_path / "models")]
     result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "tiny.rtx")])

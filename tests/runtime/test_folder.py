@@ -35,24 +35,6 @@ def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-def test_what_is_checked_last_of_all(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with replace_folder(target) as folder:
-        (folder / "config.json").write_text("old")
-
-    def refuse() -> None:
-        raise UsageError("was changed")
-
-    def fill() -> None:
-        with replace_folder(target, check=refuse) as folder:
-            (folder / "config.json").write_text("new")
-
-    with pytest.raises(UsageError, match="was changed"):
-        fill()
-    assert (target / "config.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_a_folder_is_not_replaced_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "model" / "deep")

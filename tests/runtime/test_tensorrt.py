@@ -25,6 +25,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rtx.runtime import bundle as bundle_module
+from rtx.runtime import verification
 from rtx.runtime.backends import cuda, kernel_cache, tensorrt
 from rtx.runtime.backends.onnx import OnnxEngine
 from rtx.runtime.backends.tensorrt import TensorRtEngine, mismatch
@@ -644,7 +645,8 @@ def served(gpu: StandIn, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.M
         bundle.manifest, files={**bundle.manifest.files, file: listed}, engines={file: entry}
     )
     (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
-    monkeypatch.setattr(bundle_module, "find_gpu", lambda index: dataclasses.replace(L4, index=index))
+    for module in (bundle_module, verification):
+        monkeypatch.setattr(module, "find_gpu", lambda index: dataclasses.replace(L4, index=index))
     monkeypatch.setattr(bundle_module, "installed_tensorrt", lambda _: "1.7.1")
     return Bundle.open(folder)
 
@@ -728,8 +730,26 @@ def test_which_variants_have_an_engine(served: Bundle) -> None:
     with pytest.raises(UsageError, match="variant 'int8' has no engine of TensorRT; these have one: fp32"):
         served.variant("int8", device="tensorrt:1")
     served.manifest = dataclasses.replace(served.manifest, engines={})
-    with pytest.raises(UsageError, match="has no engine of TensorRT; `rtx build --target` builds them"):
+    with pytest.raises(UsageError, match="has no engine of TensorRT; `rtx build --target` builds them of fp32"):
         served.engine(device="tensorrt")
+
+
+def test_a_bundle_of_which_none_can_be_built(served: Bundle) -> None:
+    packed = dataclasses.replace(served.manifest.variants["fp32"], operators=True)
+    served.manifest = dataclasses.replace(
+        served.manifest, engines={}, variants={"fp32-packed": packed}, default_variant="fp32-packed"
+    )
+    with pytest.raises(UsageError, match="has no engine of TensorRT; export fp16 too, with --target"):
+        served.engine(device="tensorrt")
+
+
+def test_verify_does_not_blame_the_bundle_for_the_machine(served: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: int) -> Gpu:
+        raise EngineError("no NVIDIA driver")
+
+    monkeypatch.setattr(verification, "find_gpu", none)
+    with pytest.raises(EngineError, match="no NVIDIA driver"):
+        verify_bundle(served.path, device="tensorrt")
 
 
 def test_why_no_engine_fits_this_machine(served: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
