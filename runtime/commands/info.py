@@ -166,31 +166,33 @@ def _print_variants(found: Mapping[str, Any]) -> None:
 
 
 def _print_engines(engines: Mapping[str, Mapping[str, Any]]) -> None:
-    if not engines:
-        return
-    rows = []
     for file, engine in engines.items():
         types = Counter({name.split()[1]: 0 for name in engine["layers"]})
         for name, count in engine["layers"].items():
             types[name.split()[1]] += count
-        rows.append(
-            (
-                Path(file).name,
-                f"{engine['target']} {engine['version']}",
-                " ".join(map(str, engine["capabilities"])) or "the builder's GPU",
-                in_bytes(engine["bytes"]),
-                in_bytes(max(engine["workspace_bytes"])) if engine["workspace_bytes"] else "not known",
-                _axes(engine["profiles"]),
-                ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),
-            )
-        )
-    print_table("Engines", ("engine", "built with", "sm", "size", "workspace", "buckets", "layers by type"), rows)
+        workspace = in_bytes(max(engine["workspace_bytes"])) if engine["workspace_bytes"] else "not known"
+        rows = {
+            "built with": f"{engine['target']} {engine['version']}",
+            "for": "sm " + " ".join(map(str, engine["capabilities"]))
+            if engine["capabilities"]
+            else "the builder's GPU",
+            "size": in_bytes(engine["bytes"]),
+            "workspace": workspace,
+            "buckets": ", ".join(map(_bucket, engine["profiles"])),
+            "layers": ", ".join(f"{count} {name.lower()}" for name, count in types.most_common()),
+        }
+        print_pairs(f"Engine {file}", rows)
 
 
-def _axes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
-    """Each axis with the largest size of each bucket."""
-    sizes = {axis: [profile[axis][2] for profile in profiles] for axis in profiles[0]}
-    return "; ".join(f"{axis} {' '.join(map(str, ends))}" for axis, ends in sizes.items())
+def _bucket(profile: Mapping[str, Sequence[int]]) -> str:
+    """The largest sizes of a bucket: "128 × 32 tokens"."""
+    largest = {axis: ends[2] for axis, ends in profile.items()}
+    rows = largest.get("batch", largest.get("images", 1))
+    if "tokens" in largest:
+        return f"{rows} × {largest['tokens']} tokens"
+    if "image_tokens" in largest:
+        return f"{rows} images × {largest['image_tokens']} tokens"
+    return f"{rows} {'rows' if 'batch' in largest else 'images'}"
 
 
 def _precision(variant: Mapping[str, Any]) -> str:

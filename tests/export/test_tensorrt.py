@@ -332,7 +332,12 @@ def test_an_engine_of_another_graph(bundle: Path) -> None:
 @builds
 def test_info_shows_engines(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["info", str(bundle)], env={"COLUMNS": "200"}, catch_exceptions=False)
-    for shown in ("model_fp16.tensorrt-rtx.engine", "80 86 89 120", "tokens 16 64", " half"):
+    for shown in (
+        "Engine engines/model_fp16.tensorrt-rtx.engine\n",
+        "sm 80 86 89 120",
+        "256 × 16 tokens, 256 × 64 tokens",
+        " half",
+    ):
         assert shown in result.output
     assert "workspace" in result.output
     assert "not known" not in result.output
