@@ -127,6 +127,10 @@ def read_network(trt: Any, graph: Path, logger: Any, *, target: Target) -> tuple
         needs = " Classic TensorRT builds on a machine with the GPU that it builds for." if target == "tensorrt" else ""
         raise ExportError(f"{target}: cannot start: {broken}.{needs}") from broken
     parser = trt.OnnxParser(network, logger)
+    try:
+        str(graph).encode()
+    except UnicodeEncodeError as broken:  # its bindings take such a path for no path at all
+        raise ExportError(f"{target}: {str(graph)!a}: expected a path in UTF-8") from broken
     if not parser.parse_from_file(str(graph)):
         errors = "; ".join(str(parser.get_error(at)).strip() for at in range(parser.num_errors))
         raise ExportError(f"{target}: does not take {graph.name}: {errors}")
@@ -199,7 +203,10 @@ def _build(
     trt: Any, graph: Path, profiles: Sequence[Profile], target: Target, capabilities: Sequence[int], came: Sequence[int]
 ) -> Built:
     """As `build_engine`, until a signal has come."""
-    model = ir.load(graph)
+    try:
+        model = ir.load(graph)
+    except Exception as broken:  # protobuf's, which share no base
+        raise ExportError(f"{graph.name}: is no graph in ONNX: {broken}") from broken
     told: list[int] = []
     logger = tensorrt.quiet_logger(trt, lambda line: told.extend(map(int, _WORKSPACE.findall(line))))
     builder, network, _parser = read_network(trt, graph, logger, target=target)

@@ -25,7 +25,7 @@ from rtx.runtime import atomic
 from rtx.runtime.bundle import Bundle
 from rtx.runtime.cli import main
 from rtx.runtime.errors import BundleError, ExportError, RtxError, UsageError
-from rtx.runtime.manifest import MANIFEST_FILE
+from rtx.runtime.manifest import MANIFEST_FILE, FileEntry
 
 builds = pytest.mark.usefixtures("tensorrt_rtx")
 
@@ -215,6 +215,23 @@ def test_a_damaged_bundle_gets_no_engine_but_for_a_damaged_one(bundle: Path) -> 
     with pytest.raises(BundleError, match=told):
         build_for(bundle, EngineOptions(target="tensorrt-rtx", capabilities=(89,)), ["fp32"], notify=print)
     assert [one.graph for one in Bundle.open(bundle).manifest.engines.values()] == ["onnx/model.onnx"]
+
+
+@builds
+def test_what_tensorrt_cannot_read(bundle: Path) -> None:
+    named = bundle.with_name(os.fsdecode(b"bad\xff.rtx"))
+    shutil.copytree(bundle, named)
+    options = EngineOptions(target="tensorrt-rtx", capabilities=(89,))
+    with pytest.raises(ExportError, match=r"bad\\udcff\.rtx/onnx/model\.onnx': expected a path in UTF-8"):
+        build_for(named, options, ["fp32"], notify=print)
+    manifest = Bundle.open(bundle).manifest
+    (bundle / "onnx" / "model.onnx").write_bytes(b"no graph")
+    listed = FileEntry(sha256=hashlib.sha256(b"no graph").hexdigest(), bytes=8)
+    changed = dataclasses.replace(manifest, files={**manifest.files, "onnx/model.onnx": listed})
+    (bundle / MANIFEST_FILE).write_bytes(changed.to_bytes())
+    with pytest.raises(ExportError, match=r"model\.onnx: is no graph in ONNX"):
+        build_for(bundle, options, ["fp32"], notify=print)
+    assert Bundle.open(bundle).unlisted() == []
 
 
 @builds
