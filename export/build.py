@@ -52,8 +52,16 @@ def build_for(
         ExportError: this TensorRT is not there, or does not build one of them.
         ArtifactError: an engine cannot be written.
     """
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
+    Bundle.open(path)  # what is no bundle is not locked
+    with _alone(path), ending_by_exception():
+        return _build_for(Bundle.open(path), options, variants, notify)
+
+
+def _build_for(
+    bundle: Bundle, options: EngineOptions, variants: Sequence[str], notify: Callable[[str], None]
+) -> dict[str, EngineEntry]:
+    """As `build_for`, while no other process builds for the bundle."""
+    path, manifest = bundle.path, bundle.manifest
     if unknown := [name for name in variants if name not in manifest.variants]:
         raise UsageError(f"{path}: has no variant '{unknown[0]}' ({nearest(unknown[0], manifest.variants)})")
     chosen = {name: one for name, one in manifest.variants.items() if name in (variants or BUILDABLE)}
@@ -70,33 +78,32 @@ def build_for(
     kept = {} if options.lengths else {one.tokens: _ends_of(bundle, one.tokens, options.target) for one in files}
     built: dict[str, EngineEntry] = {}
     entries: dict[str, FileEntry] = {}
-    with _alone(path), ending_by_exception():
-        try:
-            for entry, content in build_engines(path, files, manifest.contract, options, kept=kept, notify=notify):
-                digest = hashlib.sha256(content).hexdigest()
-                file = _free_name(bundle, entry, digest)
-                built[file], entries[file] = entry, FileEntry(sha256=digest, bytes=len(content))
-                _write(path / file, content)
-            for file, entry in old.items():
-                now = {sm for one in built.values() if one.graph == entry.graph for sm in one.capabilities}
-                if lost := sorted({*entry.capabilities} - now):
-                    notify(f"{file} was also for sm {' '.join(map(str, lost))}, which --sm does not name")
-            renewed = dataclasses.replace(
-                manifest,
-                files={**_without(manifest.files, old), **entries},
-                engines={**_without(manifest.engines, old), **built},
-            )
-            if Bundle.open(path).manifest != manifest:
-                raise BundleError(f"{path}: was changed while engines were built for it; they are not put into it")
-            with atomic_file(path / MANIFEST_FILE) as stream:
-                stream.write(renewed.to_bytes())
-        finally:
-            # What ended this may have come before the manifest was replaced, or after.
-            with contextlib.suppress(BundleError):
-                listed = Bundle.open(path).manifest.files
-                for file in ({*built} | {*old}) - {*listed}:
-                    with contextlib.suppress(OSError):  # it is gone, or a folder
-                        (path / file).unlink()
+    try:
+        for entry, content in build_engines(path, files, manifest.contract, options, kept=kept, notify=notify):
+            digest = hashlib.sha256(content).hexdigest()
+            file = _free_name(bundle, entry, digest)
+            built[file], entries[file] = entry, FileEntry(sha256=digest, bytes=len(content))
+            _write(path / file, content)
+        for file, entry in old.items():
+            now = {sm for one in built.values() if one.graph == entry.graph for sm in one.capabilities}
+            if lost := sorted({*entry.capabilities} - now):
+                notify(f"{file} was also for sm {' '.join(map(str, lost))}, which --sm does not name")
+        renewed = dataclasses.replace(
+            manifest,
+            files={**_without(manifest.files, old), **entries},
+            engines={**_without(manifest.engines, old), **built},
+        )
+        if Bundle.open(path).manifest != manifest:
+            raise BundleError(f"{path}: was changed while engines were built for it; they are not put into it")
+        with atomic_file(path / MANIFEST_FILE) as stream:
+            stream.write(renewed.to_bytes())
+    finally:
+        # What ended this may have come before the manifest was replaced, or after.
+        with contextlib.suppress(BundleError):
+            listed = Bundle.open(path).manifest.files
+            for file in ({*built} | {*old}) - {*listed}:
+                with contextlib.suppress(OSError):  # it is gone, or a folder
+                    (path / file).unlink()
     return built
 
 

@@ -133,7 +133,7 @@ def _engines(cuda: dict[int, str | None], no_gpu: str | None) -> dict[str, dict[
     for target, command in INSTALL.items():
         version = installed_tensorrt(target)
         # Without a GPU, TensorRT-RTX builds all the same.
-        alone = f"builds alone: {no_gpu}" if target == "tensorrt-rtx" else no_gpu
+        alone = f"builds engines, and runs none: {no_gpu}" if target == "tensorrt-rtx" else no_gpu
         problem = (alone if no_gpu else None) if version else f"missing: {command}"
         found[target] = {"runs": "engines, on GPUs", "version": version, "problem": problem}
     return found
